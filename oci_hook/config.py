@@ -1,0 +1,89 @@
+"""The host's configuration: a TOML file of root's, read into a frozen `Config`. Every key has a default.
+
+It says where things are and how this host is made; it cannot relax what a model's owner signed. `config/config.toml`
+is the commented example and `scz-smm.toml(5)` the manual.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from oci_hook.documents import Fields
+from oci_hook.errors import ConfigInvalid
+from oci_hook.trusted_file import load_root_file
+
+DEFAULT_CONFIG_FILE = "/etc/scz-smm/config.toml"
+Engine = Literal["podman", "cri-o", "containerd", "docker"]
+_ENGINES = r"podman|cri-o|containerd|docker"
+_ABSOLUTE = r"/[^\x00-\x1f]{0,511}"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What root decided for this host. Paths are absolute, times in seconds, sizes in bytes."""
+
+    engine: Engine = "podman"
+    tpm_tcti: str = "device:/dev/tpmrm0"
+    tpm_timeout_seconds: int = 60
+    token_path: str = "/var/run/secrets/scz-smm/token"  # noqa: S105 - a path in the container, not a secret
+    token_leeway_seconds: int = 5
+    memory_reserve_bytes: int = 256 << 20
+    store_directory: str = "/var/lib/scz-smm"
+    trust_directory: str = "/etc/scz-smm/trust"
+    runtime_directory: str = "/run/scz-smm"
+    audit_file: str = "/var/log/scz-smm/audit.jsonl"
+
+
+def parse_config(data: bytes) -> Config:
+    """Parse the configuration.
+
+    Args:
+        data: TOML in UTF-8, at most 64 KiB.
+
+    Raises:
+        ConfigInvalid: It is not TOML, or a key is unknown, of the wrong type or out of range.
+    """
+    try:
+        document = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as cause:
+        raise ConfigInvalid(f"the configuration is not TOML: {cause}") from cause
+    top = Fields(document, what="configuration", error=ConfigInvalid)
+    default = Config()
+
+    def section(name: str) -> Fields:
+        return top.fields(name) if top.has(name) else Fields({}, what=name, error=ConfigInvalid)
+
+    def text(fields: Fields, name: str, fallback: str, pattern: str) -> str:
+        return fields.string(name, pattern=pattern, limit=512) if fields.has(name) else fallback
+
+    def number(fields: Fields, name: str, fallback: int, low: int, high: int) -> int:
+        return fields.integer(name, low=low, high=high) if fields.has(name) else fallback
+
+    tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
+    config = Config(
+        engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
+        tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
+        tpm_timeout_seconds=number(tpm, "timeout_seconds", default.tpm_timeout_seconds, 1, 600),
+        token_path=text(token, "path", default.token_path, _ABSOLUTE),
+        token_leeway_seconds=number(token, "leeway_seconds", default.token_leeway_seconds, 0, 60),
+        memory_reserve_bytes=number(memory, "reserve_bytes", default.memory_reserve_bytes, 0, 1 << 50),
+        store_directory=text(paths, "store", default.store_directory, _ABSOLUTE),
+        trust_directory=text(paths, "trust", default.trust_directory, _ABSOLUTE),
+        runtime_directory=text(paths, "runtime", default.runtime_directory, _ABSOLUTE),
+        audit_file=text(paths, "audit", default.audit_file, _ABSOLUTE),
+    )
+    for fields in (tpm, token, memory, paths, top):
+        fields.finish()
+    return config
+
+
+def load_config(path: str = DEFAULT_CONFIG_FILE) -> Config:
+    """Read the configuration from a file that belongs to root and that root alone can write.
+
+    Raises:
+        ConfigInvalid: The file is not root's alone, or its contents cannot be used.
+        FileUnreadable: The file is absent.
+    """
+    return parse_config(load_root_file(path, limit_bytes=64 << 10, error=ConfigInvalid))

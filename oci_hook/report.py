@@ -1,0 +1,138 @@
+"""How a refusal reaches a person: one line on stderr, one in the journal, one file for `sczctl why`.
+
+crun and podman's precreate show only an exit code, and podman throws a runtime's stderr away in places, so the file
+under the run-time directory is what `sczctl why` reads. Nothing here may fail a start or hide the error that it
+reports: every problem of its own is swallowed, on purpose and only here. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+from oci_hook.documents import Fields, canonical, parse_object, shown
+from oci_hook.errors import FileUnreadable, SczError, all_errors
+from oci_hook.trusted_file import load_file, make_private_directory, replace_file
+
+_KEPT = 256
+_LIMIT_BYTES = 16 << 10
+_JOURNAL = "/run/systemd/journal/socket"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What `sczctl why` prints; `seconds` since 1970."""
+
+    container_id: str
+    seconds: int
+    code: int
+    reason: str
+    message: str
+    remedy: str
+
+
+def _folder(runtime_directory: str) -> str:
+    return os.path.join(runtime_directory, "last")
+
+
+def _file(runtime_directory: str, container_id: str) -> str:
+    return os.path.join(_folder(runtime_directory), hashlib.sha256(container_id.encode()).hexdigest() + ".json")
+
+
+def report_refusal(runtime_directory: str, container_id: str, error: SczError) -> None:
+    """Say it on stderr, in the journal and in the file for `sczctl why`."""
+    with contextlib.suppress(OSError):
+        print(f"scz-hook: {error.reason} ({error.code}): {error.message}; {error.advice}", file=sys.stderr, flush=True)
+    _journal(container_id, error)
+    document = {
+        "container": container_id,
+        "seconds": int(time.time()),
+        "code": error.code,
+        "reason": error.reason,
+        "message": error.message[:2048],
+        "remedy": error.advice[:1024],
+    }
+    with contextlib.suppress(OSError, FileUnreadable):
+        make_private_directory(runtime_directory)
+        make_private_directory(_folder(runtime_directory))
+        replace_file(_file(runtime_directory, container_id), canonical(document))
+        _prune(runtime_directory)
+
+
+def forget_refusal(runtime_directory: str, container_id: str) -> None:
+    """The container started after all: an old refusal of it would mislead."""
+    with contextlib.suppress(OSError):
+        os.unlink(_file(runtime_directory, container_id))
+
+
+def _by_age(runtime_directory: str) -> list[str]:
+    """The files, newest first; one that is taken away meanwhile counts as oldest."""
+
+    def age(path: str) -> float:
+        try:
+            return os.stat(path).st_mtime
+        except OSError:
+            return 0.0
+
+    folder = _folder(runtime_directory)
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((os.path.join(folder, n) for n in names if n.endswith(".json")), key=age, reverse=True)
+
+
+def _prune(runtime_directory: str) -> None:
+    for path in _by_age(runtime_directory)[_KEPT:]:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def load_refusals(runtime_directory: str) -> list[Refusal]:
+    """All that are kept, newest first; a file that cannot be read is left out."""
+    found = []
+    for path in _by_age(runtime_directory):
+        with contextlib.suppress(FileUnreadable):
+            found.append(_parse(load_file(path, limit_bytes=_LIMIT_BYTES, error=FileUnreadable)))
+    return found
+
+
+def _parse(data: bytes) -> Refusal:
+    document = parse_object(data, limit_bytes=_LIMIT_BYTES, what="refusal", error=FileUnreadable)
+    fields = Fields(document, what="refusal", error=FileUnreadable)
+    return Refusal(
+        fields.string("container", limit=1024),
+        fields.integer("seconds", low=0, high=1 << 53),
+        fields.integer("code", low=1, high=255),
+        fields.string("reason"),
+        fields.string("message", limit=2048),
+        fields.string("remedy"),
+    )
+
+
+def explain(code: int) -> tuple[str, str, str, str] | None:
+    """An exit code's (reason, family, summary, remedy); None for a number that is not ours."""
+    cls = all_errors().get(code)
+    return (cls.__name__, cls.family, cls.summary, cls.remedy) if cls else None
+
+
+def _journal(container_id: str, error: SczError) -> None:
+    """One entry in journald's native protocol (systemd, "Native Journal Protocol"): single-line fields only."""
+    message = f"container {shown(container_id, 64)}: {error.reason} ({error.code}): {error.message}; {error.advice}"
+    fields = {
+        "MESSAGE": message.replace("\n", " "),
+        "PRIORITY": "3",
+        "SYSLOG_IDENTIFIER": "scz-hook",
+        "SCZ_CODE": str(error.code),
+        "SCZ_REASON": error.reason,
+        "SCZ_CONTAINER": container_id.replace("\n", " "),
+    }
+    entry = "".join(f"{name}={value}\n" for name, value in fields.items())
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as journal,
+    ):
+        journal.setblocking(False)
+        journal.sendto(entry.encode("utf-8", "replace"), _JOURNAL)

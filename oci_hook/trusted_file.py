@@ -1,0 +1,141 @@
+"""Files that only root can have written, and files that we write so that they are whole or absent.
+
+A configuration that another user can change would let that user choose the trusted owners, so every component of the
+path to it must belong to root and be writable by root alone (a sticky directory of root's counts: nobody else can
+rename root's entries there). Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+
+from oci_hook.errors import FileUnreadable, SczError
+
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def _verify_owner(descriptor: int, path: str, error: type[SczError]) -> None:
+    found = os.fstat(descriptor)
+    if found.st_uid != 0:
+        raise error(f"{path} belongs to uid {found.st_uid}, not to root")
+    sticky_directory = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    if found.st_mode & 0o022 and not sticky_directory:
+        raise error(f"{path} is writable by others than root (mode {stat.S_IMODE(found.st_mode):04o})")
+
+
+@contextlib.contextmanager
+def _opened(name: str, flags: int, directory: int | None, path: str) -> Iterator[int]:
+    try:
+        descriptor = os.open(name, flags, dir_fd=directory)
+    except OSError as cause:
+        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def load_root_file(path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
+    """Read a file that only root can have written.
+
+    Args:
+        path: Absolute; symbolic links in it are resolved first, and the resolved path is what is checked.
+        limit_bytes: A larger file is refused.
+        error: What to raise if the file is not root's alone, not a regular file, or too large.
+
+    Raises:
+        FileUnreadable: The file is absent or cannot be read.
+    """
+    if not os.path.isabs(path):
+        raise error(f"{path} is not an absolute path")
+    parts = os.path.realpath(path).split("/")[1:]
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(_opened("/", _READ | os.O_DIRECTORY, None, "/"))
+        _verify_owner(directory, "/", error)
+        seen = ""
+        for part in parts[:-1]:
+            seen += f"/{part}"
+            directory = stack.enter_context(_opened(part, _READ | os.O_DIRECTORY, directory, seen))
+            _verify_owner(directory, seen, error)
+        descriptor = stack.enter_context(_opened(parts[-1], _READ, directory, path))
+        _verify_owner(descriptor, path, error)
+        return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
+
+
+def read_regular(descriptor: int, path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
+    """Read a whole regular file of at most `limit_bytes` from a descriptor; `path` is for messages."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path} is not a regular file")
+    chunks, left = [], limit_bytes + 1
+    try:
+        while left > 0 and (chunk := os.read(descriptor, min(left, 1 << 20))):
+            chunks.append(chunk)
+            left -= len(chunk)
+    except OSError as cause:
+        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
+    if left <= 0:
+        raise error(f"{path} is larger than {limit_bytes} bytes")
+    return b"".join(chunks)
+
+
+def load_file(path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
+    """Read a regular file of anybody's, at most `limit_bytes` long; a link at the end of the path is not followed."""
+    with _opened(path, _READ, None, path) as descriptor:
+        return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
+
+
+def replace_file(path: str, data: bytes, *, mode: int = 0o600) -> None:
+    """Write a file so that a crash leaves the old one or the new one whole: temporary sibling, fsync, rename.
+
+    Raises:
+        FileUnreadable: A system call failed; nothing of the new file is left.
+    """
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.{secrets.token_hex(6)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_directory(directory or ".")
+    except OSError as cause:
+        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
+
+
+def sync_directory(path: str) -> None:
+    """Make what was renamed into a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_private_directory(path: str) -> None:
+    """Make a directory, and those above it, with mode 0700; one that exists must be root's (or ours) and private.
+
+    Raises:
+        FileUnreadable: It cannot be made, or others could write into it.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+    except OSError as cause:
+        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise FileUnreadable(f"{path} is not a directory that we alone can write", remedy=f"remove {path}")

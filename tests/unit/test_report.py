@@ -1,0 +1,63 @@
+"""`report`, `errors`: what a refusal leaves for `sczctl why`; every code is one reason and in its family's range."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from oci_hook.errors import CouldNotTell, InputError, Refused, SczError, TokenExpired, TokenMissing, all_errors
+from oci_hook.report import explain, forget_refusal, load_refusals, report_refusal
+
+
+def subclasses(cls: type[SczError]) -> list[type[SczError]]:
+    return [found for sub in cls.__subclasses__() for found in (sub, *subclasses(sub))]
+
+
+def test_each_code_is_one_reason_in_its_family() -> None:
+    leaves = [cls for cls in subclasses(SczError) if cls not in (InputError, Refused, CouldNotTell)]
+    codes = [cls.code for cls in leaves if cls.__module__ == "oci_hook.errors"]
+    assert len(codes) == len(set(codes)) == len(all_errors())
+    for code, cls in all_errors().items():
+        low, high = {"input": (10, 29), "refused": (30, 59), "could-not-tell": (60, 79)}[cls.family]
+        assert low <= code <= high, cls
+        assert "\n" not in cls.remedy
+        assert cls.remedy
+        assert explain(code) == (cls.__name__, cls.family, cls.summary, cls.remedy)
+    assert explain(9) is None
+
+
+def test_a_refusal_is_kept_and_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    report_refusal(run, "c" * 64, TokenMissing("no token at /x"))
+    report_refusal(run, "d" * 64, TokenExpired("expired 3 s ago", remedy="issue one"))
+    assert capsys.readouterr().err.count("\n") == 2
+    found = load_refusals(run)
+    assert {refusal.container_id[0]: (refusal.code, refusal.remedy) for refusal in found} == {
+        "c": (18, TokenMissing.remedy),
+        "d": (38, "issue one"),
+    }
+    assert os.stat(tmp_path / "run" / "last").st_mode & 0o777 == 0o700
+    forget_refusal(run, "c" * 64)
+    assert [refusal.container_id for refusal in load_refusals(run)] == ["d" * 64]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    for number in range(300):
+        report_refusal(run, f"c{number}", TokenMissing("x"))
+    assert len(load_refusals(run)) == 256
+
+
+def test_a_report_never_fails_a_start_or_hides_the_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    report_refusal(str(tmp_path / "file"), "c1", TokenMissing("x"))
+    assert load_refusals(str(tmp_path / "file")) == []
+
+
+def test_a_damaged_file_is_left_out(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    report_refusal(run, "c1", TokenMissing("x"))
+    (tmp_path / "run" / "last" / "other.json").write_text("{")
+    assert [refusal.container_id for refusal in load_refusals(run)] == ["c1"]
