@@ -1,0 +1,1 @@
+"""The model bundle: encrypted files in an OCI image layout, the owner's signed manifest, and grants to devices."""

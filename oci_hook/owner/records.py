@@ -1,0 +1,270 @@
+"""What an owner's folder holds beside the keys: sealed content keys, device records, waiting challenges, grants.
+
+Files of mode 0600, each there whole or not at all. Device records and challenges are kept as the bytes that
+`attestation.enrolment` reads and writes. Specification: docs/specification.md, "Owner".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
+from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
+from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
+from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
+from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists, SczError
+from oci_hook.trust import NAME, NAME_LIMIT, parse_owner
+from oci_hook.trusted_file import replace_file
+
+RECORD_LIMIT_BYTES = 2**20
+_SCHEMA = "scz-smm/content-key/v1"
+_NO_SUCH_KEY = "`sczctl pack` makes a version's key; check --keys and the model's name and version"
+_NO_SUCH_DEVICE = "`sczctl enroll` enrols a device; check --keys and the device's name"
+
+
+@dataclass(frozen=True, slots=True)
+class ContentKeyRecord:
+    """A model version's content key, sealed to the owner's recovery key, and the digests of its bundle."""
+
+    model: ModelId
+    manifest_digest: str
+    image_digest: str
+    sealed_key: bytes
+
+
+def _name(value: str, error: type[SczError]) -> str:
+    if not re.fullmatch(NAME, value) or len(value) > NAME_LIMIT:
+        raise error(f"{shown(value)} is not a name")
+    return value
+
+
+def _version(value: str, error: type[SczError]) -> str:
+    if not re.fullmatch(VERSION, value):
+        raise error(f"{shown(value)} is not a version")
+    return value
+
+
+class OwnerRecords:
+    """The records of one owner's folder.
+
+    Args:
+        folder: As `keyring.create_keyring` made it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    # --- content keys ---
+
+    def verify_new_version(self, name: str, version: str) -> None:
+        """Check, before packing, that no content key of this version would be in the way.
+
+        Raises:
+            OutputExists: There is one; a version is packed once.
+            KeyInvalid: Not a name or version.
+        """
+        path = self._folder.joinpath(*self._content_key_parts(name, version))
+        if os.path.lexists(path):
+            raise OutputExists(
+                f"{name}:{version} was packed before: {shown(path)}",
+                remedy="give another version; to pack this one again, remove that file: its bundles open no more",
+            )
+
+    def save_content_key(self, record: ContentKeyRecord) -> None:
+        """Keep a content key.
+
+        Raises:
+            OutputExists: This version has one; without it the bundle that it opens would be lost.
+            FileUnreadable: The system said no.
+        """
+        data = canonical(
+            {
+                "schema": _SCHEMA,
+                "model": record.model.document(),
+                "manifest": record.manifest_digest,
+                "image": record.image_digest,
+                "sealed_key": encode_base64url(record.sealed_key),
+            }
+        )
+        self._save(self._content_key_parts(record.model.name, record.model.version), data, replace=False)
+
+    def load_content_key(self, name: str, version: str) -> ContentKeyRecord:
+        """A version's content key, still sealed.
+
+        Raises:
+            KeyInvalid: There is none, or it is malformed.
+            FileUnreadable: The system said no.
+        """
+        data = self._load(self._content_key_parts(name, version), KeyInvalid, _NO_SUCH_KEY)
+        record = _parse_content_key(data)
+        if (record.model.name, record.model.version) != (name, version):
+            raise KeyInvalid(f"the content key of {name}:{version} is another model's")
+        return record
+
+    def content_keys(self) -> tuple[tuple[str, str], ...]:
+        """Name and version of every model that was packed, sorted."""
+        return tuple(
+            (name, version)
+            for name in self._names(("models",), suffix="", pattern=NAME)
+            for version in self._names(("models", name), suffix=".json", pattern=VERSION)
+        )
+
+    def _content_key_parts(self, name: str, version: str) -> tuple[str, ...]:
+        return "models", _name(name, KeyInvalid), f"{_version(version, KeyInvalid)}.json"
+
+    # --- devices ---
+
+    def save_device(self, name: str, data: bytes) -> None:
+        """Keep a device's record; a device that enrols again replaces its own.
+
+        Raises:
+            DeviceInvalid: Not a device's name.
+            FileUnreadable: The system said no.
+        """
+        self._save(("devices", f"{_name(name, DeviceInvalid)}.json"), data, replace=True)
+
+    def load_device(self, name: str) -> bytes:
+        """A device's record, at most 1 MiB.
+
+        Raises:
+            DeviceInvalid: There is none.
+            FileUnreadable: The system said no.
+        """
+        return self._load(("devices", f"{_name(name, DeviceInvalid)}.json"), DeviceInvalid, _NO_SUCH_DEVICE)
+
+    def devices(self) -> tuple[str, ...]:
+        """The names of the enrolled devices, sorted."""
+        return self._names(("devices",), suffix=".json", pattern=NAME)
+
+    # --- challenges that wait for an answer ---
+
+    def save_pending(self, device: str, data: bytes) -> None:
+        """Keep what the answer to a challenge will be checked with; a newer challenge replaces an older one."""
+        self._save(("pending", f"{_name(device, DeviceInvalid)}.json"), data, replace=True)
+
+    def load_pending(self, device: str) -> bytes:
+        """What a device's challenge left.
+
+        Raises:
+            DeviceInvalid: No challenge waits for this device.
+        """
+        remedy = "begin again: `sczctl enroll challenge REQUEST`"
+        return self._load(("pending", f"{_name(device, DeviceInvalid)}.json"), DeviceInvalid, remedy)
+
+    def remove_pending(self, device: str) -> None:
+        """A challenge is answered once.
+
+        Raises:
+            FileUnreadable: The system said no.
+        """
+        path = self._folder / "pending" / f"{_name(device, DeviceInvalid)}.json"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as cause:
+            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
+
+    # --- grants that were given ---
+
+    def save_grant(self, grant: Grant, compact: bytes) -> None:
+        """Keep a copy of a grant, for `sczctl list --grants`; a newer one for the device replaces it.
+
+        Raises:
+            FileUnreadable: The system said no.
+        """
+        parts = ("grants", grant.model.name, grant.model.version, f"{grant.device_name}.grant")
+        self._save(parts, compact, replace=True)
+
+    def grants(self) -> tuple[Grant, ...]:
+        """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
+
+        Raises:
+            GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
+            KeyInvalid: Not an owner's folder.
+        """
+        owner = parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
+        return tuple(
+            verify_grant_signature(
+                parse_grant(self._load(("grants", name, version, f"{device}.grant"), KeyInvalid, KeyInvalid.remedy)),
+                owner=owner,
+            )
+            for name in self._names(("grants",), suffix="", pattern=NAME)
+            for version in self._names(("grants", name), suffix="", pattern=VERSION)
+            for device in self._names(("grants", name, version), suffix=".grant", pattern=NAME)
+        )
+
+    # --- files ---
+
+    def _save(self, parts: tuple[str, ...], data: bytes, *, replace: bool) -> None:
+        path = self._folder.joinpath(*parts)
+        try:
+            for depth in range(1, len(parts)):
+                self._folder.joinpath(*parts[:depth]).mkdir(mode=0o700, exist_ok=True)
+        except OSError as cause:
+            raise FileUnreadable(f"{shown(path.parent)}: {cause.strerror}") from cause
+        if replace:
+            replace_file(str(path), data, mode=0o600)
+        else:
+            save_new_file(path, data, mode=0o600)
+
+    def _load(self, parts: tuple[str, ...], error: type[SczError], remedy: str) -> bytes:
+        try:
+            directory = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as cause:
+            raise refusal(cause, f"the owner's folder {shown(self._folder)}", KeyInvalid) from cause
+        with closing(directory):
+            try:
+                descriptor = open_beneath(directory, parts, error=error)
+            except error as cause:
+                raise error(cause.message, remedy=remedy) from cause
+            with closing(descriptor):
+                return read_bounded(descriptor, RECORD_LIMIT_BYTES, shown("/".join(parts)), error=error)
+
+    def _names(self, parts: tuple[str, ...], *, suffix: str, pattern: str) -> tuple[str, ...]:
+        path = self._folder.joinpath(*parts)
+        try:
+            found = os.listdir(path)
+        except FileNotFoundError:
+            return ()
+        except OSError as cause:
+            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
+        names = (entry.removesuffix(suffix) for entry in found if entry.endswith(suffix))
+        return tuple(sorted(name for name in names if re.fullmatch(pattern, name)))
+
+
+def _parse_content_key(data: bytes) -> ContentKeyRecord:
+    what = "content key"
+    fields = Fields(
+        parse_object(data, limit_bytes=RECORD_LIMIT_BYTES, what=what, error=KeyInvalid), what=what, error=KeyInvalid
+    )
+    fields.literal("schema", _SCHEMA)
+    record = ContentKeyRecord(
+        model=parse_model_id(fields.fields("model")),
+        manifest_digest=fields.digest("manifest"),
+        image_digest=fields.digest("image"),
+        sealed_key=fields.base64url("sealed_key", low=1, high=1024),
+    )
+    fields.finish()
+    return record
+
+
+def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, str | int]]:
+    """Who can open what: one row a grant, as `sczctl list --grants` prints it.
+
+    Raises:
+        GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
+        KeyInvalid: Not an owner's folder.
+    """
+    return [
+        {
+            "model": f"{grant.model.name}:{grant.model.version}",
+            "device": grant.device_name,
+            "class": grant.device_class,
+            "manifest": grant.manifest_digest,
+            "created": grant.created,
+            "counter_maximum": grant.counter.maximum,
+        }
+        for grant in OwnerRecords(Path(folder)).grants()
+    ]
