@@ -1,0 +1,110 @@
+"""The owner's record of an enrolled device, `devices/<device>.json`.
+
+Pure. Whatever stands in it was verified at the enrolment; the record is as trustworthy as the owner's folder.
+Specification: docs/specification.md, "Enrolment", document 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from oci_hook.attestation.boot_policy import parse_pcrs, pcrs_document
+from oci_hook.attestation.structures import (
+    STRUCTURE_LIMIT_BYTES,
+    NvPublic,
+    Public,
+    parse_nv_public,
+    parse_public,
+)
+from oci_hook.documents import Fields, canonical, encode_base64url, parse_object
+from oci_hook.errors import DeviceInvalid
+from oci_hook.trust import NAME, NAME_LIMIT
+
+SCHEMA: Final = "scz-smm/device/v1"
+LIMIT_BYTES: Final = 1 << 20
+COUNTER_LIMIT: Final = (1 << 63) - 1
+_TIME_LIMIT: Final = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """An enrolled device: its keys, its counter with the value at the enrolment, and its PCRs then."""
+
+    device: str
+    device_class: str
+    enrolled: int
+    ek_sha256: str
+    ek_subject: str
+    ak: Public
+    srk: Public
+    counter: NvPublic
+    counter_value: int
+    pcrs: Mapping[int, bytes]
+
+
+def format_device_record(record: DeviceRecord) -> bytes:
+    """The record's bytes."""
+    return canonical(
+        {
+            "schema": SCHEMA,
+            "device": record.device,
+            "class": record.device_class,
+            "enrolled": record.enrolled,
+            "ek_sha256": record.ek_sha256,
+            "ek_subject": record.ek_subject,
+            "ak_public": encode_base64url(record.ak.marshalled),
+            "srk_public": encode_base64url(record.srk.marshalled),
+            "counter": {**counter_document(record.counter), "value": record.counter_value},
+            "pcrs": pcrs_document(record.pcrs),
+        }
+    )
+
+
+def parse_device_record(data: bytes) -> DeviceRecord:
+    """Parse a device's record.
+
+    Raises:
+        DeviceInvalid: Malformed, or larger than 1 MiB.
+    """
+    document = parse_object(data, limit_bytes=LIMIT_BYTES, what="device record", error=DeviceInvalid)
+    fields = Fields(document, what="device record", error=DeviceInvalid)
+    fields.literal("schema", SCHEMA)
+    counter = fields.fields("counter")
+    record = DeviceRecord(
+        device=fields.string("device", pattern=NAME, limit=NAME_LIMIT),
+        device_class=fields.string("class", pattern=NAME, limit=NAME_LIMIT),
+        enrolled=fields.integer("enrolled", low=0, high=_TIME_LIMIT),
+        ek_sha256=fields.string("ek_sha256", pattern=r"[0-9a-f]{64}"),
+        ek_subject=fields.string("ek_subject", limit=256),
+        ak=take_public(fields, "ak_public"),
+        srk=take_public(fields, "srk_public"),
+        counter=take_counter(counter),
+        counter_value=counter.integer("value", low=0, high=COUNTER_LIMIT),
+        pcrs=parse_pcrs(fields, "pcrs", error=DeviceInvalid),
+    )
+    counter.finish()
+    fields.finish()
+    return record
+
+
+def take_public(fields: Fields, name: str) -> Public:
+    """A required TPM2B_PUBLIC in base64url (DeviceInvalid)."""
+    data = fields.base64url(name, low=1, high=STRUCTURE_LIMIT_BYTES)
+    return parse_public(data, what=name, error=DeviceInvalid)
+
+
+def take_counter(fields: Fields) -> NvPublic:
+    """The required `index` and `public` of a counter, which must agree (DeviceInvalid)."""
+    index = fields.integer("index", low=0, high=0xFFFFFFFF)
+    data = fields.base64url("public", low=1, high=STRUCTURE_LIMIT_BYTES)
+    counter = parse_nv_public(data, what="the counter's public area", error=DeviceInvalid)
+    if counter.index != index:
+        raise DeviceInvalid("the counter's index is not that of its public area")
+    return counter
+
+
+def counter_document(counter: NvPublic) -> dict[str, object]:
+    """A counter as our JSON documents carry it."""
+    return {"index": counter.index, "public": encode_base64url(counter.marshalled)}

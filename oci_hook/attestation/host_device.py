@@ -1,0 +1,100 @@
+"""What a host remembers of its own enrolment: `device.json` in its store.
+
+Pure. It pins the SRK: the TPM's sessions are salted to the key that was serialised here at enrolment, not to whatever
+answers on the bus today. It holds no secret. Specification: docs/specification.md, "Enrolment", handles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final
+
+from oci_hook.attestation.device_record import counter_document, take_counter, take_public
+from oci_hook.attestation.structures import NvPublic, Public
+from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
+from oci_hook.errors import DeviceInvalid
+
+SCHEMA: Final = "scz-smm/host-device/v1"
+LIMIT_BYTES: Final = 1 << 20
+OWNERS_LIMIT: Final = 64
+_SERIALISED_LIMIT_BYTES: Final = 4096
+_PERSISTENT: Final = (0x81000000, 0x817FFFFF)
+_OWNER_ID: Final = r"[A-Za-z0-9_-]{43}"
+
+
+@dataclass(frozen=True, slots=True)
+class HostDevice:
+    """This host's keys in its TPM, and for each owner (by id) the NV counter.
+
+    `srk_serialised` is tpm2-tss's form of the SRK (ESYS_TR_Serialize): handle, Name and public area.
+    """
+
+    srk_handle: int
+    srk: Public
+    srk_serialised: bytes
+    ak_handle: int
+    ak: Public
+    counters: Mapping[str, NvPublic]
+
+    def with_counter(self, owner_id: str, counter: NvPublic) -> HostDevice:
+        """The same device with an owner's counter set."""
+        return replace(self, counters=MappingProxyType({**self.counters, owner_id: counter}))
+
+
+def format_host_device(device: HostDevice) -> bytes:
+    """The bytes of `device.json`."""
+    return canonical(
+        {
+            "schema": SCHEMA,
+            "srk": {
+                "handle": device.srk_handle,
+                "public": encode_base64url(device.srk.marshalled),
+                "serialised": encode_base64url(device.srk_serialised),
+            },
+            "ak": {"handle": device.ak_handle, "public": encode_base64url(device.ak.marshalled)},
+            "counters": {owner_id: counter_document(counter) for owner_id, counter in device.counters.items()},
+        }
+    )
+
+
+def parse_host_device(data: bytes) -> HostDevice:
+    """Parse `device.json`.
+
+    Raises:
+        DeviceInvalid: Malformed, or larger than 1 MiB.
+    """
+    document = parse_object(data, limit_bytes=LIMIT_BYTES, what="device.json", error=DeviceInvalid)
+    fields = Fields(document, what="device.json", error=DeviceInvalid)
+    fields.literal("schema", SCHEMA)
+    srk, ak = fields.fields("srk"), fields.fields("ak")
+    device = HostDevice(
+        srk_handle=_handle(srk),
+        srk=take_public(srk, "public"),
+        srk_serialised=srk.base64url("serialised", low=1, high=_SERIALISED_LIMIT_BYTES),
+        ak_handle=_handle(ak),
+        ak=take_public(ak, "public"),
+        counters=_counters(fields.take("counters")),
+    )
+    for part in (srk, ak, fields):
+        part.finish()
+    return device
+
+
+def _handle(fields: Fields) -> int:
+    return fields.integer("handle", low=_PERSISTENT[0], high=_PERSISTENT[1])
+
+
+def _counters(value: object) -> Mapping[str, NvPublic]:
+    if not isinstance(value, dict) or len(value) > OWNERS_LIMIT:
+        raise DeviceInvalid(f"device.json: counters is not an object of at most {OWNERS_LIMIT} owners")
+    found = {}
+    for owner_id, counter in value.items():
+        Fields({"owner": owner_id}, what="device.json: counters", error=DeviceInvalid).string(
+            "owner", pattern=_OWNER_ID
+        )
+        part = Fields(counter, what=f"device.json: {shown(owner_id)}", error=DeviceInvalid)
+        found[owner_id] = take_counter(part)
+        part.finish()
+    return MappingProxyType(found)
