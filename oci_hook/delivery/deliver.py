@@ -1,0 +1,276 @@
+"""Delivery: from content keys to models that a container can read, in one order that leaves nothing on any error.
+
+    hold the holder ─► resolve the destinations ─►(keys exist from here)─► check memory ─► fill detached file systems
+        ─► seal them ─►(the audit record is synced here)─► attach, the last effect
+
+Every step before `attach` is undone by the end of the `with` block, or by the kernel if the hook is killed: children
+end with it, and detached mounts with their last descriptor. What is admitted, audited and recorded is the caller's.
+Specification: DESIGN.md, "Delivery".
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+from oci_hook.delivery.attach import Attachment
+from oci_hook.delivery.fill import FillOptions, ModelDelivery, Target, fill, model_room
+from oci_hook.delivery.holder import ContainerView, Holder, Runtime
+from oci_hook.delivery.memory import (
+    MemoryCgroup,
+    Reservation,
+    find_memory_cgroup,
+    join_cgroup,
+    load_levels,
+    reserve_memory,
+    verify_limits,
+)
+from oci_hook.errors import WriterFailed
+from oci_hook.linux import mounts
+from oci_hook.linux.mounts import MemoryFilesystem
+from oci_hook.linux.namespaces import Channel, Child, Report
+from oci_hook.linux.processes import lock_memory
+from oci_hook.linux.syscalls import failing
+
+__all__ = ["Attached", "ContainerView", "Delivery", "DeliverySettings", "ModelDelivery", "Progress"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of plaintext done so far, and all of them."""
+
+_PROGRESS_SECONDS = 0.1
+_WRITER_BYTES = 16 << 20
+_INODE_BYTES = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverySettings:
+    """What root's configuration says.
+
+    Attributes:
+        memory_reserve_bytes: What stays available on the node.
+        runtime_directory: For the lock and the reservations.
+        workers: Threads of the writer; None: by the cores.
+        timeout_seconds: For each answer of a child, and between two steps of the writer.
+    """
+
+    memory_reserve_bytes: int
+    runtime_directory: str
+    workers: int | None
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A model that a container can read.
+
+    Attributes:
+        slot: The model's slot.
+        destination: Absolute path in the container.
+        fsid: `f_fsid` of its file system, by which a live mount is known again.
+        size_bytes: Of its plaintext.
+    """
+
+    slot: str
+    destination: str
+    fsid: int
+    size_bytes: int
+
+
+class Delivery:
+    """The delivery to one container; `prepare`, `fill` and `attach` are called once, in this order.
+
+    Args:
+        container: What the state and config.json say.
+        settings: What root's configuration says.
+        file_system: For tests; None: the best that the kernel has.
+    """
+
+    def __init__(
+        self, container: ContainerView, settings: DeliverySettings, *, file_system: MemoryFilesystem | None = None
+    ) -> None:
+        self._container = container
+        self._settings = settings
+        self._file_system = file_system
+        self._stack = ExitStack()
+        self._holder: Holder | None = None
+        self._attachment: Attachment | None = None
+        self._destinations: tuple[str, ...] = ()
+        self._targets: tuple[Target, ...] = ()
+
+    def __enter__(self) -> Delivery:
+        """Find the holder and hold it.
+
+        Raises:
+            HolderRefused: It is not recognised.
+            HolderGone: It ended.
+            SpecInvalid: `root.path` is no directory.
+            SystemCallFailed: /proc cannot be read.
+        """
+        self._holder = self._stack.enter_context(Holder(self._container))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def runtime(self) -> Runtime:
+        """Who started the container."""
+        return self._held.runtime
+
+    @property
+    def start_time(self) -> int:
+        """Start time of the container's process, in clock ticks since boot."""
+        return self._held.process.start_time
+
+    def prepare(self, destinations: Sequence[str]) -> None:
+        """Resolve every destination, from a child that then waits. Before any key exists in this process.
+
+        Raises:
+            DestinationInvalid: A destination cannot be used.
+            DestinationRefused: A destination leads outside or shows the model to others.
+            HolderRefused: The namespace does not hold the root file system.
+            HolderGone: The child ended early.
+            SystemCallFailed: The kernel refuses something else.
+        """
+        if self._attachment is not None:
+            raise RuntimeError("destinations are prepared once")
+        self._destinations = tuple(destinations)
+        self._attachment = self._stack.enter_context(
+            Attachment(self._held, self._container, self._destinations, timeout_seconds=self._settings.timeout_seconds)
+        )
+
+    def fill(self, models: Sequence[ModelDelivery], progress: Progress | None = None) -> None:
+        """Decrypt the models into detached memory file systems, and seal them. Nothing is visible yet.
+
+        Args:
+            models: One for each destination that was prepared.
+            progress: Called now and then.
+
+        Raises:
+            MemoryRefused: They do not fit; nothing was decrypted.
+            DecryptionRefused: A file was changed.
+            FileUnreadable: A file cannot be read.
+            BundleInvalid: A file is missing.
+            BundleMismatch: A file has another size.
+            WriterFailed: The writer ended early, or stood still for too long.
+            SystemCallFailed: The kernel refuses something.
+        """
+        if self._targets or sorted(model.destination for model in models) != sorted(self._destinations):
+            raise RuntimeError("the models are filled once, one for each destination that was prepared")
+        rooms = [model_room(model) for model in models]
+        total = sum(room.size_bytes for room in rooms)
+        # 1. The container's limits, all the way up. What the kernel keeps for itself is charged there, too.
+        cgroup = self._load_cgroup()
+        kernel = total // 256 + sum(room.inodes for room in rooms) * _INODE_BYTES
+        levels = load_levels(cgroup) if cgroup is not None else ()
+        verify_limits(levels, total + kernel + _WRITER_BYTES)
+        # 2. The node's reserve.
+        with reserve_memory(
+            self._settings.runtime_directory,
+            total + kernel,
+            self._settings.memory_reserve_bytes,
+            timeout_seconds=self._settings.timeout_seconds,
+        ) as reservation:
+            # 3. File systems without a path, each just large enough.
+            kind = self._file_system or mounts.probe_memory_filesystem()
+            self._targets = tuple(
+                Target(
+                    model,
+                    self._stack.enter_context(mounts.create_memory_filesystem(room.size_bytes, room.inodes, kind)),
+                )
+                for model, room in zip(models, rooms, strict=True)
+            )
+            # 4. The writer, which is charged and then gone.
+            options = FillOptions(
+                uid=self._container.uid_offset,
+                gid=self._container.gid_offset,
+                workers=self._settings.workers,
+                drop_cache=any(level.limit_bytes < total * 2 for level in levels),
+            )
+            self._run_writer(cgroup, options, reservation, progress)
+        # 5. Read-only for whoever may mount; EBUSY would mean that a writer is left.
+        for target in self._targets:
+            mounts.seal_superblock(target.mount.fd)
+            mounts.set_mount_flags(target.mount.fd)
+
+    def attach(self) -> tuple[Attached, ...]:
+        """Make the models visible: the last effect.
+
+        Raises:
+            HolderGone: The container's process ended or changed, or gave no answer: end the container.
+            DestinationRefused: A destination changed; nothing is visible.
+            SystemCallFailed: The kernel refuses; nothing is visible.
+        """
+        if self._attachment is None or not self._targets:
+            raise RuntimeError("only what was prepared and filled can be attached")
+        self._held.verify_unchanged()
+        by_destination = {target.model.destination: target for target in self._targets}
+        self._attachment.attach([by_destination[path].mount.fd for path in self._destinations])
+        return tuple(
+            Attached(
+                slot=target.model.slot,
+                destination=target.model.destination,
+                fsid=os.fstatvfs(target.mount.fd).f_fsid,
+                size_bytes=sum(entry.size for entry in target.model.manifest.files),
+            )
+            for target in self._targets
+        )
+
+    @property
+    def _held(self) -> Holder:
+        if self._holder is None:
+            raise RuntimeError("a delivery is used in its `with` block")
+        return self._holder
+
+    def _load_cgroup(self) -> MemoryCgroup | None:
+        with failing("our own mounts cannot be looked at"):
+            proc_fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            ours = mounts.load_mountinfo(proc_fd)
+        finally:
+            os.close(proc_fd)
+        return find_memory_cgroup(self._held.process.read("cgroup"), ours)
+
+    def _run_writer(
+        self, cgroup: MemoryCgroup | None, options: FillOptions, reservation: Reservation, progress: Progress | None
+    ) -> None:
+        total = sum(entry.size for target in self._targets for entry in target.model.manifest.files)
+        targets = self._targets
+
+        def body(channel: Channel) -> Report:
+            if cgroup is not None:
+                join_cgroup(cgroup)
+            lock_memory()
+            return {"filled": fill(targets, options, _reporter(channel))}
+
+        timeout = self._settings.timeout_seconds
+        with Child("the process that decrypts into memory", body, gone=WriterFailed) as writer:
+            while "done" not in (report := writer.receive(timeout)):
+                reservation.keep(max(0, total - report["progress"]))
+                if progress is not None:
+                    progress(report["progress"], total)
+            writer.join(timeout)
+        if report["done"] != {"filled": total}:
+            raise WriterFailed("the process that decrypts into memory did not decrypt all")
+        if progress is not None:
+            progress(total, total)
+
+
+def _reporter(channel: Channel) -> Callable[[int], None]:
+    """Report progress from the writer: often enough to show that it lives, rarely enough to cost nothing."""
+    reported = time.monotonic()
+
+    def report(done_bytes: int) -> None:
+        nonlocal reported
+        now = time.monotonic()
+        if now - reported >= _PROGRESS_SECONDS:
+            reported = now
+            channel.send_lossy({"progress": done_bytes})
+
+    return report

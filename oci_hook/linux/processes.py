@@ -1,0 +1,203 @@
+"""Processes held by descriptor, so that a reused pid is never mistaken for them, and the hardening of our own.
+
+A pid is a number that the kernel hands out again. `HeldProcess` opens a pidfd and the `/proc/<pid>` directory once and
+reads everything through them; after the process is gone its directory answers ESRCH, whoever has the number then.
+
+It does not decide which process may be trusted (`delivery.holder`). Sources: pidfd_open(2), proc(5), prctl(2),
+mlockall(2).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import select
+import signal
+from contextlib import ExitStack, suppress
+from types import TracebackType
+
+from oci_hook.errors import HolderGone, SystemCallFailed
+from oci_hook.linux import syscalls
+
+_PROC = "/proc"
+_LIMIT_BYTES = 1 << 20
+_STAT = re.compile(rb"\d+ \(.*\) [A-Za-z] (\d{1,10})(?: -?\d+){17} (\d{1,20})(?: .*)?", re.DOTALL)
+
+
+def parse_stat(data: bytes) -> tuple[int, int]:
+    """The parent's pid and the start time (clock ticks since boot) of a `/proc/<pid>/stat`.
+
+    Raises:
+        SystemCallFailed: It has not the form of proc(5).
+    """
+    # The name may hold blanks and parentheses: the last ") " ends it, which the greedy .* finds.
+    found = _STAT.fullmatch(data.rstrip(b"\n"))
+    if found is None:
+        raise SystemCallFailed("/proc/<pid>/stat cannot be read as proc(5) describes it")
+    return int(found[1]), int(found[2])
+
+
+def process_start_time(pid: int) -> int | None:
+    """The start time of whatever has this pid now, in clock ticks since boot; None if nothing has it."""
+    try:
+        fd = os.open(f"{_PROC}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    try:
+        return parse_stat(os.read(fd, 4096))[1]
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(fd)
+
+
+class HeldProcess:
+    """One process, held until the `with` block ends.
+
+    Args:
+        pid: In the hook's own pid namespace.
+
+    Raises:
+        HolderGone: There is no such process.
+        SystemCallFailed: It cannot be opened.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        with ExitStack() as stack:
+            try:
+                self.pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, self.pidfd)
+                self.proc_fd = os.open(f"{_PROC}/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, self.proc_fd)
+            except (ProcessLookupError, FileNotFoundError) as cause:
+                raise HolderGone(f"process {pid} does not exist") from cause
+            except OSError as cause:
+                raise SystemCallFailed(f"process {pid} cannot be held: {cause.strerror}") from cause
+            # Alive after both were opened: the directory is the pidfd's process, not a successor's.
+            self.verify_alive()
+            self.parent_pid, self.start_time = parse_stat(self.read("stat"))
+            self._descriptors = stack.pop_all()
+
+    def __enter__(self) -> HeldProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._descriptors.close()
+
+    def verify_alive(self) -> None:
+        """Raise unless the process runs still.
+
+        Raises:
+            HolderGone: It ended.
+        """
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if poll.poll(0):
+            raise HolderGone(f"process {self.pid} ended")
+
+    def verify_same(self) -> None:
+        """Raise unless the process runs still, with the parent and the start time that it had.
+
+        Raises:
+            HolderGone: It ended or is another's child now.
+        """
+        self.verify_alive()
+        if parse_stat(self.read("stat")) != (self.parent_pid, self.start_time):
+            raise HolderGone(f"process {self.pid} changed")
+
+    def open(self, name: str) -> int:
+        """Open a file of its `/proc` directory for reading; the caller closes it.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: It cannot be opened.
+        """
+        try:
+            return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc_fd)
+        except ProcessLookupError as cause:
+            raise HolderGone(f"process {self.pid} ended") from cause
+        except OSError as cause:
+            raise SystemCallFailed(f"/proc/{self.pid}/{name} cannot be opened: {cause.strerror}") from cause
+
+    def read(self, name: str) -> bytes:
+        """A file of its `/proc` directory, of at most 1 MiB.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: It cannot be read, or is larger.
+        """
+        return read_bounded(self.open(name), f"/proc/{self.pid}/{name}", _LIMIT_BYTES)
+
+    def executable_name(self) -> str:
+        """The last part of the path of what it runs.
+
+        crun seals itself by running from a detached bind mount or a memfd, which have no path ("/", "/memfd:…"); its
+        first argument, which the engine chose, names it then.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: The link cannot be read.
+        """
+        try:
+            link = os.readlink("exe", dir_fd=self.proc_fd)
+        except ProcessLookupError as cause:
+            raise HolderGone(f"process {self.pid} ended") from cause
+        except OSError as cause:
+            raise SystemCallFailed(f"/proc/{self.pid}/exe cannot be read: {cause.strerror}") from cause
+        if link == "/" or link.startswith("/memfd:"):
+            link = os.fsdecode(self.read("cmdline").partition(b"\0")[0])
+        return os.path.basename(link.removesuffix(" (deleted)"))
+
+
+def read_bounded(fd: int, what: str, limit_bytes: int) -> bytes:
+    """Read a kernel's file to its end and close it.
+
+    Raises:
+        HolderGone: The process that the file is about ended.
+        SystemCallFailed: It cannot be read, or is larger than `limit_bytes`.
+    """
+    parts: list[bytes] = []
+    left = limit_bytes + 1
+    try:
+        while left > 0 and (part := os.read(fd, min(left, 1 << 16))):
+            parts.append(part)
+            left -= len(part)
+    except ProcessLookupError as cause:
+        raise HolderGone(f"{what}: the process ended") from cause
+    except OSError as cause:
+        raise SystemCallFailed(f"{what} cannot be read: {cause.strerror}") from cause
+    finally:
+        os.close(fd)
+    if left <= 0:
+        raise SystemCallFailed(f"{what} is larger than {limit_bytes} bytes")
+    return b"".join(parts)
+
+
+def clear_signals() -> None:
+    """Block nothing and wait for children as usual: crun starts a hook with nearly every signal blocked."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def lock_memory() -> None:
+    """Keep this process's pages out of swap, as they are touched; best effort, as limits may forbid it."""
+    with suppress(OSError):
+        syscalls.mlockall(syscalls.MCL_CURRENT | syscalls.MCL_FUTURE | syscalls.MCL_ONFAULT)
+
+
+def harden_process() -> None:
+    """Leave no core, be traced by nobody but root, stay out of swap (best effort), inherit no signal mask.
+
+    Raises:
+        SystemCallFailed: The kernel refuses; swap alone is best effort.
+    """
+    clear_signals()
+    os.umask(0o077)
+    with syscalls.failing("the hook's process cannot be hardened"):
+        syscalls.prctl_set_dumpable(False)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lock_memory()
