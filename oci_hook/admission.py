@@ -1,0 +1,174 @@
+"""Admission: the checks between an annotation and a content key, in their order. Nothing becomes visible here.
+
+    request ─► bundle ─► manifest ─► grant ─► boot policy ─► token ─► identity ─► evidence ─► result ─► key
+
+The same for every entry point (hook, shim, podman's precreate, NRI, `sczctl exec`). Annotations select; what is
+allowed is the model owner's, signed. Each numbered check raises under a code of its own (`errors.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from oci_hook.attestation.appraisal import appraise_evidence
+from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.evidence import qualifying_data
+from oci_hook.attestation.host_device import HostDevice
+from oci_hook.audit import AuditLog
+from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
+from oci_hook.bundle.layout import Layout
+from oci_hook.bundle.manifest import Manifest, model_document
+from oci_hook.bundle.segments import ContentKey
+from oci_hook.config import Config
+from oci_hook.delivery.deliver import ModelDelivery
+from oci_hook.errors import AccessWindowRefused, ClockRefused, RequirementRefused
+from oci_hook.identity.binding import Bindings, verify_pod_binding
+from oci_hook.identity.sources import TokenFile
+from oci_hook.identity.token import Identity, verify_token
+from oci_hook.oci.annotations import ModelRequest
+from oci_hook.provenance import verified_manifest, verify_device
+from oci_hook.release import HostTpm, release_key
+from oci_hook.store import Store
+from oci_hook.trust import Issuer, Owner
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What admission knows of the container that asks."""
+
+    container_id: str
+    pid: int
+    start_time: int
+    runtime: str
+    pod_uid: str | None
+    token: TokenFile
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What admission knows of the host: all of it root's."""
+
+    config: Config
+    store: Store
+    owners: Sequence[Owner]
+    issuers: Sequence[Issuer]
+    device: HostDevice
+    audit: AuditLog
+    bindings: Bindings
+    clock: Callable[[], float]
+    random: Callable[[int], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """One model that one container may have: made by `admit` alone, used by the delivery, then gone."""
+
+    request: ModelRequest
+    manifest: Manifest
+    layout: Layout
+    identity: Identity
+    content_key: ContentKey
+    audit_head: bytes
+
+    def delivery(self) -> ModelDelivery:
+        """What the delivery needs of it."""
+        return ModelDelivery(
+            slot=self.request.slot,
+            destination=self.request.destination,
+            manifest=self.manifest,
+            layout=self.layout,
+            content_key=self.content_key,
+            document=model_document(self.manifest),
+        )
+
+
+def admit(request: ModelRequest, layout: Layout, container: Container, host: Host) -> Admission:
+    """Run every check for one model.
+
+    Args:
+        request: What the annotations ask for.
+        layout: The model's open bundle; it stays the caller's.
+        container: Who asks.
+        host: Where.
+
+    Returns:
+        The admission, which holds the content key.
+
+    Raises:
+        InputError: Something that we were given cannot be used.
+        Refused: A check was made and failed.
+        CouldNotTell: A check could not be made.
+    """
+    # 1. The time is not behind the last decision: an expired token must not come back to life. The head is read first:
+    #    another start may add a record meanwhile.
+    head = host.audit.head()
+    now = host.clock()
+    if now < head.seconds - host.config.token_leeway_seconds:
+        raise ClockRefused(f"the clock is {head.seconds - now:.0f} s behind the last audit record")
+    # 2. An owner whom this host trusts signed the manifest, and the bundle is what it describes.
+    manifest, owner = verified_manifest(layout, host.owners)
+    # 3. The owner allows the model at this date, under this runtime; the container's own requirements hold.
+    _verify_access_window(manifest, now)
+    _verify_runtime(manifest, request, container.runtime)
+    # 4. The owner granted exactly this manifest to exactly this device.
+    grant = _verified_grant(manifest, owner, host)
+    # 5. The owner signed a boot policy for this model line and device class.
+    boot_policy = _verified_boot_policy(manifest, owner, grant, host)
+    # 6. The container's token is by a trusted issuer, fresh, and names a workload of the access policy.
+    identity = verify_token(
+        container.token.data,
+        issuers=host.issuers,
+        access=manifest.access,
+        now=now,
+        leeway_seconds=host.config.token_leeway_seconds,
+    )
+    # 7. The token is this container's own: its pod's, or not another live container's.
+    _verify_binding(identity, container, host)
+    # 8. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
+    tpm = HostTpm(host.config, host.device)
+    nonce = host.random(32)
+    extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
+    evidence = tpm.collect_evidence(boot_policy, extra_data)
+    result = appraise_evidence(evidence, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy)
+    # 9. The TPM itself, by the sealed object's policy, releases the key.
+    content_key = release_key(result, identity, tpm=tpm, grant=grant, owner=owner)
+    return Admission(request, manifest, layout, identity, content_key, head.digest)
+
+
+def _verify_access_window(manifest: Manifest, now: float) -> None:
+    access = manifest.access
+    if access.not_before is not None and now < access.not_before:
+        raise AccessWindowRefused("the access policy does not allow the model yet")
+    if access.not_after is not None and now >= access.not_after:
+        raise AccessWindowRefused("the access policy no longer allows the model")
+
+
+def _verify_runtime(manifest: Manifest, request: ModelRequest, runtime: str) -> None:
+    """`noswap` and `private` hold for every delivery of this version: no memory of ours swaps, no copy is shared."""
+    allowed = manifest.access.runtimes
+    if allowed and runtime not in allowed:
+        raise RequirementRefused(f"the access policy allows the runtimes {', '.join(allowed)}, this is {runtime}")
+    required = request.requirements.runtime
+    if required is not None and runtime != required:
+        raise RequirementRefused(f"smm.scz/require asks for runtime={required}, this is {runtime}")
+
+
+def _verified_grant(manifest: Manifest, owner: Owner, host: Host) -> Grant:
+    grant = verify_grant(parse_grant(host.store.load_grant(manifest.digest)), owner=owner, manifest=manifest)
+    verify_device(grant, host.device)
+    return grant
+
+
+def _verified_boot_policy(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> BootPolicy:
+    data = host.store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
+    return verify_boot_policy(
+        parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
+    )
+
+
+def _verify_binding(identity: Identity, container: Container, host: Host) -> None:
+    if identity.issuer.kind == "kubernetes":
+        verify_pod_binding(identity, container.token.host_path, container.pod_uid)
+    else:
+        host.bindings.bind_token(identity, container.container_id, container.pid, container.start_time)

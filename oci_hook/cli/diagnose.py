@@ -1,0 +1,123 @@
+"""`sczctl why` and `sczctl audit`: what happened, and which command mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+
+import click
+
+from oci_hook.audit import AuditLog, format_time, text_line
+from oci_hook.cli import print_json
+from oci_hook.config import load_config
+from oci_hook.errors import all_errors
+from oci_hook.report import Refusal, explain, load_refusals
+
+_RAISED_BY_RUNTIMES = {
+    125: "podman itself failed, or could not start the container: ask with the container's id, or without an argument",
+    126: "podman could not start the container: ask with the container's id, or without an argument",
+    127: "podman: ask with the container's id, or without an argument",
+}
+
+
+@click.command()
+@click.argument("what", required=False)
+@click.option("--codes", is_flag=True, help="List every exit code of the hook.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def why(config_file: str, what: str | None, codes: bool, as_json: bool) -> int:
+    """Tell why a container did not start, and what mends it.
+
+    WHAT is a container's id (or its beginning), or an exit code of the hook; without it: the last refusal.
+    """
+    if codes:
+        return _show_codes(as_json)
+    if what is not None and what.isdigit() and len(what) <= 3:
+        return _show_code(int(what), as_json)
+    found = load_refusals(load_config(config_file).runtime_directory)
+    if what is not None:
+        found = [refusal for refusal in found if refusal.container_id.startswith(what)]
+    if not found:
+        click.echo("no refusal is known" + (f" for {what}" if what else ""), err=True)
+        return 1
+    _show_refusal(found[0], as_json)
+    return 0
+
+
+def _show_refusal(refusal: Refusal, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(refusal))
+        return
+    click.echo(f"{format_time(refusal.seconds)} container {refusal.container_id[:12]}")
+    click.echo(f"{refusal.reason} ({refusal.code}): {refusal.message}")
+    click.echo(f"remedy: {refusal.remedy}")
+
+
+def _show_code(code: int, as_json: bool) -> int:
+    found = explain(code)
+    if found is None:
+        hint = _RAISED_BY_RUNTIMES.get(code, "`sczctl why --codes` lists the hook's")
+        click.echo(f"{code} is not an exit code of the hook; {hint}", err=True)
+        return 1
+    reason, family, summary, remedy = found
+    if as_json:
+        print_json({"code": code, "reason": reason, "family": family, "summary": summary, "remedy": remedy})
+    else:
+        click.echo(f"{reason} ({code}, {family}): {summary}\nremedy: {remedy}")
+    return 0
+
+
+def _show_codes(as_json: bool) -> int:
+    if as_json:
+        keys = ("reason", "family", "summary", "remedy")
+        print_json({str(code): dict(zip(keys, explain(code) or (), strict=True)) for code in all_errors()})
+        return 0
+    for code, cls in all_errors().items():
+        click.echo(f"{code:>3}  {cls.__name__:<22} {cls.summary}")
+    return 0
+
+
+@click.group()
+def audit() -> None:
+    """Show and verify the audit log."""
+
+
+@audit.command("show")
+@click.option("--container", help="Only records of containers whose id begins so.")
+@click.option("--event", type=click.Choice(["grant", "outcome", "refused", "closed", "recovered"]), help="Only these.")
+@click.option("--since", type=click.DateTime(), help="Only records from this time (UTC) on.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.pass_obj
+def show_audit(
+    config_file: str, container: str | None, event: str | None, since: datetime | None, as_json: bool
+) -> None:
+    """Print the records; the chain is verified as they are read."""
+    earliest = since.isoformat() if since else ""
+    for record in AuditLog(load_config(config_file).audit_file).records():
+        if container and not str(record.get("container", "")).startswith(container):
+            continue
+        if (event and record["event"] != event) or record["time"] < earliest:
+            continue
+        if as_json:
+            import json
+
+            click.echo(json.dumps(record, sort_keys=True, ensure_ascii=False))
+        else:
+            click.echo(text_line(record))
+
+
+@audit.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def verify_audit(config_file: str, as_json: bool) -> None:
+    """Verify the chain from the first record to the last; print the head."""
+    log = AuditLog(load_config(config_file).audit_file)
+    number = sum(1 for _ in log.records())
+    head = log.head()
+    if as_json:
+        print_json({"records": number, "head": head.digest.hex(), "last": format_time(head.seconds)})
+    else:
+        click.echo(f"{number} records, each follows the one before; head {head.digest.hex()}")
+
+
+COMMANDS = {"why": why, "audit": audit}

@@ -1,0 +1,163 @@
+"""`sczctl enroll`: the four files between a host and a model's owner. No network: a USB stick would do."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from oci_hook.cli.options import CLASS, EK_ROOTS, KEYS, OUTPUT, load_authorities, read_input, write_output
+from oci_hook.config import Config, load_config
+from oci_hook.errors import DeviceInvalid, DeviceNotEnrolled, TrustInvalid
+from oci_hook.store import Store
+from oci_hook.trust import parse_owner
+from oci_hook.trusted_file import make_private_directory
+
+if TYPE_CHECKING:
+    from oci_hook.attestation.tpm import Tpm
+
+T = TypeVar("T")
+
+
+def _with_tpm(config: Config, action: Callable[[Tpm], T]) -> T:
+    """One transaction with the host's TPM, in this process: enrolment is typed by a person, who can interrupt it."""
+    from oci_hook.attestation.tpm import open_tpm
+
+    make_private_directory(config.runtime_directory)
+    lock_file = os.path.join(config.runtime_directory, "tpm.lock")
+    with open_tpm(config.tpm_tcti, lock_file=lock_file, timeout_seconds=config.tpm_timeout_seconds) as tpm:
+        return action(tpm)
+
+
+@click.group()
+def enroll() -> None:
+    """Enrol a host with a model's owner: request (host), challenge (owner), answer (host), accept (owner)."""
+
+
+@enroll.command()
+@click.option("--owner", "owner_file", type=click.Path(dir_okay=False), required=True, help="The owner's owner.json.")
+@click.option("--device", default=None, help="Name of this device; default: the host's name.")
+@OUTPUT
+@click.pass_obj
+def request(config_file: str, owner_file: str, device: str | None, output: str) -> None:
+    """HOST: make this TPM's keys and counter, and ask the owner to accept them."""
+    from oci_hook.attestation.enrolment_documents import format_request
+    from oci_hook.attestation.host_device import format_host_device
+
+    config = load_config(config_file)
+    store = Store(config.store_directory)
+    owner = parse_owner(read_input(owner_file, TrustInvalid))
+    name = device or socket.gethostname().split(".")[0].lower()
+    try:
+        known = store.load_device()
+    except DeviceNotEnrolled:
+        known = None
+    host, (certificate, ek) = _with_tpm(config, lambda tpm: (tpm.provision(owner.owner_id, known), tpm.ek()))
+    document = format_request(
+        device=name,
+        owner_id=owner.owner_id,
+        ek_certificate=certificate,
+        ek=ek,
+        ak=host.ak,
+        srk=host.srk,
+        counter=host.counters[owner.owner_id],
+    )
+    store.save_device(format_host_device(host))
+    store.save_request(owner.owner_id, document)
+    write_output(output, document)
+    click.echo(f"request of device {name} to owner {owner.name} ({owner.owner_id}) in {output}")
+    click.echo(f"next, the owner: sczctl enroll challenge {output} --keys … --ek-roots … -o challenge.json")
+
+
+@enroll.command()
+@click.argument("request_file", metavar="REQUEST", type=click.Path(dir_okay=False))
+@KEYS
+@EK_ROOTS
+@OUTPUT
+def challenge(request_file: str, keys: str, ek_roots: str, output: str) -> None:
+    """OWNER: check a device's TPM and challenge it. What fails a check is refused with the check's number."""
+    from oci_hook.attestation.enrolment import make_challenge, verify_request
+    from oci_hook.attestation.enrolment_documents import format_pending, parse_request
+    from oci_hook.attestation.tpm import make_credential
+    from oci_hook.owner.keyring import load_owner
+    from oci_hook.owner.records import OwnerRecords
+
+    found = parse_request(read_input(request_file, DeviceInvalid))
+    if found.owner_id != load_owner(Path(keys)).owner_id:
+        raise DeviceInvalid(f"the request of {found.device} is for another owner")
+    verified = verify_request(found, authorities=load_authorities(ek_roots), now=datetime.now(UTC))
+    document, pending = make_challenge(verified, secret=secrets.token_bytes(32), make_credential=make_credential)
+    OwnerRecords(Path(keys)).save_pending(found.device, format_pending(pending))
+    write_output(output, document)
+    click.echo(f"EK certificate of {found.device}: {verified.ek_certificate.subject or '(no subject)'}")
+    click.echo(
+        f"challenge for {found.device} in {output}; next, the host: sczctl enroll answer {output} -o answer.json"
+    )
+
+
+@enroll.command()
+@click.argument("challenge_file", metavar="CHALLENGE", type=click.Path(dir_okay=False))
+@OUTPUT
+@click.pass_obj
+def answer(config_file: str, challenge_file: str, output: str) -> None:
+    """HOST: let the TPM answer the challenge and vouch for its keys, counter and boot state."""
+    from oci_hook.attestation.enrolment import enrolment_qualifying_data, proof
+    from oci_hook.attestation.enrolment_documents import Answer, format_answer, parse_challenge, parse_request
+    from oci_hook.attestation.measurement import MEASURED_PCRS
+
+    config = load_config(config_file)
+    store = Store(config.store_directory)
+    asked = parse_challenge(read_input(challenge_file, DeviceInvalid))
+    host, asked_for = store.load_device(), parse_request(store.load_request(asked.owner_id))
+
+    def transact(tpm: Tpm) -> Answer:
+        secret = tpm.activate_credential(host, asked.id_object, asked.encrypted_secret)
+        srk, counter, quote = (
+            enrolment_qualifying_data(kind, secret, asked_for.digest) for kind in ("srk", "counter", "quote")
+        )
+        return Answer(
+            device=asked.device,
+            owner_id=asked.owner_id,
+            proof=proof(secret, asked_for.digest),
+            srk_certify=tpm.certify(host, srk),
+            counter_certify=tpm.nv_certify(host, host.counters[asked.owner_id], counter),
+            quote=tpm.quote(host, sorted(MEASURED_PCRS), quote),
+        )
+
+    write_output(output, format_answer(_with_tpm(config, transact)))
+    click.echo(f"answer of {asked.device} in {output}; next, the owner: sczctl enroll accept {output} --keys …")
+
+
+@enroll.command()
+@click.argument("answer_file", metavar="ANSWER", type=click.Path(dir_okay=False))
+@KEYS
+@EK_ROOTS
+@CLASS
+def accept(answer_file: str, keys: str, ek_roots: str, device_class: str) -> None:
+    """OWNER: verify the answer and keep the device's record; then grant models to it."""
+    from oci_hook.attestation.device_record import format_device_record
+    from oci_hook.attestation.enrolment import verify_answer
+    from oci_hook.attestation.enrolment_documents import parse_answer, parse_pending
+    from oci_hook.owner.records import OwnerRecords
+
+    records = OwnerRecords(Path(keys))
+    found = parse_answer(read_input(answer_file, DeviceInvalid))
+    record = verify_answer(
+        parse_pending(records.load_pending(found.device)),
+        found,
+        authorities=load_authorities(ek_roots),
+        now=datetime.now(UTC),
+        device_class=device_class,
+    )
+    records.save_device(record.device, format_device_record(record))
+    records.remove_pending(record.device)
+    click.echo(f"enrolled {record.device} (class {record.device_class}, counter {record.counter_value})")
+
+
+COMMANDS = {"enroll": enroll}

@@ -1,0 +1,134 @@
+"""Run-time records: which container holds which models. They are for people and for doing a thing once, not secrets.
+
+One file a container below the run-time directory, named after the id and the bundle (two containerd namespaces may use
+one id). It is written before the model becomes visible and marked once it is; what a killed hook left is told apart by
+the process that it names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from oci_hook.documents import Fields, canonical, parse_object
+from oci_hook.errors import FileUnreadable, SczError
+from oci_hook.linux.processes import process_start_time
+from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file
+
+_LIMIT_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRecord:
+    """One container.
+
+    Attributes:
+        models: `name:version`, in the order of their slots.
+        manifests: Their manifest digests.
+        destinations: Their paths in the container.
+        start_time: Of the process `pid`, in clock ticks since boot (proc(5), stat field 22).
+        seconds: When the record was opened, since 1970.
+        delivered: The models are visible to the container.
+    """
+
+    container_id: str
+    bundle: str
+    pid: int
+    start_time: int
+    seconds: int
+    models: tuple[str, ...]
+    manifests: tuple[str, ...]
+    destinations: tuple[str, ...]
+    subject: str
+    size_bytes: int
+    delivered: bool
+
+    def is_alive(self) -> bool:
+        """Whether the process that the record names still runs."""
+        return process_start_time(self.pid) == self.start_time
+
+
+def _parse(data: bytes, path: str) -> ContainerRecord:
+    fields = Fields(
+        parse_object(data, limit_bytes=_LIMIT_BYTES, what=path, error=FileUnreadable), what=path, error=FileUnreadable
+    )
+    record = ContainerRecord(
+        container_id=fields.string("container_id"),
+        bundle=fields.string("bundle", limit=4096),
+        pid=fields.integer("pid", low=1, high=1 << 31),
+        start_time=fields.integer("start_time", low=0, high=1 << 62),
+        seconds=fields.integer("seconds", low=0, high=1 << 53),
+        models=fields.strings("models", low=1, high=16),
+        manifests=tuple(fields.items("manifests", str, low=1, high=16)),
+        destinations=fields.strings("destinations", low=1, high=16, limit=4096),
+        subject=fields.string("subject", limit=4096),
+        size_bytes=fields.integer("size_bytes", low=0, high=1 << 62),
+        delivered=fields.boolean("delivered"),
+    )
+    fields.finish()
+    return record
+
+
+class ContainerRecords:
+    """The records below `<runtime_directory>/containers`."""
+
+    def __init__(self, runtime_directory: str) -> None:
+        self._runtime_directory = runtime_directory
+        self._directory = os.path.join(runtime_directory, "containers")
+
+    def _path(self, container_id: str, bundle: str) -> str:
+        name = hashlib.sha256(f"{container_id}\0{bundle}".encode()).hexdigest()
+        return os.path.join(self._directory, f"{name}.json")
+
+    def _load(self, path: str) -> ContainerRecord | None:
+        try:
+            return _parse(load_root_file(path, limit_bytes=_LIMIT_BYTES, error=FileUnreadable), path)
+        except FileUnreadable:
+            if not os.path.lexists(path):
+                return None
+            raise
+
+    def is_delivered(self, container_id: str, bundle: str, pid: int, start_time: int) -> bool:
+        """Whether this very process was given its models already."""
+        record = self._load(self._path(container_id, bundle))
+        return record is not None and record.delivered and (record.pid, record.start_time) == (pid, start_time)
+
+    def write(self, record: ContainerRecord) -> None:
+        """Write or replace a container's record."""
+        make_private_directory(self._runtime_directory)
+        make_private_directory(self._directory)
+        document = {name: getattr(record, name) for name in ContainerRecord.__slots__}
+        replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
+
+    def mark_delivered(self, record: ContainerRecord) -> None:
+        """The models are visible now."""
+        self.write(replace(record, delivered=True))
+
+    def close(self, container_id: str, bundle: str) -> ContainerRecord | None:
+        """Remove a container's record; returns it, or None if there was none."""
+        path = self._path(container_id, bundle)
+        record = self._load(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return record
+
+    def live(self) -> Sequence[ContainerRecord]:
+        """The records of processes that still run, oldest first; what a killed hook left is removed."""
+        found = []
+        for name in os.listdir(self._directory) if os.path.isdir(self._directory) else []:
+            path = os.path.join(self._directory, name)
+            if not name.endswith(".json"):
+                continue
+            try:
+                record = self._load(path)
+            except SczError:
+                continue
+            if record is not None and record.is_alive():
+                found.append(record)
+            elif record is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        return sorted(found, key=lambda record: record.seconds)
