@@ -1,0 +1,67 @@
+# `make help` lists the targets. A new Debian machine needs git and make; `make` brings the rest.
+# Downloads are pinned by hash: requirements-*.lock and tests/demo/requirements-model.lock.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet --quiet
+LOCKS := requirements-build.lock requirements-dev.lock
+# Folders too: a module that went away has to go from the virtual environment.
+SOURCES := pyproject.toml $(shell find oci_hook -name __pycache__ -prune -o \( -name '*.py' -o -name py.typed -o -type d \) -print)
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test unit integration lint format lock clean help host
+
+install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
+
+demo: install  ## the main job from beginning to end, on a real model; about a minute
+	$(PYTHON) -m tests.demo
+
+test: install  ## every test; unit and integration side by side
+	$(PYTHON) -m tests.side_by_side unit integration
+
+unit integration: install  ## one half of the tests
+	$(PYTHON) -m tests.side_by_side $@
+
+lint: install  ## ruff and mypy --strict
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy --strict oci_hook
+
+format: install  ## let ruff rewrite the sources
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+host:
+	@packaging/prepare-host
+
+# A virtual environment that was copied or moved here, or lost its Python, starts anew.
+WORKS := grep -qs '^\#!$(CURDIR)/$(VENV)/' $(VENV)/bin/pip && $(PYTHON) -c 'import pip' 2>/dev/null
+$(shell [ ! -e $(VENV)/.dependencies ] || { $(WORKS); } || rm -f $(VENV)/.dependencies)
+
+$(VENV)/.dependencies: $(LOCKS) | host
+	@{ $(WORKS); } || { echo 'make: virtual environment $(VENV)'; python3 -m venv --clear $(VENV); }
+	@echo 'make: downloading and building what requirements-build.lock and requirements-dev.lock pin'
+	@$(PIP) install --require-hashes --only-binary=:all: --requirement requirements-build.lock
+	@$(PIP) install --require-hashes --no-build-isolation --requirement requirements-dev.lock
+	@touch $@
+
+# Not editable: the hook runs from site-packages, as it does on a host. pip compiles the bytecode.
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	@echo 'make: installing scz-smm into $(VENV)'
+	@rm -rf build/lib build/bdist.* *.egg-info
+	@$(PIP) install --force-reinstall --no-deps --no-build-isolation --no-index .
+	@rm -rf build/lib build/bdist.* *.egg-info
+	@touch $@
+
+# One resolution, for the oldest Python that is supported; without the machine's own indexes and folders of wheels.
+lock: | host  ## resolve the dependencies anew
+	python3 -m venv --clear build/lock
+	build/lock/bin/pip install --quiet pip-tools==7.6.2
+	packaging/lock build/lock/bin/pip-compile
+
+clean:  ## remove what make made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -n 's/^\([a-z ]*\):[^#]*  ## \(.*\)/\1: \2/p' $(MAKEFILE_LIST) | sort

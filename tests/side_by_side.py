@@ -1,0 +1,97 @@
+"""Runs parts of the tests at the same time, one pytest each: `python -m tests.side_by_side unit integration`.
+
+Each part's output is shown whole when that part has ended; the last line sums up. It fails if a test failed, if one was
+skipped or expected to fail (all are required: what cannot run has not been shown to work), or if a part had no tests.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+_LIMIT_SECONDS = 45 * 60
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One pytest process and its files below build/tests."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    results: Path
+
+
+def start(name: str) -> Part:
+    """Start pytest on tests/NAME."""
+    folder = ROOT / "build" / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    log, results = folder / f"{name}.log", folder / f"{name}.xml"
+    results.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", f"tests/{name}", f"--junit-xml={results}"]
+    command += ["-o", f"cache_dir={folder}/{name}.cache"]  # one each: they write it at the same time
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+    print(f"{name}: started; its output so far is in {log.relative_to(ROOT)}", flush=True)
+    return Part(name, process, log, results)
+
+
+def count(part: Part) -> Counter[str]:
+    """How the part's tests ended, by pytest's own record."""
+    counts: Counter[str] = Counter()
+    if part.results.exists():
+        for case in ElementTree.parse(part.results).iter("testcase"):  # our own pytest's file
+            endings = {child.tag for child in case} & {"failure", "error", "skipped"}
+            counts["skipped" if endings == {"skipped"} else "failed" if endings else "passed"] += 1
+    return counts
+
+
+def finish(part: Part) -> tuple[Counter[str], list[str]]:
+    """Show the part's output; returns its counts and what is wrong with it."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(f"\n===== {part.name} =====\n".encode() + part.log.read_bytes())
+    sys.stdout.flush()
+    counts, wrong = count(part), []
+    if part.process.returncode != 0:
+        wrong.append(f"pytest exited with {part.process.returncode}")
+    if counts["skipped"]:
+        wrong.append(f"{counts['skipped']} skipped, and every test is required")
+    if not counts["passed"]:
+        wrong.append("no test passed")
+    return counts, wrong
+
+
+def main(names: list[str]) -> int:
+    """Run the parts; the exit code is 0 only if nothing is wrong with any."""
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    running = [start(name) for name in names]
+    total: Counter[str] = Counter(passed=0, failed=0, skipped=0)
+    endings = []
+    try:
+        while running:
+            if time.monotonic() > deadline:
+                for part in running:
+                    part.process.kill()
+            for part in [part for part in running if part.process.poll() is not None]:
+                running.remove(part)
+                counts, wrong = finish(part)
+                total += counts
+                endings.append(f"{part.name}: {'; '.join(wrong) or 'all passed'}")
+            time.sleep(0.1)
+    finally:
+        for part in running:
+            part.process.terminate()
+            part.process.wait()
+    print("\n" + "\n".join(endings))
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return 0 if endings and all(ending.endswith(": all passed") for ending in endings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

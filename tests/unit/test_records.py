@@ -1,0 +1,67 @@
+"""`records`: written before the model is visible, told apart by the process, closed by poststop."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from oci_hook.errors import FileUnreadable
+from oci_hook.linux.processes import process_start_time
+from oci_hook.records import ContainerRecord, ContainerRecords
+
+
+@pytest.fixture
+def record() -> ContainerRecord:
+    start_time = process_start_time(os.getpid())
+    assert start_time is not None
+    return ContainerRecord(
+        container_id="c1",
+        bundle="/b",
+        pid=os.getpid(),
+        start_time=start_time,
+        seconds=1,
+        models=("minilm:1",),
+        manifests=("sha256:" + "0" * 64,),
+        destinations=("/models/minilm",),
+        subject="s",
+        size_bytes=1,
+        delivered=False,
+    )
+
+
+def test_a_record_is_delivered_for_its_own_process_only(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    assert not records.is_delivered("c1", "/b", record.pid, record.start_time)
+    records.write(record)
+    assert not records.is_delivered("c1", "/b", record.pid, record.start_time)
+    records.mark_delivered(record)
+    assert records.is_delivered("c1", "/b", record.pid, record.start_time)
+    assert not records.is_delivered("c1", "/b", record.pid, record.start_time + 1)
+    assert not records.is_delivered("c1", "/other", record.pid, record.start_time)
+
+
+def test_live_drops_what_a_killed_hook_left(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(record)
+    records.write(replace(record, container_id="dead", start_time=record.start_time + 1))
+    assert [found.container_id for found in records.live()] == ["c1"]
+    assert len(os.listdir(tmp_path / "run" / "containers")) == 1
+
+
+def test_close_returns_the_record_once(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(record)
+    assert records.close("c1", "/b") == record
+    assert records.close("c1", "/b") is None
+
+
+def test_a_damaged_record_is_not_believed(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(record)
+    (path,) = (tmp_path / "run" / "containers").iterdir()
+    path.write_text('{"delivered": true}')
+    with pytest.raises(FileUnreadable):
+        records.is_delivered("c1", "/b", record.pid, record.start_time)
