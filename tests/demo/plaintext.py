@@ -1,0 +1,131 @@
+"""Looks for a model's plaintext where it must not be: files, writable layers, swap. Used by the demo and the tests.
+
+Every search is to be run where it must succeed as well, else it proves nothing: `Swap.control` puts a marker of its own
+through an ordinary tmpfs into the swap file and finds it there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+MARKER_BYTES = 48
+_CHUNK_BYTES = 8 << 20
+_MADV_PAGEOUT = 21  # Linux 5.4, asm-generic/mman-common.h
+_SWAP_BYTES = 256 << 20
+
+
+def marker_of(path: Path) -> bytes:
+    """Bytes from the middle of a file that occur nowhere by chance: at least 24 different values among 48."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for offset in range(size // 2, size - MARKER_BYTES, 4096):
+            file.seek(offset)
+            found = file.read(MARKER_BYTES)
+            if len(set(found)) >= 24:
+                return found
+    raise ValueError(f"{path} has no bytes to recognise it by")
+
+
+def contains(path: Path, marker: bytes) -> bool:
+    """Whether a file holds the marker; read in chunks, without keeping it in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        tail = b""
+        while chunk := file.read(_CHUNK_BYTES):
+            if marker in tail + chunk:
+                return True
+            tail = chunk[-len(marker) :]
+    return False
+
+
+def files_below(*folders: Path) -> Iterator[Path]:
+    """Regular files below the folders, each once; links and other file systems' entries are not entered twice."""
+    for folder in folders:
+        for parent, names, files in os.walk(folder):
+            names[:] = [
+                name for name in names if not os.path.ismount(os.path.join(parent, name)) or parent == str(folder)
+            ]
+            for name in files:
+                path = Path(parent) / name
+                try:
+                    if stat.S_ISREG(path.lstat().st_mode):
+                        yield path
+                except OSError:
+                    continue  # it went away meanwhile
+
+
+def search(marker: bytes, *folders: Path) -> tuple[int, list[Path]]:
+    """Search all files below the folders; returns how many were searched, and those that hold the marker."""
+    searched, found = 0, []
+    for path in files_below(*folders):
+        try:
+            searched += 1
+            if contains(path, marker):
+                found.append(path)
+        except OSError:
+            continue
+    return searched, found
+
+
+def page_out(path: Path) -> None:
+    """Ask the kernel to write a mapped file's pages to swap, as it would under memory pressure (madvise(2))."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        for offset in range(0, len(mapped), mmap.PAGESIZE):
+            mapped[offset]
+        mapped.madvise(_MADV_PAGEOUT)
+
+
+class Swap:
+    """A swap file that is on while the context lasts.
+
+    Args:
+        directory: On a disk's file system that can hold a swap file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.file = directory / "swapfile"
+        self._tmpfs = directory / "ordinary-tmpfs"
+
+    def __enter__(self) -> Swap:
+        with self.file.open("wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            for _ in range(_SWAP_BYTES // _CHUNK_BYTES):
+                file.write(bytes(_CHUNK_BYTES))
+            os.fsync(file.fileno())
+        subprocess.run(["mkswap", str(self.file)], check=True, capture_output=True)
+        subprocess.run(["swapon", "--priority", "32000", str(self.file)], check=True, capture_output=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        subprocess.run(["swapoff", str(self.file)], check=True, capture_output=True)
+        self.file.unlink()
+
+    def holds(self, marker: bytes) -> bool:
+        """Whether the marker is in the swap file on the disk."""
+        os.sync()
+        return contains(self.file, marker)
+
+    def control(self) -> bool:
+        """The control: a marker in an ordinary tmpfs, paged out, is found in the swap file."""
+        marker = secrets.token_bytes(MARKER_BYTES)
+        self._tmpfs.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(self._tmpfs)], check=True)
+        try:
+            victim = self._tmpfs / "victim"
+            victim.write_bytes(marker * 1024)
+            for _ in range(20):
+                page_out(victim)
+                if self.holds(marker):
+                    return True
+                time.sleep(0.25)
+            return False
+        finally:
+            subprocess.run(["umount", str(self._tmpfs)], check=True)
+            self._tmpfs.rmdir()
