@@ -23,8 +23,6 @@ from oci_hook.oci.spec import Mount
 from oci_hook.trusted_file import read_regular
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG)
-_MOVING = (errno.ENOENT, errno.EAGAIN)
-_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ def load_token(spec_mounts: Sequence[Mount], token_path: str) -> TokenFile:
     """
     mount, below = _covering_mount(spec_mounts, token_path)
     try:
-        descriptor = _open_token(mount, below)
+        descriptor = _open_beneath(mount, below)
     except OSError as cause:
         error = TokenMissing if cause.errno in _ABSENT else FileUnreadable
         raise error(f"no token can be opened at {shown(token_path)}: {cause.strerror}") from cause
@@ -93,18 +91,8 @@ def _below(path: str, destination: str) -> str | None:
     return path.removeprefix(prefix) if path.startswith(prefix) else None
 
 
-def _open_token(mount: Mount, below: str) -> int:
-    """An O_PATH descriptor; the kubelet may be replacing the volume's `..data` at this moment, so tried again."""
-    for _ in range(_ATTEMPTS - 1):
-        try:
-            return _open_beneath(mount, below)
-        except OSError as error:
-            if error.errno not in _MOVING:
-                raise
-    return _open_beneath(mount, below)
-
-
 def _open_beneath(mount: Mount, below: str) -> int:
+    """An O_PATH descriptor of what lies at `below` beneath the mount's source."""
     # The engine chose the source, a container may have chosen what lies below it: links there must not lead out.
     source = openat2(AT_FDCWD, mount.source, os.O_PATH, resolve=RESOLVE_NO_MAGICLINKS)
     if not below:

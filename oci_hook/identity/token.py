@@ -25,7 +25,7 @@ from oci_hook.errors import (
     TokenMalformed,
     TokenSignatureRefused,
 )
-from oci_hook.jws import ALGORITHMS, PublicJwk, UnverifiedJws, parse_compact, verify_compact
+from oci_hook.jws import ALGORITHMS, PublicJwk, parse_compact, verify_compact
 from oci_hook.trust import Issuer
 
 TOKEN_LIMIT_BYTES = 16 << 10
@@ -101,17 +101,8 @@ def verify_token(
     """
     if not math.isfinite(now) or not 0 <= leeway_seconds <= LEEWAY_HIGH_SECONDS:
         raise ValueError(f"now is not a time, or the leeway is not 0 to {LEEWAY_HIGH_SECONDS} seconds")
-    # 1. Form: bounded, three parts, canonical base64url, strict JSON, no crit and no b64 (RFC 7515, section 5.2).
-    token = parse_compact(data, limit_bytes=TOKEN_LIMIT_BYTES, what=_WHAT, error=TokenMalformed)
-    _verify_type(token.unverified_header)
-    # 2. The algorithm is one of a literal list (RFC 8725, section 3.1).
-    algorithm = _algorithm(token.unverified_header)
-    # 3. The issuer is trusted here. Still unverified: it only chooses whose keys are tried.
-    issuer = _issuer(_claims(token.unverified_payload), issuers)
-    # 4. One key of that issuer fits kid, kty, curve, alg, use and key_ops; keys that the token brings are never used.
-    key = _key(token.unverified_header, algorithm, issuer)
-    # 5. The signature.
-    claims = _claims(_signed_payload(token, key, algorithm))
+    # 1-5. Signed by the one fitting key of a trusted issuer.
+    issuer, key, claims = _signed_claims(data, issuers)
     # 6. Subject and audience are there and of their types.
     subject, audiences = _subject(claims), _audiences(claims)
     # 7. The times (RFC 7519, sections 4.1.4 to 4.1.6) and the lifetime that the owner allows.
@@ -135,6 +126,21 @@ def verify_token(
         namespace=namespace,
         service_account=service_account,
     )
+
+
+def _signed_claims(data: bytes, issuers: Sequence[Issuer]) -> tuple[Issuer, PublicJwk, Mapping[str, object]]:
+    """Checks 1 to 5: whose key, and what it signed."""
+    # 1. Form: bounded, three parts, canonical base64url, strict JSON, no crit and no b64 (RFC 7515, section 5.2).
+    token = parse_compact(data, limit_bytes=TOKEN_LIMIT_BYTES, what=_WHAT, error=TokenMalformed)
+    _verify_type(token.unverified_header)
+    # 2. The algorithm is one of a literal list (RFC 8725, section 3.1).
+    algorithm = _algorithm(token.unverified_header)
+    # 3. The issuer is trusted here. Still unverified: it only chooses whose keys are tried.
+    issuer = _issuer(_claims(token.unverified_payload), issuers)
+    # 4. One key of that issuer fits kid, kty, curve, alg, use and key_ops; keys that the token brings are never used.
+    key = _key(token.unverified_header, algorithm, issuer)
+    # 5. The signature.
+    return issuer, key, _claims(verify_compact(token, key, algorithm, error=TokenSignatureRefused))
 
 
 # --- the header -------------------------------------------------------------------------------------------------------
@@ -164,10 +170,6 @@ def _key(header: Mapping[str, object], algorithm: str, issuer: Issuer) -> Public
         number = "no key" if not fitting else "more than one key"
         raise TokenSignatureRefused(f"the issuer {shown(issuer.name)} has {number} for {algorithm} {wanted}")
     return fitting[0]
-
-
-def _signed_payload(token: UnverifiedJws, key: PublicJwk, algorithm: str) -> bytes:
-    return verify_compact(token, key, algorithm, error=TokenSignatureRefused)
 
 
 # --- the claims -------------------------------------------------------------------------------------------------------
