@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -61,9 +62,17 @@ def parse_object(data: bytes, *, limit_bytes: int, what: str, error: type[SczErr
             raise error(f"{what} has a number of more than {_MAX_INTEGER_DIGITS} digits")
         return int(digits)
 
+    def fraction(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise error(f"{what} has a number that is too large")
+        return number
+
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer, parse_float=fraction
+        )
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate would surface later, elsewhere
     except (ValueError, RecursionError) as cause:
         raise error(f"{what} is not JSON in UTF-8") from cause

@@ -1,4 +1,4 @@
-"""The owner's three keys: made, kept in PKCS#8 PEM under a passphrase, opened; and content keys sealed to one of them.
+"""The owner's three keys: made, kept in PKCS#8 PEM under a passphrase, opened; content keys sealed to one of them.
 
 The manifest key signs manifests and grants, the boot-policy key boot policies, the recovery key opens content keys. The
 rest of the owner's folder is `records`. Specification: docs/specification.md, "Owner"; RFC 5958 (PKCS#8), 9180 (HPKE).
@@ -17,10 +17,11 @@ from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from oci_hook.bundle.files import NewFolder, closing, create_file, open_beneath, read_bounded, refusal
 from oci_hook.bundle.segments import KEY_BYTES, ContentKey
-from oci_hook.documents import canonical, shown
+from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, KeyInvalid, TrustInvalid
 from oci_hook.jws import PublicJwk, ec_public_key, owner_jwk, public_jwk
 from oci_hook.owner.records import load_grants
@@ -37,10 +38,14 @@ __all__ = [
 ]
 
 OWNER_FILE = "owner.json"
+STRETCH_FILE = "passphrase.json"
 KEY_FILES = {"manifest_key": "manifest.key", "boot_policy_key": "boot-policy.key", "recovery_key": "recovery.key"}
 SEALED_BYTES = 65 + KEY_BYTES + 16  # HPKE's enc (an uncompressed P-256 point), the key, the tag
 _PEM_LIMIT_BYTES = 16 * 1024
 _ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
+_SALT_BYTES = 16
+_SCRYPT_N = 1 << 17  # OWASP's recommendation with r = 8, p = 1
+_STRETCH_SCHEMA = "scz-smm/passphrase/v1"
 _HPKE_LABEL = b"scz-smm/content-key/v1"
 
 
@@ -70,7 +75,8 @@ def create_keyring(folder: Path, name: str, passphrase: str | None) -> Owner:
     """
     if not re.fullmatch(NAME, name) or len(name) > NAME_LIMIT:
         raise KeyInvalid(f"{shown(name)} is not an owner's name: lower-case letters, digits, and . _ - between them")
-    encryption = _encryption(passphrase)
+    stretch = _Stretch(os.urandom(_SALT_BYTES))
+    encryption = _encryption(passphrase, stretch)
     keys = {role: ec.generate_private_key(ec.SECP256R1()) for role in KEY_FILES}
     public = {role: public_jwk(key.public_key()) for role, key in keys.items()}
     document = canonical({"schema": "scz-smm/owner/v1", "name": name, **public})
@@ -81,19 +87,53 @@ def create_keyring(folder: Path, name: str, passphrase: str | None) -> Owner:
                 pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
                 create_file(new.partial / KEY_FILES[role], pem, mode=0o600)
             create_file(new.partial / OWNER_FILE, document, mode=0o644)
+            create_file(new.partial / STRETCH_FILE, stretch.document(), mode=0o600)
             new.publish(mode=0o700)
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or folder)}: {cause.strerror}") from cause
     return owner
 
 
-def _encryption(passphrase: str | None) -> serialization.KeySerializationEncryption:
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """How a passphrase becomes the password of the PEM files: scrypt (RFC 7914), 128 MiB and about half a second.
+
+    PKCS#8's own derivation, as the library writes it, is 2048 rounds of PBKDF2: cheap to guess from a stolen stick.
+    """
+
+    salt: bytes
+
+    def document(self) -> bytes:
+        return canonical(
+            {"schema": _STRETCH_SCHEMA, "kdf": "scrypt", "n": _SCRYPT_N, "r": 8, "p": 1, "salt": self.salt.hex()}
+        )
+
+    def password(self, passphrase: str) -> bytes:
+        """The PEM files' password: 64 hexadecimal digits."""
+        secret = Scrypt(salt=self.salt, length=32, n=_SCRYPT_N, r=8, p=1).derive(_passphrase_bytes(passphrase))
+        return secret.hex().encode()
+
+
+def _load_stretch(folder: Path) -> _Stretch:
+    data = _read(folder, STRETCH_FILE, _PEM_LIMIT_BYTES, private=True)
+    fields = Fields(
+        parse_object(data, limit_bytes=_PEM_LIMIT_BYTES, what=STRETCH_FILE, error=KeyInvalid),
+        what=STRETCH_FILE,
+        error=KeyInvalid,
+    )
+    fields.literal("schema", _STRETCH_SCHEMA)
+    fields.literal("kdf", "scrypt")
+    for name, value in (("n", _SCRYPT_N), ("r", 8), ("p", 1)):
+        fields.integer(name, low=value, high=value)
+    stretch = _Stretch(fields.hexadecimal("salt", low=_SALT_BYTES, high=_SALT_BYTES))
+    fields.finish()
+    return stretch
+
+
+def _encryption(passphrase: str | None, stretch: _Stretch) -> serialization.KeySerializationEncryption:
     if passphrase is None:
         return serialization.NoEncryption()
-    try:
-        return serialization.BestAvailableEncryption(_passphrase_bytes(passphrase))
-    except ValueError as cause:
-        raise KeyInvalid("the passphrase cannot be used") from cause
+    return serialization.BestAvailableEncryption(stretch.password(passphrase))
 
 
 def _passphrase_bytes(passphrase: str) -> bytes:
@@ -130,7 +170,7 @@ def open_keyring(folder: Path, passphrase_source: Callable[[], str]) -> Keyring:
     owner = load_owner(folder)
     pems = {role: _read(folder, name, _PEM_LIMIT_BYTES, private=True) for role, name in KEY_FILES.items()}
     encrypted = any(pem.lstrip().startswith(_ENCRYPTED) for pem in pems.values())
-    passphrase = _passphrase_bytes(passphrase_source()) if encrypted else None
+    passphrase = _load_stretch(folder).password(passphrase_source()) if encrypted else None
 
     def key(role: str, expected: PublicJwk) -> ec.EllipticCurvePrivateKey:
         return _load_key(pems[role], passphrase, expected, KEY_FILES[role])

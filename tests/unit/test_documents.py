@@ -32,6 +32,8 @@ def parse(data: bytes) -> dict[str, object]:
         (b'{"a":{"b":1,"b":2}}', "duplicate"),
         (b'{"a":NaN}', "NaN"),
         (b'{"a":Infinity}', "Infinity"),
+        (b'{"a":1e999}', "too large"),
+        (b'{"a":-1e999}', "too large"),
         (b'{"a":' + b"9" * 21 + b"}", "digits"),
         (b'{"a":"\\ud800"}', "not JSON"),
         (b"\xef\xbb\xbf{}", "not JSON"),
