@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from oci_hook.admission import Admission, Container, Host
 from oci_hook.audit import AuditLog
 from oci_hook.config import Config, load_config
+from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
 from oci_hook.identity.binding import Bindings
+from oci_hook.oci.spec import Spec
 from oci_hook.oci.state import State
 from oci_hook.records import ContainerRecord, ContainerRecords
+from oci_hook.report import forget_refusal
 from oci_hook.store import Store, Trust
 from oci_hook.trusted_file import make_private_directory
+
+_CHILD_SECONDS = 120.0  # for one answer of a child of the delivery; the engine's own timeout bounds the whole hook
 
 
 def load_host(config_file: str) -> Host:
@@ -49,6 +54,56 @@ def close_container(state: State, config_file: str) -> None:
     _bindings(config).release(state.container_id)
     if record is not None:
         AuditLog(config.audit_file).append("closed", container=state.container_id, model=", ".join(record.models))
+
+
+def container_view(state: State, spec: Spec) -> ContainerView:
+    """What the delivery needs of the state and of config.json."""
+    return ContainerView(
+        container_id=state.container_id,
+        pid=state.pid,
+        bundle=state.bundle,
+        root_path=spec.root_path,
+        tmpfs_destinations=frozenset(mount.destination for mount in spec.mounts if mount.type == "tmpfs"),
+        uid_offset=spec.root_uid,
+        gid_offset=spec.root_gid,
+        mount_namespace_joined=spec.mount_namespace_path is not None or not spec.has_mount_namespace,
+    )
+
+
+def delivery_settings(config: Config) -> DeliverySettings:
+    """What the delivery needs of the configuration."""
+    return DeliverySettings(
+        memory_reserve_bytes=config.memory_reserve_bytes,
+        runtime_directory=config.runtime_directory,
+        workers=None,
+        timeout_seconds=_CHILD_SECONDS,
+    )
+
+
+def audit_grants(host: Host, container: Container, admissions: Sequence[Admission]) -> None:
+    """One record for each model, on the disk when this returns.
+
+    Raises:
+        CouldNotTell: It cannot be written; then nothing may become visible.
+    """
+    for admission in admissions:
+        host.audit.append(
+            "grant",
+            container=container.container_id,
+            model=admission.manifest.model.name,
+            version=admission.manifest.model.version,
+            manifest=admission.manifest.digest,
+            issuer=admission.identity.issuer.issuer,
+            subject=admission.identity.subject,
+            quoted=admission.audit_head.hex(),
+        )
+
+
+def audit_outcome(host: Host, container: Container, attached: Sequence[Attached]) -> None:
+    """The container can read its models; an older refusal of it is of no interest any more."""
+    forget_refusal(host.config.runtime_directory, container.container_id)
+    size_bytes = sum(model.size_bytes for model in attached)
+    host.audit.append("outcome", container=container.container_id, code=0, bytes=size_bytes)
 
 
 def open_record(

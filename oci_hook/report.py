@@ -1,4 +1,4 @@
-"""How a refusal reaches a person: one line on stderr, one in the journal, one file for `sczctl why`.
+"""How a refusal reaches a person: a line on stderr, in the journal and in the audit log, a file for `sczctl why`.
 
 crun and podman's precreate show only an exit code, and podman throws a runtime's stderr away in places, so the file
 under the run-time directory is what `sczctl why` reads. Nothing here may fail a start or hide the error that it
@@ -15,8 +15,11 @@ import sys
 import time
 from dataclasses import dataclass
 
+from oci_hook.audit import AuditLog
+from oci_hook.config import Config, load_config
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, SczError, all_errors
+from oci_hook.oci.state import State
 from oci_hook.trusted_file import load_file, make_private_directory, replace_file
 
 _KEPT = 256
@@ -44,11 +47,41 @@ def _file(runtime_directory: str, container_id: str) -> str:
     return os.path.join(_folder(runtime_directory), hashlib.sha256(container_id.encode()).hexdigest() + ".json")
 
 
-def report_refusal(runtime_directory: str, container_id: str, error: SczError) -> None:
-    """Say it on stderr, in the journal and in the file for `sczctl why`."""
+def report_refusal(config_file: str, state: State | None, error: SczError) -> int:
+    """Say it on stderr, in the journal, in the audit log and in the file for `sczctl why`.
+
+    Args:
+        config_file: The host's configuration, which says where; the defaults serve if it cannot be used.
+        state: Whose start was refused; None if not even that is known.
+        error: Why.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        config = load_config(config_file)
+    except SczError:
+        config = Config()
+    container_id = state.container_id if state else "unknown"
     with contextlib.suppress(OSError):
         print(f"scz-hook: {error.reason} ({error.code}): {error.message}; {error.advice}", file=sys.stderr, flush=True)
     _journal(container_id, error)
+    keep_refusal(config.runtime_directory, container_id, error)
+    if state is not None and state.pid:  # a poststop that fails refuses nothing
+        with contextlib.suppress(SczError):  # it is refused either way, and the other places say why
+            AuditLog(config.audit_file).append(
+                "refused",
+                container=container_id,
+                model=state.annotations.get("smm.scz/model", "")[:256],
+                code=error.code,
+                reason=error.reason,
+                message=error.message[:1024],
+            )
+    return error.code
+
+
+def keep_refusal(runtime_directory: str, container_id: str, error: SczError) -> None:
+    """Write the file that `sczctl why` reads."""
     document = {
         "container": container_id,
         "seconds": int(time.time()),

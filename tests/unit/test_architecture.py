@@ -23,9 +23,9 @@ MODULES = {
 
 FLOORS = {
     1: {"errors", "documents", "trusted_file", "jws", "config", "audit"},
-    2: {"access_policy", "trust", "report", "oci/", "linux/"},
-    3: {"records", "bundle/", "attestation/", "identity/"},
-    4: {"provenance", "store", "intake", "release", "delivery/", "owner/"},
+    2: {"access_policy", "trust", "oci/", "linux/"},
+    3: {"records", "report", "bundle/", "attestation/", "identity/"},
+    4: {"provenance", "store", "placement", "intake", "release", "delivery/", "owner/"},
     5: {"admission"},
     6: {"host", "hook", "launch", "cli/"},
 }

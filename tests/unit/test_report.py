@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.audit import AuditLog
 from oci_hook.errors import CouldNotTell, InputError, Refused, SczError, TokenExpired, TokenMissing, all_errors
-from oci_hook.report import explain, forget_refusal, load_refusals, report_refusal
+from oci_hook.oci.state import State
+from oci_hook.report import explain, forget_refusal, keep_refusal, load_refusals, report_refusal
 
 
 def subclasses(cls: type[SczError]) -> list[type[SczError]]:
@@ -28,11 +30,10 @@ def test_each_code_is_one_reason_in_its_family() -> None:
     assert explain(9) is None
 
 
-def test_a_refusal_is_kept_and_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_is_kept_and_forgotten(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    report_refusal(run, "c" * 64, TokenMissing("no token at /x"))
-    report_refusal(run, "d" * 64, TokenExpired("expired 3 s ago", remedy="issue one"))
-    assert capsys.readouterr().err.count("\n") == 2
+    keep_refusal(run, "c" * 64, TokenMissing("no token at /x"))
+    keep_refusal(run, "d" * 64, TokenExpired("expired 3 s ago", remedy="issue one"))
     found = load_refusals(run)
     assert {refusal.container_id[0]: (refusal.code, refusal.remedy) for refusal in found} == {
         "c": (18, TokenMissing.remedy),
@@ -43,21 +44,32 @@ def test_a_refusal_is_kept_and_forgotten(tmp_path: Path, capsys: pytest.CaptureF
     assert [refusal.container_id for refusal in load_refusals(run)] == ["d" * 64]
 
 
+def test_a_refusal_is_told_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[paths]\nruntime = "{tmp_path}/run"\naudit = "{tmp_path}/audit.jsonl"\n')
+    state = State("c1", 1, "/b", "created", {"smm.scz/model": "m:1"})
+    assert report_refusal(str(config), state, TokenMissing("no token at /x")) == 18
+    assert capsys.readouterr().err == f"scz-hook: TokenMissing (18): no token at /x; {TokenMissing.remedy}\n"
+    assert [refusal.code for refusal in load_refusals(f"{tmp_path}/run")] == [18]
+    (record,) = AuditLog(f"{tmp_path}/audit.jsonl").records()
+    assert (record["event"], record["model"], record["code"]) == ("refused", "m:1", 18)
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     for number in range(300):
-        report_refusal(run, f"c{number}", TokenMissing("x"))
+        keep_refusal(run, f"c{number}", TokenMissing("x"))
     assert len(load_refusals(run)) == 256
 
 
 def test_a_report_never_fails_a_start_or_hides_the_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    report_refusal(str(tmp_path / "file"), "c1", TokenMissing("x"))
+    keep_refusal(str(tmp_path / "file"), "c1", TokenMissing("x"))
     assert load_refusals(str(tmp_path / "file")) == []
 
 
 def test_a_damaged_file_is_left_out(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
-    report_refusal(run, "c1", TokenMissing("x"))
+    keep_refusal(run, "c1", TokenMissing("x"))
     (tmp_path / "run" / "last" / "other.json").write_text("{")
     assert [refusal.container_id for refusal in load_refusals(run)] == ["c1"]
