@@ -44,6 +44,7 @@ class Scene:
         self.hooks = self.host / "hooks.d"
         self.runtime_directory = self.host / "run"
         self.audit = self.host / "audit.jsonl"
+        self.image = ""
         self.store = self.host / "store"
         self._stack = contextlib.ExitStack()
 

@@ -1,0 +1,126 @@
+"""Many starts, starts at once, and a hook that is killed anywhere: nothing may be left, and the next start works."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from oci_hook.audit import AuditLog
+from tests.integration.test_start import hook_processes, model_mounts, mounts_below, start, tpm_handles
+from tests.scene import TOKEN_PATH, Scene
+
+STARTS, AT_ONCE, KILLS = 50, 8, 20
+
+
+def left_overs(scene: Scene) -> dict[str, object]:
+    """Everything that a start could leave on the host."""
+    run = scene.runtime_directory
+    return {
+        "mounts": model_mounts(),
+        "hooks": hook_processes(scene),
+        "tpm": tpm_handles(scene),
+        "records": sorted(os.listdir(run / "containers")),
+        "tokens": [name for name in os.listdir(run / "tokens") if name.endswith(".json")],
+        "host mounts": mounts_below(scene),
+    }
+
+
+def test_fifty_starts_leave_nothing(scene: Scene) -> None:
+    token = scene.token(ttl_seconds=3600)
+    assert start(scene, token).returncode == 0
+    before = left_overs(scene)
+    store = sorted(str(path) for path in scene.store.rglob("*"))
+    for number in range(STARTS):
+        attempt = start(scene, token, runtime=("runc", "crun")[number % 2])
+        assert attempt.returncode == 0, (number, attempt)
+        assert attempt.ran
+    assert left_overs(scene) == before
+    assert sorted(str(path) for path in scene.store.rglob("*")) == store
+
+
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+def test_eight_starts_at_once(scene: Scene, runtime: str) -> None:
+    tokens = [scene.token(f"token-{number}") for number in range(AT_ONCE)]
+    before = left_overs(scene)
+
+    def run(token: Path) -> subprocess.CompletedProcess[str]:
+        command = ["sh", "-c", "sha256sum /models/small/weights.safetensors"]
+        return scene.run(scene.image, command, model="small:1", token=token, runtime=runtime)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        done = list(pool.map(run, tokens))
+    assert [each.returncode for each in done] == [0] * AT_ONCE, [each.stderr for each in done]
+    assert len({each.stdout for each in done}) == 1
+    assert left_overs(scene) == before
+    assert len(list(AuditLog(str(scene.audit)).records())) > 0  # the chain holds
+
+
+def kill_a_hook(scene: Scene, process: subprocess.Popen[str], delay_seconds: float) -> bool:
+    """Kill -9 the prestart hook (the parent of its children) after a delay; whether there was one."""
+    until = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < until:
+        pids = hook_processes(scene)
+        if pids:
+            time.sleep(delay_seconds)
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    return False  # it was done before
+                return True
+        time.sleep(0.001)
+    return False
+
+
+def test_a_hook_that_is_killed_anywhere(scene: Scene) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    token = scene.token(ttl_seconds=3600)
+    assert start(scene, token).returncode == 0
+    before = left_overs(scene)
+    killed = 0
+    trace = scene.host / "trace"
+    for number in range(4 * KILLS):
+        if killed == KILLS:
+            break
+        (trace / "ran").unlink(missing_ok=True)
+        words = [
+            "--rm",
+            "--annotation",
+            "smm.scz/model=small:1",
+            "--volume",
+            f"{token}:{TOKEN_PATH}:ro",
+            "--volume",
+            f"{trace}:/trace",
+            scene.image,
+            "sh",
+            "-c",
+            "echo > /trace/ran",
+        ]
+        process = scene.podman.spawn(words, runtime=("runc", "crun")[number % 2])
+        hit = kill_a_hook(scene, process, moments.uniform(0, 0.35))
+        process.communicate(timeout=60)
+        if hit and process.returncode != 0:
+            killed += 1
+            assert not (trace / "ran").exists(), f"the workload ran although its hook was killed (seed {seed})"
+        until = time.monotonic() + 10
+        while hook_processes(scene) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert hook_processes(scene) == []
+        assert model_mounts() == []
+    assert killed == KILLS
+    attempt = start(scene, token)
+    assert attempt.returncode == 0, attempt
+    after = left_overs(scene)
+    assert {key: after[key] for key in ("mounts", "hooks", "tpm", "host mounts")} == {
+        key: before[key] for key in ("mounts", "hooks", "tpm", "host mounts")
+    }
+    assert len(list(AuditLog(str(scene.audit)).records())) > 0
