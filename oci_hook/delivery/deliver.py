@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from oci_hook.delivery.attach import Attachment
-from oci_hook.delivery.fill import FillOptions, ModelDelivery, Target, fill, model_room
+from oci_hook.delivery.fill import FillOptions, Target, fill
 from oci_hook.delivery.holder import ContainerView, Holder, Runtime
 from oci_hook.delivery.memory import (
     MemoryCgroup,
@@ -29,6 +29,7 @@ from oci_hook.delivery.memory import (
     reserve_memory,
     verify_limits,
 )
+from oci_hook.delivery.room import ModelDelivery, model_room
 from oci_hook.errors import WriterFailed
 from oci_hook.linux import mounts
 from oci_hook.linux.mounts import MemoryFilesystem
@@ -191,6 +192,7 @@ class Delivery:
                 uid=self._container.uid_offset,
                 gid=self._container.gid_offset,
                 workers=self._settings.workers,
+                # What is read is charged there, too: it must not push the container against a tight limit.
                 drop_cache=any(level.limit_bytes < total * 2 for level in levels),
             )
             self._run_writer(cgroup, options, reservation, progress)

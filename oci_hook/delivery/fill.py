@@ -15,89 +15,33 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from oci_hook.bundle.layout import Layout
-from oci_hook.bundle.manifest import MODEL_DOCUMENT, FileEntry, Manifest
+from oci_hook.bundle.manifest import MODEL_DOCUMENT, FileEntry
 from oci_hook.bundle.segments import (
     HEADER_BYTES,
     SEGMENT_BYTES,
-    ContentKey,
     FilePlan,
-    Segment,
     associated_data,
     plan_decryption,
 )
+from oci_hook.delivery.room import ModelDelivery, directories_of
 from oci_hook.documents import shown
 from oci_hook.errors import DecryptionRefused, FileUnreadable
 from oci_hook.linux import syscalls
-from oci_hook.linux.mounts import PAGE_BYTES, DetachedMount
+from oci_hook.linux.mounts import DetachedMount
 
 _HUGE_PAGE_BYTES = 1 << 21
 _WORKERS_LIMIT = 4
+_THREAD_BYTES = 1 << 22  # below this a second thread costs more than it gains: opening files holds Python's lock
+_RUN_SEGMENTS = 2  # taken at once: two threads at neighbouring segments wait for the same huge page to be cleared
 _FILE_MODE, _DIRECTORY_MODE = 0o444, 0o555
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDelivery:
-    """One model for one container.
-
-    Attributes:
-        slot: Which of the container's models it is, as its annotation names it.
-        destination: Absolute path in the container.
-        manifest: Verified.
-        layout: The bundle, open, and checked against the manifest.
-        content_key: From the release.
-        document: The bytes of `model.json`.
-    """
-
-    slot: str
-    destination: str
-    manifest: Manifest
-    layout: Layout
-    content_key: ContentKey
-    document: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a model takes of a memory file system: bytes in whole pages, and inodes with the root's."""
-
-    size_bytes: int
-    inodes: int
-
-
-def measure_room(sizes: Iterable[int], paths: Iterable[str]) -> Room:
-    """The room that files of these sizes (bytes) take, in the directories of these relative paths.
-
-    Huge pages take no more: with `huge=within_size` only what lies wholly within a file is backed by them.
-    """
-    counted, pages = 0, 0
-    for size in sizes:
-        counted += 1
-        pages += -(-size // PAGE_BYTES)
-    return Room(pages * PAGE_BYTES, counted + len(directories_of(paths)) + 1)
-
-
-def model_room(model: ModelDelivery) -> Room:
-    """The room that a model takes, with its `model.json`."""
-    files = model.manifest.files
-    return measure_room((len(model.document), *(entry.size for entry in files)), (entry.path for entry in files))
-
-
-def directories_of(paths: Iterable[str]) -> list[str]:
-    """Every directory that these relative paths lie in, parents first."""
-    found: set[str] = set()
-    for path in paths:
-        parts = path.split("/")[:-1]
-        found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return sorted(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,73 +78,75 @@ class _Buffers:
         self._plain: memoryview | None = None
 
     def plain(self, length: int) -> memoryview:
+        """The first `length` bytes of the second buffer, which is made when it is first needed."""
         if self._plain is None:
             self._plain = memoryview(bytearray(SEGMENT_BYTES))
         return self._plain[:length]
 
 
-class _File:
-    """One file of one model: opened by the first thread that takes a segment of it, closed by the last."""
+class _OpenFile:
+    """One file while segments of it are being decrypted."""
 
     def __init__(self, target: Target, entry: FileEntry, options: FillOptions) -> None:
-        self._target = target
-        self._entry = entry
-        self._options = options
-        self._lock = threading.Lock()
-        self._open: ExitStack | None = None
-        self.segments = -(-entry.layer_size // SEGMENT_BYTES)
-        self._left = self.segments
+        self._model, self._entry, self._options = target.model, entry, options
+        with ExitStack() as stack:
+            self._source = target.model.layout.open_blob(entry.layer_digest)
+            stack.callback(os.close, self._source)
+            with suppress(OSError):  # a hint
+                os.posix_fadvise(self._source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            self.plan = self._make_plan()
+            self._cipher = AESGCM(self.plan.file_key)
+            self._file = create_file(target.mount, entry.path, options)
+            stack.callback(os.close, self._file)
+            # The final size first: huge=within_size looks at it when a page is first touched.
+            os.ftruncate(self._file, entry.size)
+            self._mapped: memoryview | None = None
+            if target.mount.huge and entry.size >= _HUGE_PAGE_BYTES:
+                mapping = mmap.mmap(self._file, entry.size)
+                stack.callback(mapping.close)
+                self._mapped = memoryview(mapping)
+                stack.callback(self._mapped.release)
+            self._descriptors = stack.pop_all()
 
-    def process(self, index: int, buffers: _Buffers) -> int:
-        """Decrypt one segment; how many bytes of plaintext it had."""
-        with self._lock:
-            if self._open is None:
-                with ExitStack() as stack:
-                    self._start(stack)
-                    self._open = stack.pop_all()
-        segment = self._plan.segment(index)
-        sealed = buffers.sealed[: segment.length_ciphertext]
-        self._read(sealed, segment.offset_ciphertext)
-        self._decrypt(index, segment, sealed, buffers)
-        with self._lock:
-            self._left -= 1
-            if not self._left:
-                self._finish(self._open)
-        return segment.length_plaintext
-
-    def _start(self, stack: ExitStack) -> None:
-        model, entry = self._target.model, self._entry
-        self._source = model.layout.open_blob(entry.layer_digest)
-        stack.callback(os.close, self._source)
-        with suppress(OSError):  # a hint
-            os.posix_fadvise(self._source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    def _make_plan(self) -> FilePlan:
         header = bytearray(HEADER_BYTES)
         self._read(memoryview(header), 0)
-        self._plan: FilePlan = plan_decryption(
+        return plan_decryption(
             bytes(header),
-            content_key=model.content_key,
-            associated_data=associated_data(model.manifest.model, entry.path),
-            ciphertext_bytes=entry.layer_size,
-            plaintext_bytes=entry.size,
+            content_key=self._model.content_key,
+            associated_data=associated_data(self._model.manifest.model, self._entry.path),
+            ciphertext_bytes=self._entry.layer_size,
+            plaintext_bytes=self._entry.size,
         )
-        self._cipher = AESGCM(self._plan.file_key)
-        self._file = create_file(self._target.mount, entry.path, self._options)
-        stack.callback(os.close, self._file)
-        # The final size first: huge=within_size looks at it when a page is first touched.
-        os.ftruncate(self._file, entry.size)
-        self._mapped: memoryview | None = None
-        if self._target.mount.huge and entry.size >= _HUGE_PAGE_BYTES:
-            mapping = mmap.mmap(self._file, entry.size)
-            stack.callback(mapping.close)
-            self._mapped = memoryview(mapping)
-            stack.callback(self._mapped.release)
 
-    def _finish(self, opened: ExitStack) -> None:
+    def decrypt(self, index: int, buffers: _Buffers) -> int:
+        """Decrypt one segment; how many bytes of plaintext it had. In any thread, in any order."""
+        segment = self.plan.segment(index)
+        start, length = segment.offset_plaintext, segment.length_plaintext
+        sealed = buffers.sealed[: segment.length_ciphertext]
+        self._read(sealed, segment.offset_ciphertext)
+        try:
+            if self._mapped is not None:
+                with self._mapped[start : start + length] as plain:
+                    self._cipher.decrypt_into(segment.nonce, sealed, None, plain)
+            else:
+                plain = buffers.plain(length)
+                self._cipher.decrypt_into(segment.nonce, sealed, None, plain)
+                write_all(self._file, plain, start)
+        except InvalidTag as cause:
+            raise DecryptionRefused(
+                f"{self._model.manifest.model.name}: segment {index} of {self.plan.segments} of "
+                f"{shown(self._entry.path)} does not authenticate"
+            ) from cause
+        return length
+
+    def complete(self) -> None:
+        """The file is whole: give it its mode and close all of it."""
         os.fchmod(self._file, _FILE_MODE)
         if self._options.drop_cache:
             with suppress(OSError):  # a hint
                 os.posix_fadvise(self._source, 0, 0, os.POSIX_FADV_DONTNEED)
-        opened.close()
+        self._descriptors.close()
 
     def _read(self, buffer: memoryview, offset: int) -> None:
         done = 0
@@ -213,21 +159,31 @@ class _File:
                 raise FileUnreadable(f"the layer of {shown(self._entry.path)} ends early")
             done += count
 
-    def _decrypt(self, index: int, segment: Segment, sealed: memoryview, buffers: _Buffers) -> None:
-        start, length = segment.offset_plaintext, segment.length_plaintext
-        try:
-            if self._mapped is not None:
-                with self._mapped[start : start + length] as plain:
-                    self._cipher.decrypt_into(segment.nonce, sealed, None, plain)
-                return
-            plain = buffers.plain(length)
-            self._cipher.decrypt_into(segment.nonce, sealed, None, plain)
-        except InvalidTag as cause:
-            raise DecryptionRefused(
-                f"{self._target.model.manifest.model.name}: segment {index} of {self.segments} of "
-                f"{shown(self._entry.path)} does not authenticate"
-            ) from cause
-        write_all(self._file, plain, start)
+
+class _File:
+    """One file on the list: opened by the first thread that takes a segment of it, closed by the last."""
+
+    __slots__ = ("_entry", "_left", "_lock", "_opened", "_options", "_target", "segments")
+
+    def __init__(self, target: Target, entry: FileEntry, options: FillOptions) -> None:
+        self._target, self._entry, self._options = target, entry, options
+        self._lock = threading.Lock()
+        self._opened: _OpenFile | None = None
+        self.segments = self._left = -(-entry.layer_size // SEGMENT_BYTES)
+
+    def decrypt(self, index: int, buffers: _Buffers) -> int:
+        """Decrypt one segment; how many bytes of plaintext it had."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = _OpenFile(self._target, self._entry, self._options)
+            opened = self._opened
+        count = opened.decrypt(index, buffers)
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                opened.complete()
+                self._opened = None  # ten thousand ciphers would not be flat memory
+        return count
 
 
 def create_file(mount: DetachedMount, path: str, options: FillOptions) -> int:
@@ -251,7 +207,11 @@ class _Work:
     """The list of segments, and what was done of it."""
 
     def __init__(self, files: Sequence[_File], progress: Callable[[int], None]) -> None:
-        self._left: Iterator[tuple[_File, int]] = ((file, index) for file in files for index in range(file.segments))
+        self._left: Iterator[tuple[_File, range]] = (
+            (file, range(start, min(start + _RUN_SEGMENTS, file.segments)))
+            for file in files
+            for start in range(0, file.segments, _RUN_SEGMENTS)
+        )
         self._lock = threading.Lock()
         self._progress = progress
         self._stopped = False
@@ -262,20 +222,21 @@ class _Work:
         buffers = _Buffers()
         complete = False
         try:
-            while not self._stopped:
-                with self._lock:
-                    following = next(self._left, None)
-                if following is None:
-                    break
-                file, index = following
-                count = file.process(index, buffers)
-                with self._lock:
-                    self.done_bytes += count
-                    self._progress(self.done_bytes)
+            while (following := self._next()) is not None:
+                file, segments = following
+                for index in segments:
+                    count = file.decrypt(index, buffers)
+                    with self._lock:
+                        self.done_bytes += count
+                        self._progress(self.done_bytes)
             complete = True
         finally:
             if not complete:
                 self._stopped = True
+
+    def _next(self) -> tuple[_File, range] | None:
+        with self._lock:
+            return None if self._stopped else next(self._left, None)
 
 
 def fill(targets: Sequence[Target], options: FillOptions, progress: Callable[[int], None]) -> int:
@@ -303,7 +264,8 @@ def fill(targets: Sequence[Target], options: FillOptions, progress: Callable[[in
             _create_skeleton(target, options)
         files = [_File(target, entry, options) for target in targets for entry in target.model.manifest.files]
         work = _Work(files, progress)
-        _run(work, min(options.workers or default_workers(), sum(file.segments for file in files)))
+        total = sum(entry.size for target in targets for entry in target.model.manifest.files)
+        _run(work, min(options.workers or default_workers(), 1 + total // _THREAD_BYTES))
         for target in targets:
             _finish_directories(target, options)
     return work.done_bytes

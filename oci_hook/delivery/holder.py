@@ -20,7 +20,7 @@ from typing import Literal
 from oci_hook.documents import shown
 from oci_hook.errors import HolderGone, HolderRefused, SpecInvalid
 from oci_hook.linux import syscalls
-from oci_hook.linux.processes import HeldProcess
+from oci_hook.linux.processes import HeldProcess, ancestors
 
 Runtime = Literal["runc", "crun"]
 
@@ -125,13 +125,12 @@ class Holder:
             if container.pid <= 1:
                 raise HolderRefused(f"the state names process {container.pid}")
             self.process = stack.enter_context(HeldProcess(container.pid))
-            # 2. The process is the runtime's child, as this hook is.
+            # 2. The runtime that runs this hook is one whose ways are known.
             runtime_pid = os.getppid()
-            if self.process.parent_pid != runtime_pid:
-                raise HolderRefused(f"process {container.pid} is not a child of the runtime that started this hook")
-            # 3. The runtime is one whose ways are known.
             with HeldProcess(runtime_pid) as runtime:
                 self.runtime: Runtime = recognise_runtime(runtime.executable_name())
+                # 3. It made the process: no other container's, no successor of a pid that was used before.
+                _verify_made_by(self.process, runtime, self.runtime)
                 foreign = _namespace_ids(runtime)
             # 4. Its mount namespace is neither the runtime's, nor ours, nor the host's.
             self.mount_namespace_fd = self.process.open(_MOUNT_NAMESPACE)
@@ -167,6 +166,26 @@ class Holder:
             raise HolderGone(f"process {self.process.pid} ended") from cause
         if now != self._namespace_id:
             raise HolderGone(f"process {self.process.pid} is in another mount namespace now")
+
+
+def _verify_made_by(process: HeldProcess, runtime: HeldProcess, name: Runtime) -> None:
+    """Raise unless the runtime made the process.
+
+    It is the runtime's child. crun forks once more where a user namespace meets namespaces that exist already (podman's
+    `--uidmap` with a network namespace); the process in between has ended then, and an ancestor of the runtime that
+    reaps orphans (conmon, init) has adopted the container's.
+
+    Raises:
+        HolderRefused: It did not.
+        HolderGone: One of them ended.
+        SystemCallFailed: /proc cannot be read.
+    """
+    if process.parent_pid == runtime.pid:
+        return
+    younger = process.start_time >= runtime.start_time
+    if name == "crun" and younger and process.parent_pid in ancestors(runtime):
+        return
+    raise HolderRefused(f"process {process.pid} was not made by the runtime that started this hook")
 
 
 def identify_root(bundle: str, root_path: str) -> RootIdentity:

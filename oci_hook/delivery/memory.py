@@ -263,7 +263,8 @@ def reserve_memory(
     """
     folder = os.path.join(runtime_directory, _RESERVATIONS)
     with syscalls.failing("memory cannot be reserved"):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        for path in (runtime_directory, folder):  # one by one: makedirs gives the mode to the last alone
+            os.makedirs(path, mode=0o700, exist_ok=True)
         lock = os.open(
             os.path.join(runtime_directory, _LOCK), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
         )

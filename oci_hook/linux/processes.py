@@ -14,12 +14,14 @@ import re
 import resource
 import select
 import signal
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 
 from oci_hook.errors import HolderGone, SystemCallFailed
 from oci_hook.linux import syscalls
 
+_MAX_ANCESTORS = 64
 _PROC = "/proc"
 _LIMIT_BYTES = 1 << 20
 _STAT = re.compile(rb"\d+ \(.*\) [A-Za-z] (\d{1,10})(?: -?\d+){17} (\d{1,20})(?: .*)?", re.DOTALL)
@@ -116,12 +118,8 @@ class HeldProcess:
             HolderGone: The process ended.
             SystemCallFailed: It cannot be opened.
         """
-        try:
+        with self._reading(name):
             return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc_fd)
-        except ProcessLookupError as cause:
-            raise HolderGone(f"process {self.pid} ended") from cause
-        except OSError as cause:
-            raise SystemCallFailed(f"/proc/{self.pid}/{name} cannot be opened: {cause.strerror}") from cause
 
     def read(self, name: str) -> bytes:
         """A file of its `/proc` directory, of at most 1 MiB.
@@ -131,6 +129,14 @@ class HeldProcess:
             SystemCallFailed: It cannot be read, or is larger.
         """
         return read_bounded(self.open(name), f"/proc/{self.pid}/{name}", _LIMIT_BYTES)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as cause:
+            self.verify_alive()  # of a process that is gone, its files are "not found"
+            raise SystemCallFailed(f"/proc/{self.pid}/{name} cannot be opened: {cause.strerror}") from cause
 
     def executable_name(self) -> str:
         """The last part of the path of what it runs.
@@ -142,15 +148,25 @@ class HeldProcess:
             HolderGone: The process ended.
             SystemCallFailed: The link cannot be read.
         """
-        try:
+        with self._reading("exe"):
             link = os.readlink("exe", dir_fd=self.proc_fd)
-        except ProcessLookupError as cause:
-            raise HolderGone(f"process {self.pid} ended") from cause
-        except OSError as cause:
-            raise SystemCallFailed(f"/proc/{self.pid}/exe cannot be read: {cause.strerror}") from cause
         if link == "/" or link.startswith("/memfd:"):
             link = os.fsdecode(self.read("cmdline").partition(b"\0")[0])
         return os.path.basename(link.removesuffix(" (deleted)"))
+
+
+def ancestors(process: HeldProcess) -> tuple[int, ...]:
+    """The pids above a process, its parent first, as far as this pid namespace goes; at most 64.
+
+    Raises:
+        HolderGone: One of them ended meanwhile.
+        SystemCallFailed: /proc cannot be read.
+    """
+    found = [process.parent_pid]
+    while found[-1] > 1 and len(found) < _MAX_ANCESTORS:
+        with HeldProcess(found[-1]) as parent:
+            found.append(parent.parent_pid)
+    return tuple(pid for pid in found if pid > 0)
 
 
 def read_bounded(fd: int, what: str, limit_bytes: int) -> bytes:
@@ -189,6 +205,18 @@ def lock_memory() -> None:
         syscalls.mlockall(syscalls.MCL_CURRENT | syscalls.MCL_FUTURE | syscalls.MCL_ONFAULT)
 
 
+def occupy_standard_descriptors() -> None:
+    """Open /dev/null as 0, 1 and 2 where they are closed: no socket or mount may get such a number.
+
+    Raises:
+        SystemCallFailed: /dev/null cannot be opened.
+    """
+    with syscalls.failing("/dev/null cannot be opened"):
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(fd)
+
+
 def harden_process() -> None:
     """Leave no core, be traced by nobody but root, stay out of swap (best effort), inherit no signal mask.
 
@@ -196,6 +224,7 @@ def harden_process() -> None:
         SystemCallFailed: The kernel refuses; swap alone is best effort.
     """
     clear_signals()
+    occupy_standard_descriptors()
     os.umask(0o077)
     with syscalls.failing("the hook's process cannot be hardened"):
         syscalls.prctl_set_dumpable(False)
