@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, NoReturn
 
-from oci_hook.errors import InternalError, SczError, SystemCallFailed, TpmTimeout, all_errors
+from oci_hook.errors import InternalError, SczError, TpmTimeout, all_errors
 from oci_hook.linux.syscalls import failing, prctl_set_pdeathsig
 
 RESULT_LIMIT_BYTES: Final = 1 << 20
@@ -104,20 +104,23 @@ def _run_child(action: Callable[[], bytes], write_fd: int, parent: int) -> NoRet
         if os.getppid() == parent:  # else the parent died before the line above, and no signal will come
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)  # the hook's handlers would unwind into its own stack
-            _send(write_fd, _outcome(action))
+            _send(write_fd, _outcome(action, write_fd))
     finally:
-        os._exit(0)
+        os._exit(0)  # nothing may unwind into the parent's code
 
 
-def _outcome(action: Callable[[], bytes]) -> bytes:
+def _outcome(action: Callable[[], bytes], write_fd: int) -> bytes:
     try:
         return _GOOD + action()
     except SczError as error:
-        sent = {"reason": error.reason, "message": error.message, "advice": error.advice}
-    except BaseException as error:  # the top of this process: nothing may unwind into the parent's code
-        unknown = InternalError(f"the TPM's child failed: {type(error).__name__}")
-        sent = {"reason": unknown.reason, "message": unknown.message, "advice": unknown.advice}
-    return _BAD + json.dumps(sent).encode()
+        return _error_message(error)
+    except BaseException as error:
+        _send(write_fd, _error_message(InternalError(f"the TPM's child failed: {type(error).__name__}")))
+        raise
+
+
+def _error_message(error: SczError) -> bytes:
+    return _BAD + json.dumps({"reason": error.reason, "message": error.message, "advice": error.advice}).encode()
 
 
 def _send(fd: int, data: bytes) -> None:
@@ -131,5 +134,5 @@ def _open_message(message: bytes) -> bytes:
     if message[:1] != _BAD:
         raise InternalError("the TPM's child was ended before it was done")
     sent = json.loads(message[1:])
-    classes = {cls.__name__: cls for cls in (*all_errors().values(), SystemCallFailed)}
+    classes = {cls.__name__: cls for cls in all_errors().values()}
     raise classes.get(sent["reason"], InternalError)(sent["message"], remedy=sent["advice"])

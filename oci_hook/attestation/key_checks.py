@@ -24,6 +24,7 @@ from oci_hook.attestation.structures import (
     NvPublic,
     ObjectAttributes,
     Public,
+    tpm2b,
 )
 from oci_hook.errors import SczError
 
@@ -53,6 +54,12 @@ def counter_indices(owner_id: str) -> range:
     """The NV indices at which an owner's counter may lie: the first from the owner's id, then upward."""
     first = COUNTER_BASE + (int.from_bytes(hashlib.sha256(owner_id.encode()).digest()[:3], "big") >> 4)
     return range(first, first + COUNTER_RANGE)
+
+
+def counter_public(index: int) -> bytes:
+    """The TPM2B_NV_PUBLIC with which an enrolment defines a counter."""
+    parts = ((index, 4), (ALG_SHA256, 2), (int(COUNTER_ATTRIBUTES), 4), (0, 2), (COUNTER_BYTES, 2))  # 0: no policy
+    return tpm2b(b"".join(number.to_bytes(size, "big") for number, size in parts))
 
 
 def _verify_attributes(

@@ -1,124 +1,138 @@
 """What a host makes in its TPM at an enrolment: SRK, AK and a counter for the owner; each only if it is not there.
 
-It decides what to make and where; `tpm` does it. The hook never comes here: creating a primary can take seconds.
-Specification: docs/specification.md, "Enrolment", handles; TCG TPM v2.0 Provisioning Guidance, 7.5.
+It decides what to make and where; the commands are `tpm`'s, which mixes this in. The hook never comes here: creating a
+primary key can take seconds. Specification: docs/specification.md, "Enrolment", handles; TCG TPM v2.0 Provisioning
+Guidance, 7.5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.key_checks import COUNTER_ATTRIBUTES, counter_indices, verify_counter, verify_srk
-from oci_hook.attestation.structures import NvPublic, Public
+from oci_hook.attestation.structures import Handle, NvPublic, Public
 from oci_hook.errors import DeviceInvalid, TpmFailed
 
 SRK_HANDLES: Final = range(0x81000001, 0x81000021)  # the first is TCG's; the others if a stranger's key lies there
 AK_HANDLES: Final = range(0x81010100, 0x81010120)
 
 
-class ProvisioningTpm(Protocol):
-    """What provisioning asks of a TPM."""
+class ProvisioningCommands(Protocol):
+    """What provisioning asks of a TPM, and the provisioning."""
 
-    def persistent_name(self, handle: int) -> bytes | None:
-        """The Name of what lies at a persistent handle."""
+    def _find(self, handle: int) -> Handle | None: ...
 
-    def read_public(self, handle: int) -> Public:
-        """The public area of what lies at a persistent handle."""
+    def _name(self, handle: Handle) -> bytes: ...
 
-    def create_srk(self, handles: Iterable[int]) -> tuple[int, Public]:
-        """Create the storage primary and persist it at the first free handle, or find it at one."""
+    def _read_public(self, handle: Handle) -> Public: ...
 
-    def create_ak(self, handles: Iterable[int]) -> tuple[int, Public]:
-        """Create the attestation primary and persist it at the first free handle, or find it at one."""
+    def _serialise(self, handle: Handle) -> bytes: ...
 
-    def serialise(self, handle: int, expected_name: bytes) -> bytes:
-        """The serialised form of a persistent key."""
+    def _create_primary(self, kind: Literal["srk", "ak"], handles: ExitStack) -> tuple[Handle, Public]: ...
 
-    def nv_public(self, index: int) -> NvPublic | None:
-        """The public area of an NV index, None if there is none."""
+    def _make_persistent(self, primary: Handle, place: int) -> None: ...
 
-    def define_counter(self, index: int) -> None:
-        """Define a counter."""
+    def _nv_read_public(self, index: Handle) -> NvPublic: ...
 
-    def write_counter(self, index: int) -> NvPublic:
-        """Increment a counter for the first time: only then it has a value, and its final Name."""
+    def _nv_define_counter(self, index: int) -> None: ...
 
+    def increment_counter(self, index: int) -> int: ...
 
-def provision(tpm: ProvisioningTpm, owner_id: str, known: HostDevice | None) -> HostDevice:
-    """Make, or find again, what an enrolment with this owner needs.
+    def provision(self, owner_id: str, known: HostDevice | None) -> HostDevice:
+        """Make, or find again, what an enrolment with this owner needs.
 
-    Args:
-        tpm: The TPM, under its lock.
-        owner_id: For whom the counter is.
-        known: What this host remembers of an earlier enrolment.
+        Args:
+            owner_id: For whom the counter is.
+            known: What this host remembers of an earlier enrolment.
 
-    Returns:
-        What the host shall remember.
+        Returns:
+            What the host shall remember.
 
-    Raises:
-        TpmFailed: No free handle or index is left, or the TPM cannot make a key.
-    """
-    srk_handle, srk, serialised = _srk(tpm, known)
-    ak_handle, ak = _ak(tpm, known)
-    device = HostDevice(
-        srk_handle=srk_handle,
-        srk=srk,
-        srk_serialised=serialised,
-        ak_handle=ak_handle,
-        ak=ak,
-        counters=MappingProxyType(dict(known.counters) if known is not None else {}),
-    )
-    return device.with_counter(owner_id, _counter(tpm, owner_id, device))
+        Raises:
+            TpmFailed: No free handle or index is left, or the TPM cannot make a key.
+        """
+        srk_handle, srk, serialised = self._srk(known)
+        ak_handle, ak = self._ak(known)
+        counters = {} if known is None else dict(known.counters)
+        device = HostDevice(srk_handle, srk, serialised, ak_handle, ak, MappingProxyType(counters))
+        return device.with_counter(owner_id, self._counter(owner_id, device))
 
+    def _holds(self, handle: int, name: bytes) -> bool:
+        found = self._find(handle)
+        return found is not None and self._name(found) == name
 
-def _srk(tpm: ProvisioningTpm, known: HostDevice | None) -> tuple[int, Public, bytes]:
-    if known is not None and tpm.persistent_name(known.srk_handle) == known.srk.name:
-        return known.srk_handle, known.srk, known.srk_serialised
-    handle = SRK_HANDLES[0]
-    srk = _fitting_srk(tpm, handle)
-    if srk is None:
-        handle, srk = tpm.create_srk(SRK_HANDLES)
-    return handle, srk, tpm.serialise(handle, srk.name)
+    def _srk(self, known: HostDevice | None) -> tuple[int, Public, bytes]:
+        if known is not None and self._holds(known.srk_handle, known.srk.name):
+            return known.srk_handle, known.srk, known.srk_serialised
+        found = self._find(SRK_HANDLES[0])
+        if found is not None:  # the distribution or another program made it; an owner accepts it if it is of the kind
+            try:
+                srk = self._read_public(found)
+                verify_srk(srk, error=DeviceInvalid)
+                return SRK_HANDLES[0], srk, self._serialise(found)
+            except DeviceInvalid:
+                pass
+        place, srk, handle = self._persisted("srk", SRK_HANDLES)
+        return place, srk, self._serialise(handle)
 
+    def _ak(self, known: HostDevice | None) -> tuple[int, Public]:
+        if known is not None and self._holds(known.ak_handle, known.ak.name):
+            return known.ak_handle, known.ak
+        place, ak, _ = self._persisted("ak", AK_HANDLES)
+        return place, ak
 
-def _fitting_srk(tpm: ProvisioningTpm, handle: int) -> Public | None:
-    """The storage root key that the distribution or another program made, if an owner would accept it."""
-    if tpm.persistent_name(handle) is None:
-        return None
-    try:
-        srk = tpm.read_public(handle)
-        verify_srk(srk, error=DeviceInvalid)
-    except DeviceInvalid:
-        return None
-    return srk
+    def _persisted(self, kind: Literal["srk", "ak"], places: Iterable[int]) -> tuple[int, Public, Handle]:
+        """Create a primary key and persist it at the first free handle, or find it at one."""
+        with ExitStack() as handles:
+            primary, public = self._create_primary(kind, handles)
+            for place in places:
+                found = self._find(place)
+                if found is None:
+                    self._make_persistent(primary, place)
+                    found = self._find(place)
+                if found is not None and self._name(found) == public.name:
+                    return place, public, found
+        raise TpmFailed(
+            "no persistent handle is free", remedy="`tpm2_getcap handles-persistent` shows them; remove one of no use"
+        )
 
+    def _counter(self, owner_id: str, device: HostDevice) -> NvPublic:
+        others = {counter.index for owner, counter in device.counters.items() if owner != owner_id}
+        for index in counter_indices(owner_id):
+            if index in others:  # two owners whose ids begin alike: each has a counter of its own
+                continue
+            try:
+                counter = self._written_counter(index)
+                verify_counter(counter, owner_id, error=DeviceInvalid)
+            except DeviceInvalid:  # a stranger's index
+                continue
+            return counter
+        raise TpmFailed(
+            "no NV index is free for the owner's counter",
+            remedy="`tpm2_getcap handles-nv-index` shows them; remove one of no use",
+        )
 
-def _ak(tpm: ProvisioningTpm, known: HostDevice | None) -> tuple[int, Public]:
-    if known is not None and tpm.persistent_name(known.ak_handle) == known.ak.name:
-        return known.ak_handle, known.ak
-    return tpm.create_ak(AK_HANDLES)
+    def _written_counter(self, index: int) -> NvPublic:
+        """What lies at an index; a new counter, written once, if nothing does: only then it has its final Name."""
+        if self._find(index) is None:
+            self._nv_define_counter(index)
+        counter = self.nv_public(index)
+        if counter.attributes == COUNTER_ATTRIBUTES:  # new, or an earlier enrolment ended before the first write
+            self.increment_counter(index)
+            counter = self.nv_public(index)
+        return counter
 
+    def nv_public(self, index: int) -> NvPublic:
+        """The public area of an NV index.
 
-def _counter(tpm: ProvisioningTpm, owner_id: str, device: HostDevice) -> NvPublic:
-    others = {counter.index for owner, counter in device.counters.items() if owner != owner_id}
-    for index in counter_indices(owner_id):
-        if index in others:  # two owners whose ids begin alike: each has a counter of its own
-            continue
-        try:
-            found = tpm.nv_public(index)
-            if found is None:
-                tpm.define_counter(index)
-            # The second: an earlier enrolment ended between the definition and the first write.
-            if found is None or found.attributes == COUNTER_ATTRIBUTES:
-                found = tpm.write_counter(index)
-            verify_counter(found, owner_id, error=DeviceInvalid)
-        except DeviceInvalid:  # a stranger's index
-            continue
-        return found
-    raise TpmFailed(
-        "no NV index is free for the owner's counter",
-        remedy="`tpm2_getcap handles-nv-index` shows them; remove one that is of no use",
-    )
+        Raises:
+            DeviceInvalid: There is none, or it is of an unknown kind.
+        """
+        found = self._find(index)
+        if found is None:
+            raise DeviceInvalid(f"the TPM has no NV index {index:#x}")
+        return self._nv_read_public(found)

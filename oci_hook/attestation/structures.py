@@ -10,11 +10,13 @@ from __future__ import annotations
 import enum
 import hashlib
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NewType
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from oci_hook.errors import SczError
+
+Handle = NewType("Handle", int)  # an ESYS_TR: number of an object, session or NV index within one open TPM
 
 STRUCTURE_LIMIT_BYTES: Final = 4096  # far above any of these structures with the algorithms below
 NAME_BYTES: Final = 34

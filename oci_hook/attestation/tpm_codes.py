@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from oci_hook.errors import (
+    BootPolicyRefused,
+    BootStateRefused,
     DeviceNotEnrolled,
+    EnrolmentRefused,
+    KeyRefused,
+    Revoked,
     SczError,
     TpmFailed,
     TpmLockout,
@@ -22,7 +27,6 @@ from oci_hook.errors import (
 RC_VALUE: Final = 0x084
 RC_HANDLE: Final = 0x08B
 RC_AUTH_FAIL: Final = 0x08E
-RC_INTEGRITY: Final = 0x09F
 RC_POLICY_FAIL: Final = 0x09D
 RC_BAD_AUTH: Final = 0x0A2
 # Format 0
@@ -39,13 +43,30 @@ _WARNINGS: Final = {
     0x922: "it was too busy",
 }
 _LOCKOUT: Final = 0x921
-_PASSWORD_REMEDY: Final = "take the password off the hierarchy or key: `tpm2_changeauth`"
+_AUTHORISATION_REMEDY: Final = "take the password off the hierarchy or key: `tpm2_changeauth`"
 
 _LAYER_TCTI: Final = 10
 _RSP_AUTH_FAILED: Final = 0x7001B
 
 Refusals = Mapping[int, type[SczError]]
 ANY_PARAMETER: Final = -1  # any format 1 error: the TPM does not accept what it was given
+
+# What a response code means at the steps at which a refusal is possible.
+IMPORT: Final[Refusals] = {ANY_PARAMETER: KeyRefused}
+VERIFY_SIGNATURE: Final[Refusals] = {ANY_PARAMETER: BootPolicyRefused}
+POLICY_PCR: Final[Refusals] = {RC_VALUE: BootStateRefused}
+POLICY_AUTHORIZE: Final[Refusals] = {ANY_PARAMETER: BootPolicyRefused}
+POLICY_NV: Final[Refusals] = {RC_POLICY: Revoked, RC_NV_UNINITIALIZED: Revoked}
+UNSEAL: Final[Refusals] = {
+    RC_POLICY_FAIL: KeyRefused,  # sealed to another key, policyRef, counter or maximum
+    RC_AUTH_FAIL: KeyRefused,  # the session was salted to a key that this TPM does not hold
+    RC_BAD_AUTH: KeyRefused,
+}
+ACTIVATE: Final[Refusals] = {ANY_PARAMETER: EnrolmentRefused}
+
+
+class PcrChangedError(Exception):
+    """A PCR was extended between PolicyPCR and a later command: the policy has to be walked again. Never leaves."""
 
 
 def base_code(code: int) -> int:
@@ -58,7 +79,7 @@ def is_layer_tpm(code: int) -> bool:
     return code >> 16 == 0
 
 
-def error_for(code: int, step: str, refusals: Refusals | None = None) -> SczError:
+def error_for(code: int, step: str, refusals: Refusals | None = None) -> SczError | PcrChangedError:
     """The error to raise for a response code.
 
     Args:
@@ -69,6 +90,8 @@ def error_for(code: int, step: str, refusals: Refusals | None = None) -> SczErro
     Returns:
         The error, not raised.
     """
+    if code == RC_PCR_CHANGED:
+        return PcrChangedError(step)
     shown = f"{step} (response code {code:#x})"
     if code >> 16 == _LAYER_TCTI:
         return TpmUnavailable(f"the way to the TPM is broken: {shown}")
@@ -88,8 +111,8 @@ def _tpm_error(code: int, shown: str, refusals: Refusals) -> SczError:
         _LOCKOUT: TpmLockout(shown),
         RC_INITIALIZE: TpmUnavailable(f"the TPM was not started up: {shown}"),
         RC_HANDLE: DeviceNotEnrolled(f"the TPM has lost something that this host was enrolled with: {shown}"),
-        RC_AUTH_FAIL: TpmFailed(f"the TPM wants a password: {shown}", remedy=_PASSWORD_REMEDY),
-        RC_BAD_AUTH: TpmFailed(f"the TPM wants a password: {shown}", remedy=_PASSWORD_REMEDY),
+        RC_AUTH_FAIL: TpmFailed(f"the TPM wants a password: {shown}", remedy=_AUTHORISATION_REMEDY),
+        RC_BAD_AUTH: TpmFailed(f"the TPM wants a password: {shown}", remedy=_AUTHORISATION_REMEDY),
     }
     known.update({number: TpmFailed(f"the TPM refuses for now, {why}: {shown}") for number, why in _WARNINGS.items()})
     if base in refusals:

@@ -1,0 +1,130 @@
+"""The release of a sealed secret: the steps of its policy, in their order, as the TPM walks them.
+
+The flow alone: each step is a command of `tpm`, which mixes this in. The TPM decides; a wrong order or a left-out step
+gives no secret, only another policy digest. Specification: docs/specification.md, "TPM policy"; TPM 2.0 Library,
+Part 3, 13.3 (Import), 20.1 (VerifySignature), 23 (policy), 12.7 (Unseal).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Final, Protocol
+
+from oci_hook.attestation.boot_policy import BootForm
+from oci_hook.attestation.host_device import HostDevice
+from oci_hook.attestation.sealed import SealedBlob
+from oci_hook.attestation.structures import (
+    ALG_ECDSA,
+    ALG_SHA256,
+    Handle,
+    ecdsa_signing_public,
+    parse_public,
+    tpm2b,
+)
+from oci_hook.attestation.tpm_codes import PcrChangedError
+from oci_hook.errors import BootPolicyRefused, DeviceInvalid, KeyRefused, TpmFailed
+from oci_hook.jws import PublicJwk, ec_public_key
+
+_ATTEMPTS: Final = 5
+_ENROL_AGAIN: Final = "enrol again (`sczctl enroll request`), then ask the model's owner for new grants"
+
+
+class ReleaseCommands(Protocol):
+    """What a release asks of a TPM, and the release."""
+
+    def _find(self, handle: int) -> Handle | None: ...
+
+    def _name(self, handle: Handle) -> bytes: ...
+
+    def _deserialise(self, serialised: bytes) -> Handle: ...
+
+    def _import_sealed(self, srk: Handle, sealed: SealedBlob, handles: ExitStack) -> Handle: ...
+
+    def _verify_signature(self, public: bytes, digest: bytes, signature: bytes, handles: ExitStack) -> object: ...
+
+    def _pinned_session(self, srk: Handle, handles: ExitStack) -> Handle: ...
+
+    def _policy_pcr(self, session: Handle, pcrs: Mapping[int, bytes]) -> None: ...
+
+    def _policy_unseal_only(self, session: Handle) -> None: ...
+
+    def _policy_authorize(
+        self, session: Handle, policy: bytes, ref: bytes, key_name: bytes, ticket: object
+    ) -> None: ...
+
+    def _policy_nv(self, session: Handle, counter: Handle, maximum: int) -> None: ...
+
+    def _policy_restart(self, session: Handle) -> None: ...
+
+    def _unseal(self, session: Handle, item: Handle) -> bytes: ...
+
+    def unseal(
+        self,
+        device: HostDevice,
+        *,
+        sealed: SealedBlob,
+        form: BootForm,
+        boot_policy_key: PublicJwk,
+        policy_ref: bytes,
+        counter_index: int,
+        counter_maximum: int,
+    ) -> bytes:
+        """Import a sealed secret, satisfy its policy and unseal it.
+
+        Args:
+            device: This host's enrolment; the session is salted to its SRK.
+            sealed: From the grant.
+            form: The approved boot state that the machine is in.
+            boot_policy_key: The owner's.
+            policy_ref: Of the model line and the device class, 32 bytes.
+            counter_index: NV index of the owner's counter.
+            counter_maximum: The highest value at which the object opens.
+
+        Returns:
+            The secret. It crossed the bus encrypted.
+
+        Raises:
+            BootStateRefused: The PCRs are not that form's.
+            BootPolicyRefused: The owner did not sign that form's policy for this model line and device class.
+            Revoked: The counter has passed the maximum.
+            KeyRefused: The blob is not for this TPM, or is sealed to another policy than this.
+        """
+        with ExitStack() as handles:
+            srk = self._pinned_srk(device)
+            item = self._import_sealed(srk, sealed, handles)
+            # What does not depend on PCRs comes before PolicyPCR: every extend in between costs another attempt.
+            key_name, ticket = self._ticket(form, boot_policy_key, policy_ref, handles)
+            counter = self._find(counter_index)
+            if counter is None:
+                raise KeyRefused(f"the owner's counter at {counter_index:#x} was deleted", remedy=_ENROL_AGAIN)
+            session = self._pinned_session(srk, handles)
+            for _ in range(_ATTEMPTS):
+                try:
+                    self._policy_pcr(session, form.pcrs)
+                    self._policy_unseal_only(session)
+                    self._policy_authorize(session, form.policy, policy_ref, key_name, ticket)
+                    self._policy_nv(session, counter, counter_maximum)
+                    return self._unseal(session, item)
+                except PcrChangedError:
+                    self._policy_restart(session)
+        raise TpmFailed("PCRs kept changing while the key was being released")
+
+    def _pinned_srk(self, device: HostDevice) -> Handle:
+        """The SRK as enrolled: its public area comes from device.json, nothing is asked of the bus."""
+        srk = self._deserialise(device.srk_serialised)
+        if self._name(srk) != device.srk.name:
+            raise DeviceInvalid("device.json: the serialised SRK is another key than its public area")
+        return srk
+
+    def _ticket(
+        self, form: BootForm, boot_policy_key: PublicJwk, policy_ref: bytes, handles: ExitStack
+    ) -> tuple[bytes, object]:
+        """The signing key's Name, and the TPM's own proof to itself that this key signed the form's policy."""
+        raw = ecdsa_signing_public(ec_public_key(boot_policy_key, error=BootPolicyRefused))
+        name = parse_public(tpm2b(raw), what="the boot-policy key", error=BootPolicyRefused).name
+        algorithms = ALG_ECDSA.to_bytes(2, "big") + ALG_SHA256.to_bytes(2, "big")
+        signature = algorithms + tpm2b(form.signature_r) + tpm2b(form.signature_s)
+        digest = hashlib.sha256(form.policy + policy_ref).digest()
+        return name, self._verify_signature(tpm2b(raw), digest, signature, handles)
