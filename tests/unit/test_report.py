@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from oci_hook import report
 from oci_hook.audit import AuditLog
 from oci_hook.errors import CouldNotTell, InputError, Refused, SczError, TokenExpired, TokenMissing, all_errors
 from oci_hook.oci.state import State
@@ -73,3 +75,19 @@ def test_a_damaged_file_is_left_out(tmp_path: Path) -> None:
     keep_refusal(run, "c1", TokenMissing("x"))
     (tmp_path / "run" / "last" / "other.json").write_text("{")
     assert [refusal.container_id for refusal in load_refusals(run)] == ["c1"]
+
+
+def test_the_journal_gets_one_entry_with_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "journal")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(path)
+        journal.settimeout(5)
+        monkeypatch.setattr(report, "_JOURNAL", path)
+        config = tmp_path / "config.toml"
+        config.write_text(f'[paths]\nruntime = "{tmp_path}/run"\naudit = "{tmp_path}/audit.jsonl"\n')
+        report_refusal(str(config), State("c1", 1, "/b", "", {}), TokenMissing("line one\nSCZ_CODE=0"))
+        entry = journal.recv(65536).decode()
+    fields = dict(line.split("=", 1) for line in entry.splitlines())
+    assert fields["SYSLOG_IDENTIFIER"] == "scz-hook"
+    assert (fields["SCZ_CODE"], fields["SCZ_REASON"], fields["SCZ_CONTAINER"]) == ("18", "TokenMissing", "c1")
+    assert "line one SCZ_CODE=0" in fields["MESSAGE"]
