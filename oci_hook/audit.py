@@ -216,4 +216,4 @@ def text_line(record: dict[str, Any]) -> str:
     """One record for a person to read."""
     shown = {k: v for k, v in record.items() if k not in ("seq", "time", "event", "prev")}
     members = json.dumps(shown, sort_keys=True, ensure_ascii=False)
-    return f"{record['seq']:>6} {record['time']} {record['event']:<9} {members}"
+    return f"{record['seq']:>6} {record['time']} {record.get('event', '?')!s:<9} {members}"

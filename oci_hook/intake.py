@@ -2,21 +2,21 @@
 
 A folder or files may hold a bundle (an OCI layout), grants and boot policies in any mixture. What one of them fails,
 nothing of them enters. A crash between two placements leaves a bundle without a name, a grant or a policy more: all of
-them verified, none of them reachable by an annotation until its name is there.
+them verified, none of them reachable by an annotation until its name is there. The placing itself is `placement`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
-from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
-from oci_hook.bundle.layout import BLOBS, INDEX_FILE, LAYOUT_FILE, Layout, open_layout, verify_digests
+from oci_hook.bundle.grant import Grant, parse_grant, verify_grant, verify_grant_signature
+from oci_hook.bundle.layout import BLOBS, INDEX_FILE, LAYOUT_FILE, Layout, open_layout, verify_bundle, verify_digests
 from oci_hook.bundle.manifest import Manifest
 from oci_hook.errors import (
     BundleInvalid,
@@ -25,15 +25,16 @@ from oci_hook.errors import (
     GrantRefused,
     ModelUnknown,
     OutputExists,
-    SczError,
 )
+from oci_hook.placement import locked, place, staging
 from oci_hook.provenance import find_owner, verified_manifest, verify_device
-from oci_hook.store import Store, StoredModel
+from oci_hook.store import Store, StoredModel, system_calls
 from oci_hook.trust import Owner
 from oci_hook.trusted_file import load_file, sync_directory
 
 _DOCUMENT_BYTES = 1 << 20
 _MAX_ENTRIES = 1000
+_STEP_BYTES = 4 << 20
 Progress = Callable[[int], object]
 
 
@@ -60,12 +61,23 @@ def collect(paths: Iterable[str]) -> Incoming:
 
     Raises:
         FileUnreadable: A path is absent or cannot be read.
-        BundleInvalid: A folder holds too much to be what was meant, or a file is none of ours.
+        BundleInvalid: A folder holds too much to be what was meant, a file is none of ours, or there is nothing.
     """
     incoming = Incoming()
     for path in paths:
         _collect(path, incoming, depth=0)
+    if incoming == Incoming():
+        raise BundleInvalid("there is no bundle, grant or boot policy to add", remedy="name their folder or files")
     return incoming
+
+
+def measure(incoming: Incoming, *, copied: bool) -> int:
+    """The bytes that an intake will report as done at its end: each layer is copied (or not), then verified."""
+    total = 0
+    for path in incoming.bundles:
+        with open_layout(path) as layout:
+            total += (1 + copied) * sum(layer.size for layer in layout.layers)
+    return total
 
 
 def _collect(path: str, incoming: Incoming, depth: int) -> None:
@@ -80,13 +92,18 @@ def _collect(path: str, incoming: Incoming, depth: int) -> None:
         if depth > 1 or len(entries) > _MAX_ENTRIES:
             raise BundleInvalid(f"{path} is not a folder with a bundle, a grant and a boot policy")
         for entry in entries:
+            if entry.startswith("."):
+                continue  # what a killed `sczctl pack` left, or a desktop's
             _collect(os.path.join(path, entry), incoming, depth + 1)
     elif path.endswith(".jwt"):
         incoming.grants.append(load_file(path, limit_bytes=_DOCUMENT_BYTES, error=BundleInvalid))
     elif path.endswith(".json"):
         incoming.boot_policies.append(load_file(path, limit_bytes=_DOCUMENT_BYTES, error=BundleInvalid))
     else:
-        raise BundleInvalid(f"{path} is neither a bundle's folder, a grant (.jwt) nor a boot policy (.json)")
+        raise BundleInvalid(
+            f"{path} is neither a bundle's folder, a grant (.jwt) nor a boot policy (.json)",
+            remedy="name the files to add, or take it out of the folder",
+        )
 
 
 class Intake:
@@ -96,127 +113,171 @@ class Intake:
         store: Where to.
         owners: Whom this host trusts.
         device: This host's enrolment, for grants; None if it is not enrolled.
+        replace: Whether a version may get other contents.
+        progress: Called with the bytes done so far, of `measure`.
     """
 
-    def __init__(self, store: Store, owners: Sequence[Owner], device: HostDevice | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        owners: Sequence[Owner],
+        device: HostDevice | None,
+        *,
+        replace: bool = False,
+        progress: Progress = lambda _done: None,
+    ) -> None:
         self._store = store
         self._owners = owners
         self._device = device
-        self._progress: Progress = lambda _done: None
+        self._replace = replace
+        self._progress = progress
         self._done = 0
-        self._manifests: dict[str, Manifest] = {}
+        self._models: dict[tuple[str, str], tuple[StoredModel, Manifest]] = {}
 
-    def measure(self, incoming: Incoming) -> int:
-        """The bytes that `take` will report as done at its end: each layer is copied, then verified."""
-        total = 0
+    def verify(self, incoming: Incoming) -> Taken:
+        """Verify everything where it is, and change nothing: what `take` would give now.
+
+        Raises:
+            SczError: The first check that failed.
+        """
         for path in incoming.bundles:
             with open_layout(path) as layout:
-                total += 2 * sum(layer.size for layer in layout.layers)
-        return total
+                model, manifest = self._verified_bundle(path, layout)
+                verify_digests(layout, manifest, self._counted())
+            self._models[model.name, model.version] = model, manifest
+        return self._taken(self._grants(incoming), self._policies(incoming))
 
-    def take(self, incoming: Incoming, progress: Progress, *, replace: bool = False) -> Taken:
+    def take(self, incoming: Incoming) -> Taken:
         """Verify everything, then place it.
-
-        Args:
-            incoming: From `collect`.
-            progress: Called with the bytes done so far, of `measure`.
-            replace: Whether a version may get other contents.
 
         Raises:
             SczError: The first check that failed; nothing was placed.
         """
-        self._progress, self._done = progress, 0
-        with contextlib.ExitStack() as stack:
-            staged = [
-                self._stage(path, stack.enter_context(self._store.staging()), replace) for path in incoming.bundles
+        with staging(self._store) as folder:
+            staged = [(self._stage(path, os.path.join(folder, str(n))), n) for n, path in enumerate(incoming.bundles)]
+            grants, policies = self._grants(incoming), self._policies(incoming)
+            documents = [(self._store.grant_path(grant.manifest_digest), data) for grant, data in grants]
+            documents += [
+                (self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class), data)
+                for policy, data in policies
             ]
-            grants = [(self._verified_grant(data), data) for data in incoming.grants]
-            policies = [(self._verified_policy(data), data) for data in incoming.boot_policies]
-            for folder, model in staged:
-                self._store.place_bundle(folder, model.image_digest)
-            for grant, data in grants:
-                self._store.place_grant(grant.manifest_digest, data)
-            for policy, data in policies:
-                self._store.place_boot_policy(policy.owner_id, policy.model_name, policy.device_class, data)
-            for _, model in staged:
-                self._store.place_name(model)
+            taken = self._taken(grants, policies)
+            documents += [self._store.name_entry(model) for model in taken.models]
+            with locked(self._store):
+                for model in taken.models:
+                    self._verify_name_is_free(model)  # again: another `add` may have been faster
+                bundles = [(os.path.join(folder, str(n)), image_digest) for image_digest, n in staged]
+                place(self._store, bundles, documents)
+        return taken
+
+    def _taken(self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]) -> Taken:
         return Taken(
-            tuple(model for _, model in staged),
+            tuple(model for model, _ in self._models.values()),
             tuple(grant for grant, _ in grants),
             tuple(policy for policy, _ in policies),
         )
 
-    def _stage(self, source: str, target: str, replace: bool) -> tuple[str, StoredModel]:
-        with open_layout(source) as layout:
-            manifest, _ = verified_manifest(layout, self._owners)
-            model = StoredModel(
-                manifest.model.name, manifest.model.version, layout.image_digest, manifest.digest, manifest.owner_id
+    # --- bundles ---
+
+    def _verified_bundle(self, source: str, layout: Layout) -> tuple[StoredModel, Manifest]:
+        manifest, _ = verified_manifest(layout, self._owners)
+        model = StoredModel(
+            manifest.model.name, manifest.model.version, layout.image_digest, manifest.digest, manifest.owner_id
+        )
+        self._verify_name_is_free(model)
+        other, _ = self._models.get((model.name, model.version), (model, manifest))
+        if other != model:
+            raise OutputExists(
+                f"{source} is a second, different bundle of {model.name}:{model.version}", remedy="give one of them"
             )
-            self._verify_name_is_free(model, replace)
+        return model, manifest
+
+    def _stage(self, source: str, target: str) -> str:
+        """Copy a bundle and verify the copy; returns its image digest."""
+        with open_layout(source) as layout:
+            model, manifest = self._verified_bundle(source, layout)
             self._copy(source, layout, target)
         with open_layout(target) as copied:  # what is verified is the copy that stays
             if copied.image_digest != model.image_digest:
                 raise BundleInvalid(f"{source} changed while it was copied")
-            before = self._done
-            verify_digests(copied, manifest, lambda done: self._advance(before + done))
-        self._manifests[manifest.digest] = manifest
-        return target, model
+            verify_bundle(copied, manifest)
+            verify_digests(copied, manifest, self._counted())
+        self._models[model.name, model.version] = model, manifest
+        return model.image_digest
 
-    def _verify_name_is_free(self, model: StoredModel, replace: bool) -> None:
-        for other in self._store.models():
-            same_name = (other.name, other.version) == (model.name, model.version)
-            if same_name and other.image_digest != model.image_digest and not replace:
-                raise OutputExists(
-                    f"{model.name}:{model.version} is in the store with other contents",
-                    remedy=f"give --replace, or `sczctl rm {model.name}:{model.version}` first",
-                )
+    def _verify_name_is_free(self, model: StoredModel) -> None:
+        if self._replace or not self._store.knows(model.name, model.version):
+            return
+        if self._store.load_model(model.name, model.version).image_digest != model.image_digest:
+            raise OutputExists(
+                f"{model.name}:{model.version} is in the store with other contents",
+                remedy=f"give --replace, or `sczctl rm {model.name}:{model.version}` first",
+            )
 
     def _copy(self, source: str, layout: Layout, target: str) -> None:
         blobs = os.path.join(target, *BLOBS)
-        os.makedirs(blobs, mode=0o700)
-        for name in (LAYOUT_FILE, INDEX_FILE):
-            _write(
-                os.path.join(target, name),
-                load_file(os.path.join(source, name), limit_bytes=1 << 16, error=BundleInvalid),
-            )
-        for digest in dict.fromkeys((layout.image_digest, layout.manifest_digest, *(x.digest for x in layout.layers))):
+        with system_calls(target):
+            os.makedirs(blobs, mode=0o700)
+            for name in (LAYOUT_FILE, INDEX_FILE):
+                path = os.path.join(source, name)
+                _write(os.path.join(target, name), load_file(path, limit_bytes=1 << 16, error=BundleInvalid))
+        digests = (layout.image_digest, layout.manifest_digest, *(layer.digest for layer in layout.layers))
+        for digest in dict.fromkeys(digests):
             descriptor = layout.open_blob(digest)
             try:
                 for count in _copy_blob(descriptor, os.path.join(blobs, digest.removeprefix("sha256:"))):
-                    self._advance(self._done + count)
+                    self._advance(count)
             finally:
                 os.close(descriptor)
-        sync_directory(blobs)
-        sync_directory(target)
+        for folder in (blobs, os.path.dirname(blobs), target):
+            with system_calls(folder):
+                sync_directory(folder)
 
-    def _advance(self, done: int) -> None:
-        self._done = done
-        self._progress(done)
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done)
+
+    def _counted(self) -> Progress:
+        """A progress function for one more part of the work: it takes the bytes done of that part."""
+        before = self._done
+
+        def count(done: int) -> None:
+            self._done = before + done
+            self._progress(self._done)
+
+        return count
+
+    # --- grants and boot policies: older ones first, so that the newest of several stays ---
+
+    def _grants(self, incoming: Incoming) -> list[tuple[Grant, bytes]]:
+        grants = [(self._verified_grant(data), data) for data in incoming.grants]
+        return sorted(grants, key=lambda item: item[0].created)
+
+    def _policies(self, incoming: Incoming) -> list[tuple[BootPolicy, bytes]]:
+        policies = [(self._verified_policy(data), data) for data in incoming.boot_policies]
+        return sorted(policies, key=lambda item: item[0].created)
 
     def _verified_grant(self, data: bytes) -> Grant:
         unverified = parse_grant(data)
         owner = find_owner(unverified.owner_id, self._owners)
-        refusal: SczError | None = None
-        for manifest in (*self._manifests.values(), *self._stored_manifests(owner)):
-            try:
-                grant = verify_grant(unverified, owner=owner, manifest=manifest)
-            except GrantRefused as cause:
-                refusal = cause
-                continue
-            self._verify_device(grant)
-            return grant
-        raise refusal or ModelUnknown("the grant's model is not in the store", remedy="add the bundle with its grant")
-
-    def _verify_device(self, grant: Grant) -> None:
+        signed = verify_grant_signature(unverified, owner=owner)
+        grant = verify_grant(unverified, owner=owner, manifest=self._manifest(signed))
         if self._device is None:
             raise GrantRefused("this host is not enrolled, so no grant is for it", remedy=DeviceNotEnrolled.remedy)
         verify_device(grant, self._device)
+        return grant
 
-    def _stored_manifests(self, owner: Owner) -> Iterable[Manifest]:
-        for model in self._store.models():
-            if model.owner_id == owner.owner_id and model.manifest_digest not in self._manifests:
-                with self._store.open_model(model) as layout:
-                    yield verified_manifest(layout, self._owners)[0]
+    def _manifest(self, grant: Grant) -> Manifest:
+        """The verified manifest of the grant's model: from a bundle that comes with it, or from the store."""
+        name, version = grant.model.name, grant.model.version
+        if (name, version) in self._models:
+            return self._models[name, version][1]
+        if not self._store.knows(name, version):
+            raise ModelUnknown(
+                f"the grant is for {name}:{version}, which is not in the store", remedy="add the bundle with its grant"
+            )
+        with self._store.open_model(self._store.load_model(name, version)) as layout:
+            return verified_manifest(layout, self._owners)[0]
 
     def _verified_policy(self, data: bytes) -> BootPolicy:
         unverified = parse_boot_policy(data)
@@ -235,14 +296,26 @@ def _write(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _copy_blob(source: int, path: str) -> Iterable[int]:
-    """Copy in the kernel (a reflink where the file system can); yields the bytes of each step."""
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+def _copy_blob(source: int, path: str) -> Iterator[int]:
+    """Copy what the file holds now, and no more if it grows; yields the bytes of each step."""
+    with system_calls(path):
+        left = os.fstat(source).st_size
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+        try:
+            while left > 0 and (count := _copy_some(source, target, min(left, _STEP_BYTES))):
+                left -= count
+                yield count
+            os.fsync(target)
+        finally:
+            os.close(target)
+
+
+def _copy_some(source: int, target: int, limit_bytes: int) -> int:
+    """Copy in the kernel: by reference where the file system can, by bytes from another one (a USB stick)."""
     try:
-        while count := os.copy_file_range(source, target, 16 << 20):
-            yield count
-        os.fsync(target)
+        if count := os.copy_file_range(source, target, limit_bytes):
+            return count
     except OSError as cause:
-        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
-    finally:
-        os.close(target)
+        if cause.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return os.sendfile(target, source, None, limit_bytes)

@@ -9,15 +9,14 @@ store's directory::
     grants/<manifest digest>.jwt                 this device's grant
     boot-policies/<owner id>/<name>@<class>.json
     device.json                                  this host's enrolment
+
+`placement` changes the first four, under a lock; reading needs none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ from oci_hook.errors import (
 )
 from oci_hook.oci.annotations import ModelReference
 from oci_hook.trust import Issuer, Owner, parse_issuer, parse_owner
-from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file
+from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file, sync_directory
 
 _NAME_FILE_BYTES = 4 << 10
 _DOCUMENT_BYTES = 1 << 20
@@ -56,13 +55,23 @@ class StoredModel:
     owner_id: str
 
 
-def _entries(directory: str) -> list[str]:
+def entries(directory: str, *, hidden: bool = False) -> list[str]:
+    """The sorted names in a directory that may be absent: all but the hidden ones, or only those."""
     try:
-        return sorted(entry for entry in os.listdir(directory) if not entry.startswith("."))
+        return sorted(entry for entry in os.listdir(directory) if entry.startswith(".") == hidden)
     except FileNotFoundError:
         return []
     except OSError as cause:
         raise FileUnreadable(f"{directory}: {cause.strerror}") from cause
+
+
+@contextlib.contextmanager
+def system_calls(path: str) -> Iterator[None]:
+    """What the system refuses inside the block is `FileUnreadable`, with the path that it names."""
+    try:
+        yield
+    except OSError as cause:
+        raise FileUnreadable(f"{cause.filename or path}: {cause.strerror}") from cause
 
 
 class Trust:
@@ -75,13 +84,39 @@ class Trust:
         """Where the file of an owner (`owners`) or issuer (`issuers`) lies."""
         return os.path.join(self._directory, kind, f"{name}.json")
 
-    def _load(self, kind: str) -> Iterator[bytes]:
+    def _names(self, kind: str) -> Iterator[str]:
         directory = os.path.join(self._directory, kind)
-        names = [name for name in _entries(directory) if name.endswith(".json")]
+        names = [name for name in entries(directory) if name.endswith(".json")]
         if len(names) > _MAX_TRUSTED:
             raise TrustInvalid(f"{directory} holds more than {_MAX_TRUSTED} files")
         for name in names:
-            yield load_root_file(os.path.join(directory, name), limit_bytes=_DOCUMENT_BYTES, error=TrustInvalid)
+            yield name.removesuffix(".json")
+
+    def load_owner(self, name: str) -> Owner:
+        """One trusted owner.
+
+        Raises:
+            TrustInvalid: Its file cannot be used.
+            FileUnreadable: There is none of that name.
+        """
+        with self._named("owners", name) as data:
+            return parse_owner(data)
+
+    def load_issuer(self, name: str) -> Issuer:
+        """One trusted issuer; raises as `load_owner` does."""
+        with self._named("issuers", name) as data:
+            return parse_issuer(data)
+
+    @contextlib.contextmanager
+    def _named(self, kind: str, name: str) -> Iterator[bytes]:
+        path = self.path(kind, name)
+        data = load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=TrustInvalid)
+        try:
+            yield data
+        except TrustInvalid as cause:
+            raise TrustInvalid(
+                f"{path}: {cause.message}", remedy=f"`sczctl trust rm {kind.rstrip('s')} {name}`, then add it again"
+            ) from cause
 
     def owners(self) -> tuple[Owner, ...]:
         """The trusted owners.
@@ -89,30 +124,47 @@ class Trust:
         Raises:
             TrustInvalid: One of the files cannot be used: none is skipped in silence.
         """
-        return tuple(parse_owner(data) for data in self._load("owners"))
+        return tuple(self.load_owner(name) for name in self._names("owners"))
 
     def issuers(self) -> tuple[Issuer, ...]:
         """The trusted issuers of identity tokens; raises as `owners` does."""
-        return tuple(parse_issuer(data) for data in self._load("issuers"))
+        return tuple(self.load_issuer(name) for name in self._names("issuers"))
 
     def add(self, kind: str, name: str, document: bytes) -> str:
-        """Write one file; returns its path."""
-        directory = os.path.join(self._directory, kind)
-        os.makedirs(directory, mode=0o755, exist_ok=True)
-        path = self.path(kind, name)
+        """Write one file; returns its path.
+
+        Raises:
+            FileUnreadable: A system call failed.
+        """
+        directory, path = os.path.join(self._directory, kind), self.path(kind, name)
+        with system_calls(directory):
+            os.makedirs(directory, mode=0o755, exist_ok=True)
         replace_file(path, document, mode=0o644)
         return path
 
     def remove(self, kind: str, name: str) -> None:
-        """Remove one file.
+        """Remove one file, whatever it holds.
 
         Raises:
             TrustInvalid: There is none of that name.
+            FileUnreadable: A system call failed.
         """
-        try:
-            os.unlink(self.path(kind, name))
-        except FileNotFoundError as cause:
-            raise TrustInvalid(f"no {kind.rstrip('s')} named {name} is trusted here") from cause
+        path = self.path(kind, name)
+        self.verify_known(kind, name)
+        with system_calls(path):
+            os.unlink(path)
+            sync_directory(os.path.dirname(path))
+
+    def verify_known(self, kind: str, name: str) -> None:
+        """Check that there is a file of that name.
+
+        Raises:
+            TrustInvalid: There is none.
+        """
+        if not os.path.lexists(self.path(kind, name)):
+            raise TrustInvalid(
+                f"no {kind.rstrip('s')} named {name} is trusted here", remedy="`sczctl trust list` shows the names"
+            )
 
 
 class Store:
@@ -121,7 +173,8 @@ class Store:
     def __init__(self, directory: str) -> None:
         self.directory = directory
 
-    def _path(self, *parts: str) -> str:
+    def path(self, *parts: str) -> str:
+        """A path below the store's directory."""
         return os.path.join(self.directory, *parts)
 
     # --- reading: the hook ---
@@ -149,10 +202,16 @@ class Store:
         return found[0]
 
     def _of_name(self, name: str) -> list[StoredModel]:
-        return [self._named(name, version) for version in _entries(self._path("names", name))]
+        return [self.load_model(name, version) for version in entries(self.path("names", name))]
 
-    def _named(self, name: str, version: str) -> StoredModel:
-        path = self._path("names", name, version)
+    def load_model(self, name: str, version: str) -> StoredModel:
+        """The model of that name and version.
+
+        Raises:
+            StoreInvalid: Its entry is damaged.
+            FileUnreadable: There is none.
+        """
+        path = self.name_path(name, version)
         data = load_root_file(path, limit_bytes=_NAME_FILE_BYTES, error=StoreInvalid)
         fields = Fields(
             parse_object(data, limit_bytes=_NAME_FILE_BYTES, what=path, error=StoreInvalid),
@@ -171,7 +230,7 @@ class Store:
         Raises:
             StoreInvalid: The folder does not hold the image that the name means.
         """
-        path = self._path("models", model.image_digest.removeprefix("sha256:"))
+        path = self.bundle_path(model.image_digest)
         layout = open_layout(path)
         if layout.image_digest != model.image_digest:
             layout.close()
@@ -188,7 +247,7 @@ class Store:
         Raises:
             GrantMissing: There is none.
         """
-        path = self._path("grants", manifest_digest.removeprefix("sha256:") + ".jwt")
+        path = self.grant_path(manifest_digest)
         if not os.path.lexists(path):
             raise GrantMissing(f"no grant for the manifest {manifest_digest} is in the store")
         return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=GrantInvalid)
@@ -199,13 +258,31 @@ class Store:
         Raises:
             BootPolicyRefused: There is none.
         """
-        path = self._boot_policy_path(owner_id, model_name, device_class)
+        path = self.boot_policy_path(owner_id, model_name, device_class)
         if not os.path.lexists(path):
             raise BootPolicyRefused(f"no boot policy for {model_name} and device class {device_class} is in the store")
         return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=BootPolicyInvalid)
 
-    def _boot_policy_path(self, owner_id: str, model_name: str, device_class: str) -> str:
-        return self._path("boot-policies", owner_id, f"{model_name}@{device_class}.json")
+    def boot_policy_path(self, owner_id: str, model_name: str, device_class: str) -> str:
+        """Where an owner's boot policy for a model line and device class lies."""
+        return self.path("boot-policies", owner_id, f"{model_name}@{device_class}.json")
+
+    def grant_path(self, manifest_digest: str) -> str:
+        """Where this device's grant for a manifest lies."""
+        return self.path("grants", manifest_digest.removeprefix("sha256:") + ".jwt")
+
+    def name_entry(self, model: StoredModel) -> tuple[str, bytes]:
+        """Path and contents of what makes a model known under its name."""
+        document = {"image": model.image_digest, "manifest": model.manifest_digest, "owner": model.owner_id}
+        return self.name_path(model.name, model.version), canonical(document)
+
+    def name_path(self, name: str, version: str) -> str:
+        """Where the entry of a name and version lies."""
+        return self.path("names", name, version)
+
+    def bundle_path(self, image_digest: str) -> str:
+        """Where the layout with that image digest lies."""
+        return self.path("models", image_digest.removeprefix("sha256:"))
 
     def load_device(self) -> HostDevice:
         """This host's enrolment.
@@ -213,22 +290,22 @@ class Store:
         Raises:
             DeviceNotEnrolled: There is none.
         """
-        path = self._path("device.json")
+        path = self.path("device.json")
         if not os.path.lexists(path):
             raise DeviceNotEnrolled(f"{path} is absent: this host was never enrolled")
         return parse_host_device(load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=StoreInvalid))
 
-    # --- changing: sczctl ---
+    # --- enrolment and lists: sczctl ---
 
     def save_device(self, document: bytes) -> None:
-        """Write this host's enrolment."""
+        """Write this host's enrolment (FileUnreadable)."""
         make_private_directory(self.directory)
-        replace_file(self._path("device.json"), document)
+        replace_file(self.path("device.json"), document)
 
     def save_request(self, owner_id: str, document: bytes) -> None:
         """Keep an enrolment request until the owner's challenge comes."""
-        make_private_directory(self._path("enrolment"))
-        replace_file(self._path("enrolment", f"{owner_id}.json"), document)
+        make_private_directory(self.path("enrolment"))
+        replace_file(self.path("enrolment", f"{owner_id}.json"), document)
 
     def load_request(self, owner_id: str) -> bytes:
         """The last enrolment request to an owner.
@@ -236,70 +313,29 @@ class Store:
         Raises:
             DeviceNotEnrolled: There is none.
         """
-        path = self._path("enrolment", f"{owner_id}.json")
+        path = self.path("enrolment", f"{owner_id}.json")
         if not os.path.lexists(path):
             raise DeviceNotEnrolled("this host made no enrolment request to that owner")
         return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=StoreInvalid)
 
+    def names(self) -> list[tuple[str, str]]:
+        """Name and version of every model here, sorted; a damaged entry is one of them."""
+        return [
+            (name, version) for name in entries(self.path("names")) for version in entries(self.path("names", name))
+        ]
+
     def models(self) -> list[StoredModel]:
-        """Every model that has a name here, sorted by name and version."""
-        return [model for name in _entries(self._path("names")) for model in self._of_name(name)]
+        """Every model here, sorted by name and version.
+
+        Raises:
+            StoreInvalid: An entry is damaged.
+        """
+        return [self.load_model(name, version) for name, version in self.names()]
+
+    def knows(self, name: str, version: str) -> bool:
+        """Whether there is an entry of that name and version, damaged or not."""
+        return os.path.lexists(self.name_path(name, version))
 
     def has_grant(self, manifest_digest: str) -> bool:
         """Whether this device has a grant for the manifest."""
-        return os.path.lexists(self._path("grants", manifest_digest.removeprefix("sha256:") + ".jwt"))
-
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[str]:
-        """A private folder beside the models, to copy a bundle into; removed at the end unless it was placed."""
-        make_private_directory(self.directory)
-        make_private_directory(self._path("models"))
-        self._sweep_staging()
-        folder = self._path("models", f".staging.{os.getpid()}.{secrets.token_hex(4)}")
-        os.mkdir(folder, 0o700)
-        try:
-            yield os.path.join(folder, "layout")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _sweep_staging(self) -> None:
-        """Remove what an `add` that was killed left behind."""
-        for entry in os.listdir(self._path("models")):
-            found = re.fullmatch(r"\.staging\.([0-9]+)\.[0-9a-f]+", entry)
-            if found and not os.path.exists(f"/proc/{found[1]}"):
-                shutil.rmtree(self._path("models", entry), ignore_errors=True)
-
-    def place_bundle(self, staged: str, image_digest: str) -> None:
-        """Rename a verified layout into its place; one that is already there is replaced."""
-        target = self._path("models", image_digest.removeprefix("sha256:"))
-        if os.path.lexists(target):
-            os.rename(target, f"{staged}.old")
-        os.rename(staged, target)
-
-    def place_grant(self, manifest_digest: str, grant: bytes) -> None:
-        """Write this device's grant for a manifest."""
-        make_private_directory(self._path("grants"))
-        replace_file(self._path("grants", manifest_digest.removeprefix("sha256:") + ".jwt"), grant)
-
-    def place_boot_policy(self, owner_id: str, model_name: str, device_class: str, policy: bytes) -> None:
-        """Write an owner's boot policy for a model line and device class."""
-        make_private_directory(self._path("boot-policies", owner_id))
-        replace_file(self._boot_policy_path(owner_id, model_name, device_class), policy)
-
-    def place_name(self, model: StoredModel) -> None:
-        """Make the model known under its name: the last step of `add`."""
-        make_private_directory(self._path("names", model.name))
-        document = {"image": model.image_digest, "manifest": model.manifest_digest, "owner": model.owner_id}
-        replace_file(self._path("names", model.name, model.version), canonical(document))
-
-    def remove(self, model: StoredModel) -> None:
-        """Forget a model: its name first, then its grant and its bundle if no other name needs them."""
-        os.unlink(self._path("names", model.name, model.version))
-        with contextlib.suppress(OSError):
-            os.rmdir(self._path("names", model.name))
-        left = self.models()
-        if all(other.manifest_digest != model.manifest_digest for other in left):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path("grants", model.manifest_digest.removeprefix("sha256:") + ".jwt"))
-        if all(other.image_digest != model.image_digest for other in left):
-            shutil.rmtree(self._path("models", model.image_digest.removeprefix("sha256:")), ignore_errors=True)
+        return os.path.lexists(self.grant_path(manifest_digest))

@@ -5,7 +5,10 @@ The commands live in modules by role; this one holds what they share at the top:
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import sys
 
 import click
@@ -13,9 +16,12 @@ import click
 from oci_hook import __version__
 from oci_hook.errors import InternalError, SczError
 
+# What a terminal would obey instead of showing: control characters, and those that turn the direction of writing.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
 _MODULES = {
     "keygen": "owner",
-    "pack": "owner",
+    "pack": "packing",
     "grant": "owner",
     "inspect": "owner",
     "verify": "owner",
@@ -28,6 +34,7 @@ _MODULES = {
     "token": "token",
     "install": "engines",
     "uninstall": "engines",
+    "ps": "containers",
     "why": "diagnose",
     "audit": "diagnose",
 }
@@ -67,12 +74,18 @@ def cli(context: click.Context, config_file: str) -> None:
 
     The model's OWNER packs, grants and signs boot policies. The host's OPERATOR enrols the host, adds models and
     installs the hook. `sczctl why` tells anybody why a container did not start.
+
+    Exit codes: 0 done, 1 nothing is known, 2 wrong usage, 10 to 79 an error (`sczctl why CODE` explains it),
+    130 interrupted.
     """
-    context.obj = config_file
+    context.obj = os.path.abspath(config_file)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command's entry point: an error leaves as one line with its remedy and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not undo what was done
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = cli.main(args=arguments, prog_name="sczctl", standalone_mode=False)
     except click.exceptions.Exit as leaving:
@@ -90,11 +103,17 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(result if isinstance(result, int) else 0)
 
 
+def printable(text: str) -> str:
+    """A hostile text, fit for one line of a terminal."""
+    return _UNPRINTABLE.sub("?", text)
+
+
 def _show(error: SczError) -> int:
-    click.echo(f"sczctl: {error.reason} ({error.code}): {error.message}\n  remedy: {error.advice}", err=True)
+    message = printable(f"sczctl: {error.reason} ({error.code}): {error.message}")
+    click.echo(f"{message}\n  remedy: {printable(error.advice)}", err=True)
     return error.code
 
 
 def print_json(document: object) -> None:
-    """One JSON document on standard output, for `--json`."""
-    click.echo(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False))
+    """One JSON document on standard output, for `--json`; in ASCII, whatever strings it has."""
+    click.echo(json.dumps(document, indent=2, sort_keys=True))

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from oci_hook.cli.options import CLASS, KEYS, OUTPUT, PASSPHRASE_FILE, passphrase_source, read_input, write_output
+from oci_hook.cli import print_json
+from oci_hook.cli.options import (
+    JSON,
+    KEYS,
+    OUTPUT,
+    PASSPHRASE_FILE,
+    name_of,
+    names_of,
+    passphrase_source,
+    read_input,
+    verify_new_output,
+    verify_one_of,
+    write_output,
+)
 from oci_hook.config import load_config
 from oci_hook.errors import BootPolicyInvalid, DeviceInvalid
 from oci_hook.store import Store
+
+if TYPE_CHECKING:
+    from oci_hook.attestation.device_record import DeviceRecord
+    from oci_hook.owner.records import OwnerRecords
 
 
 @click.group("boot-policy")
@@ -20,7 +39,7 @@ def boot_policy() -> None:
 
 
 @boot_policy.command()
-@click.option("--device", required=True, help="This device's name, as it was enrolled.")
+@click.option("--device", required=True, callback=name_of, help="This device's name, as it was enrolled.")
 @OUTPUT
 @click.pass_obj
 def measure(config_file: str, device: str, output: str) -> None:
@@ -34,6 +53,7 @@ def measure(config_file: str, device: str, output: str) -> None:
     from oci_hook.attestation.tpm import open_tpm
     from oci_hook.trusted_file import make_private_directory
 
+    verify_new_output(output)
     config = load_config(config_file)
     host, now = Store(config.store_directory).load_device(), int(time.time())
     make_private_directory(config.runtime_directory)
@@ -44,67 +64,118 @@ def measure(config_file: str, device: str, output: str) -> None:
     click.echo(f"measurement of {device} in {output}")
 
 
-def _selected(text: str) -> list[int]:
-    try:
-        pcrs = sorted({int(part) for part in text.split(",")})
-    except ValueError as cause:
-        raise BootPolicyInvalid("--pcr is a list of numbers: 4,7,8,9") from cause
-    if not pcrs or pcrs[0] < 0 or pcrs[-1] > 15:
-        raise BootPolicyInvalid("--pcr: PCRs 0 to 15 can be signed")
-    return pcrs
+def _selected(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
+    numbers = {str(number): number for number in range(16)}
+    parts = text.replace(" ", "").split(",")
+    if not all(part in numbers for part in parts):
+        raise click.BadParameter("give PCRs from 0 to 15, as in 4,7,8,9")
+    return sorted({numbers[part] for part in parts})
+
+
+def _device(records: OwnerRecords, name: str) -> DeviceRecord:
+    from oci_hook.attestation.device_record import parse_device_record
+
+    verify_one_of("enrolled device", name, records.devices(), DeviceInvalid, remedy="`sczctl enroll` it; check --keys")
+    return parse_device_record(records.load_device(name))
+
+
+def _states(
+    records: OwnerRecords, devices: tuple[str, ...], measured: tuple[str, ...]
+) -> tuple[list[Mapping[int, bytes]], set[str]]:
+    """The PCR values to approve, and the classes of the devices that have them."""
+    from oci_hook.attestation.measurement import parse_measurement, verify_measurement
+
+    found = [_device(records, name) for name in devices]
+    states = [record.pcrs for record in found]
+    for path in measured:
+        measurement = parse_measurement(read_input(path, DeviceInvalid))
+        found.append(_device(records, measurement.device))
+        states.append(verify_measurement(measurement, ak=found[-1].ak).pcrs)
+    return states, {record.device_class for record in found}
+
+
+def _verify_forms(forms: list[dict[int, bytes]]) -> None:
+    from oci_hook.attestation.boot_policy import verify_coverage
+
+    for form in forms:
+        try:
+            verify_coverage(form, BootPolicyInvalid)
+        except BootPolicyInvalid as cause:
+            raise BootPolicyInvalid(
+                cause.message,
+                remedy="give --pcr 4,8,9 or 11,12 and more; measure a machine that booted what it will run",
+            ) from cause
 
 
 @boot_policy.command()
 @KEYS
-@click.option("--model", required=True, help="The model line (its name); all its versions.")
-@CLASS
-@click.option("--device", "devices", multiple=True, help="Approve the state that this device was enrolled in.")
+@click.option("--model", required=True, callback=name_of, help="The model line (its name); all its versions.")
+@click.option(
+    "--class", "device_class", callback=name_of, help="The device class; default: that of the devices that are named."
+)
+@click.option(
+    "--device", "devices", multiple=True, callback=names_of, help="Approve the state that this device was enrolled in."
+)
 @click.option(
     "--measured",
     multiple=True,
     type=click.Path(dir_okay=False),
     help="Approve the state of a measurement (`sczctl boot-policy measure`) by an enrolled device.",
 )
-@click.option("--pcr", "pcr_list", required=True, help="PCRs that count, for example 4,7,8,9 (GRUB) or 7,11,12 (UKI).")
+@click.option(
+    "--pcr",
+    "pcrs",
+    required=True,
+    callback=_selected,
+    metavar="LIST",
+    help="PCRs that count, for example 4,7,8,9 (GRUB) or 7,11,12 (UKI).",
+)
 @OUTPUT
 @PASSPHRASE_FILE
+@JSON
 def sign(
     keys: str,
     model: str,
-    device_class: str,
+    device_class: str | None,
     devices: tuple[str, ...],
     measured: tuple[str, ...],
-    pcr_list: str,
+    pcrs: list[int],
     output: str,
     passphrase_file: str | None,
+    as_json: bool,
 ) -> None:
-    """OWNER: sign the approved states; the policy must cover kernel, initrd and command line."""
+    """OWNER: sign the approved states; the policy must cover kernel, initrd and command line.
+
+    All of --device and --measured, which may be repeated, stand beside each other: a host may be in any one of them.
+    """
     from oci_hook.attestation.boot_policy import sign_boot_policy
-    from oci_hook.attestation.device_record import parse_device_record
-    from oci_hook.attestation.measurement import parse_measurement, verify_measurement
     from oci_hook.owner.keyring import open_keyring
     from oci_hook.owner.records import OwnerRecords
 
     if not devices and not measured:
         raise click.UsageError("say which states: --device or --measured")
-    records, pcrs = OwnerRecords(Path(keys)), _selected(pcr_list)
-    states = [parse_device_record(records.load_device(device)).pcrs for device in devices]
-    for path in measured:
-        measurement = parse_measurement(read_input(path, DeviceInvalid))
-        record = parse_device_record(records.load_device(measurement.device))
-        states.append(verify_measurement(measurement, ak=record.ak).pcrs)
+    verify_new_output(output)
+    states, classes = _states(OwnerRecords(Path(keys)), devices, measured)
+    if device_class is None and len(classes) > 1:
+        raise click.UsageError(f"the devices are of several classes ({', '.join(sorted(classes))}): give --class")
+    signed_class = device_class or classes.pop()
     forms = list({tuple(state[pcr] for pcr in pcrs): {pcr: state[pcr] for pcr in pcrs} for state in states}.values())
+    _verify_forms(forms)  # before a person is asked for the passphrase
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     document = sign_boot_policy(
         forms,
         owner_id=keyring.owner.owner_id,
         model_name=model,
-        device_class=device_class,
+        device_class=signed_class,
         created=int(time.time()),
         key=keyring.boot_policy_key,
     )
     write_output(output, document)
-    click.echo(f"boot policy for {model}, device class {device_class}: {len(forms)} approved state(s), PCRs {pcr_list}")
+    if as_json:
+        print_json({"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms)})
+        return
+    listed = ",".join(str(pcr) for pcr in pcrs)
+    click.echo(f"boot policy for {model}, device class {signed_class}: {len(forms)} approved state(s), PCRs {listed}")
 
 
 COMMANDS = {"boot-policy": boot_policy}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import re
 from datetime import datetime
 
 import click
 
-from oci_hook.audit import AuditLog, format_time, text_line
-from oci_hook.cli import print_json
+from oci_hook.audit import EMPTY_HEAD, AuditHead, AuditLog, format_time, text_line
+from oci_hook.cli import print_json, printable
 from oci_hook.config import load_config
 from oci_hook.errors import all_errors
 from oci_hook.report import Refusal, explain, load_refusals
@@ -28,17 +31,19 @@ _RAISED_BY_RUNTIMES = {
 def why(config_file: str, what: str | None, codes: bool, as_json: bool) -> int:
     """Tell why a container did not start, and what mends it.
 
-    WHAT is a container's id (or its beginning), or an exit code of the hook; without it: the last refusal.
+    WHAT is a container's id (or its beginning), or an exit code of the hook; without it: the last refusal. The exit
+    code is 1 if nothing is known.
     """
     if codes:
         return _show_codes(as_json)
-    if what is not None and what.isdigit() and len(what) <= 3:
+    if what is not None and re.fullmatch("[0-9]{1,3}", what):
         return _show_code(int(what), as_json)
     found = load_refusals(load_config(config_file).runtime_directory)
     if what is not None:
         found = [refusal for refusal in found if refusal.container_id.startswith(what)]
     if not found:
-        click.echo("no refusal is known" + (f" for {what}" if what else ""), err=True)
+        hint = "" if os.geteuid() == 0 else "; run it as root, who alone may read them"
+        click.echo("no refusal is known" + (f" for {printable(what)}" if what else "") + hint, err=True)
         return 1
     _show_refusal(found[0], as_json)
     return 0
@@ -48,9 +53,12 @@ def _show_refusal(refusal: Refusal, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(refusal))
         return
-    click.echo(f"{format_time(refusal.seconds)} container {refusal.container_id[:12]}")
-    click.echo(f"{refusal.reason} ({refusal.code}): {refusal.message}")
-    click.echo(f"remedy: {refusal.remedy}")
+    for line in (
+        f"{format_time(refusal.seconds)} container {refusal.container_id[:12]}",
+        f"{refusal.reason} ({refusal.code}): {refusal.message}",
+        f"remedy: {refusal.remedy}",
+    ):
+        click.echo(printable(line))
 
 
 def _show_code(code: int, as_json: bool) -> int:
@@ -96,14 +104,12 @@ def show_audit(
     for record in AuditLog(load_config(config_file).audit_file).records():
         if container and not str(record.get("container", "")).startswith(container):
             continue
-        if (event and record["event"] != event) or record["time"] < earliest:
+        if (event and record.get("event") != event) or record["time"] < earliest:
             continue
         if as_json:
-            import json
-
-            click.echo(json.dumps(record, sort_keys=True, ensure_ascii=False))
+            click.echo(json.dumps(record, sort_keys=True))
         else:
-            click.echo(text_line(record))
+            click.echo(printable(text_line(record)))
 
 
 @audit.command("verify")
@@ -113,9 +119,10 @@ def verify_audit(config_file: str, as_json: bool) -> None:
     """Verify the chain from the first record to the last; print the head."""
     log = AuditLog(load_config(config_file).audit_file)
     number = sum(1 for _ in log.records())
-    head = log.head()
+    head = log.head() if number else AuditHead(0, 0.0, EMPTY_HEAD)  # a log that is not there is not made
     if as_json:
-        print_json({"records": number, "head": head.digest.hex(), "last": format_time(head.seconds)})
+        last = format_time(head.seconds) if number else None
+        print_json({"records": number, "head": head.digest.hex(), "last": last})
     else:
         click.echo(f"{number} records, each follows the one before; head {head.digest.hex()}")
 

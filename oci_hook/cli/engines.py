@@ -10,6 +10,7 @@ import click
 
 import oci_hook
 from oci_hook.cli import print_json
+from oci_hook.cli.options import DRY_RUN, JSON
 from oci_hook.config import load_config
 from oci_hook.errors import ConfigInvalid, FileUnreadable
 from oci_hook.trusted_file import replace_file
@@ -31,7 +32,7 @@ def hooks_d_documents(config_file: str, timeout_seconds: int) -> dict[str, bytes
     The environment is never empty: an engine passes its own on to a hook that names none (docs/runtimes.md).
     """
     documents = {}
-    for stage in ("prestart", "poststop"):
+    for stage in ("poststop", "prestart"):  # in this order: what starts containers is written when all else is there
         arguments = hook_command(config_file, stage)
         hook = {"path": arguments[0], "args": arguments, "env": _ENVIRONMENT, "timeout": timeout_seconds}
         document = {"version": "1.0.0", "hook": hook, "when": {"annotations": {r"^smm\.scz/": ".*"}}, "stages": [stage]}
@@ -52,8 +53,6 @@ _HOOKS_DIRECTORY = click.option(
     show_default=True,
     help="Directory that the engine reads hooks from.",
 )
-_DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
@@ -67,11 +66,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     show_default=True,
     help="Seconds after which the runtime ends the hook and the container.",
 )
-@_DRY_RUN
-@_JSON
+@DRY_RUN
+@JSON
 @click.pass_obj
 def install(config_file: str, engine: str, hooks_dir: str, timeout_seconds: int, dry_run: bool, as_json: bool) -> None:
-    """Make ENGINE call the hook for containers with our annotations."""
+    """Make an engine call the hook for containers that have annotations under smm.scz/."""
     configured = load_config(config_file).engine
     if configured != engine:
         raise ConfigInvalid(
@@ -102,20 +101,29 @@ def _write(hooks_directory: str, targets: dict[str, bytes]) -> None:
 @click.command()
 @_ENGINE
 @_HOOKS_DIRECTORY
-@_DRY_RUN
-@_JSON
+@DRY_RUN
+@JSON
 @click.pass_obj
 def uninstall(config_file: str, engine: str, hooks_dir: str, dry_run: bool, as_json: bool) -> None:
     """Remove exactly the files that `sczctl install` writes."""
     found = [path for path in _targets(config_file, hooks_dir, 300) if os.path.lexists(path)]
     if not dry_run:
-        for path in found:
-            os.unlink(path)
+        for path in reversed(found):
+            _remove(path)
     if as_json:
         print_json({"engine": engine, "dry_run": dry_run, "files": found})
         return
+    if not found:
+        click.echo(f"nothing of ours is in {hooks_dir}", err=True)
     for path in found:
         click.echo(f"{'would remove' if dry_run else 'removed'} {path}")
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError as cause:
+        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
 
 
 COMMANDS = {"install": install, "uninstall": uninstall}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable
@@ -12,11 +13,21 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from oci_hook.cli.options import CLASS, EK_ROOTS, KEYS, OUTPUT, load_authorities, read_input, write_output
+from oci_hook.cli import printable
+from oci_hook.cli.options import (
+    EK_ROOTS,
+    KEYS,
+    OUTPUT,
+    load_authorities,
+    name_of,
+    read_input,
+    verify_new_output,
+    write_output,
+)
 from oci_hook.config import Config, load_config
 from oci_hook.errors import DeviceInvalid, DeviceNotEnrolled, TrustInvalid
 from oci_hook.store import Store
-from oci_hook.trust import parse_owner
+from oci_hook.trust import NAME, NAME_LIMIT, parse_owner
 from oci_hook.trusted_file import make_private_directory
 
 if TYPE_CHECKING:
@@ -35,6 +46,13 @@ def _with_tpm(config: Config, action: Callable[[Tpm], T]) -> T:
         return action(tpm)
 
 
+def _host_name() -> str:
+    name = socket.gethostname().split(".")[0].lower()
+    if len(name) > NAME_LIMIT or not re.fullmatch(NAME, name):
+        raise click.UsageError("this host's name does not fit for a device: give --device")
+    return name
+
+
 @click.group()
 def enroll() -> None:
     """Enrol a host with a model's owner: request (host), challenge (owner), answer (host), accept (owner)."""
@@ -42,7 +60,7 @@ def enroll() -> None:
 
 @enroll.command()
 @click.option("--owner", "owner_file", type=click.Path(dir_okay=False), required=True, help="The owner's owner.json.")
-@click.option("--device", default=None, help="Name of this device; default: the host's name.")
+@click.option("--device", callback=name_of, help="Name of this device; default: the host's name.")
 @OUTPUT
 @click.pass_obj
 def request(config_file: str, owner_file: str, device: str | None, output: str) -> None:
@@ -50,10 +68,11 @@ def request(config_file: str, owner_file: str, device: str | None, output: str) 
     from oci_hook.attestation.enrolment_documents import format_request
     from oci_hook.attestation.host_device import format_host_device
 
+    verify_new_output(output)
     config = load_config(config_file)
     store = Store(config.store_directory)
     owner = parse_owner(read_input(owner_file, TrustInvalid))
-    name = device or socket.gethostname().split(".")[0].lower()
+    name = device or _host_name()
     try:
         known = store.load_device()
     except DeviceNotEnrolled:
@@ -88,6 +107,7 @@ def challenge(request_file: str, keys: str, ek_roots: str, output: str) -> None:
     from oci_hook.owner.keyring import load_owner
     from oci_hook.owner.records import OwnerRecords
 
+    verify_new_output(output)  # before the waiting challenge is replaced, which an older file may still answer
     found = parse_request(read_input(request_file, DeviceInvalid))
     if found.owner_id != load_owner(Path(keys)).owner_id:
         raise DeviceInvalid(f"the request of {found.device} is for another owner")
@@ -95,7 +115,7 @@ def challenge(request_file: str, keys: str, ek_roots: str, output: str) -> None:
     document, pending = make_challenge(verified, secret=secrets.token_bytes(32), make_credential=make_credential)
     OwnerRecords(Path(keys)).save_pending(found.device, format_pending(pending))
     write_output(output, document)
-    click.echo(f"EK certificate of {found.device}: {verified.ek_certificate.subject or '(no subject)'}")
+    click.echo(f"EK certificate of {found.device}: {printable(verified.ek_certificate.subject) or '(no subject)'}")
     click.echo(
         f"challenge for {found.device} in {output}; next, the host: sczctl enroll answer {output} -o answer.json"
     )
@@ -111,10 +131,13 @@ def answer(config_file: str, challenge_file: str, output: str) -> None:
     from oci_hook.attestation.enrolment_documents import Answer, format_answer, parse_challenge, parse_request
     from oci_hook.attestation.measurement import MEASURED_PCRS
 
+    verify_new_output(output)
     config = load_config(config_file)
     store = Store(config.store_directory)
     asked = parse_challenge(read_input(challenge_file, DeviceInvalid))
     host, asked_for = store.load_device(), parse_request(store.load_request(asked.owner_id))
+    if asked.device != asked_for.device or asked.owner_id not in host.counters:
+        raise DeviceInvalid(f"the challenge is for the device {asked.device}, which is not what this host asked as")
 
     def transact(tpm: Tpm) -> Answer:
         secret = tpm.activate_credential(host, asked.id_object, asked.encrypted_secret)
@@ -131,14 +154,23 @@ def answer(config_file: str, challenge_file: str, output: str) -> None:
         )
 
     write_output(output, format_answer(_with_tpm(config, transact)))
-    click.echo(f"answer of {asked.device} in {output}; next, the owner: sczctl enroll accept {output} --keys …")
+    click.echo(
+        f"answer of {asked.device} in {output}; next, the owner: sczctl enroll accept {output} --keys … --ek-roots …"
+    )
 
 
 @enroll.command()
 @click.argument("answer_file", metavar="ANSWER", type=click.Path(dir_okay=False))
 @KEYS
 @EK_ROOTS
-@CLASS
+@click.option(
+    "--class",
+    "device_class",
+    default="default",
+    show_default=True,
+    callback=name_of,
+    help="The device class: devices of one class share a boot policy.",
+)
 def accept(answer_file: str, keys: str, ek_roots: str, device_class: str) -> None:
     """OWNER: verify the answer and keep the device's record; then grant models to it."""
     from oci_hook.attestation.device_record import format_device_record

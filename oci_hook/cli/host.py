@@ -2,120 +2,153 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
+from oci_hook.audit import format_time
 from oci_hook.cli import print_json
-from oci_hook.cli.options import show_progress
+from oci_hook.cli.options import DRY_RUN, JSON, model_of, show_progress, verify_one_of
 from oci_hook.config import load_config
-from oci_hook.errors import DeviceNotEnrolled, ModelUnknown
+from oci_hook.errors import DeviceNotEnrolled, ModelUnknown, SczError
 from oci_hook.store import Store, Trust
+
+if TYPE_CHECKING:
+    from oci_hook.intake import Taken
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--replace", is_flag=True, help="Replace a model of the same name and version that has other contents.")
-@click.option("--dry-run", is_flag=True, help="Say what would be added, unverified, and change nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--dry-run", is_flag=True, help="Verify everything where it is, and change nothing.")
+@JSON
 @click.pass_obj
 def add(config_file: str, paths: tuple[str, ...], replace: bool, dry_run: bool, as_json: bool) -> None:
     """Verify bundles, grants and boot policies, then put them into the store.
 
-    PATHS are files, bundles, or folders of them. Signatures and every layer's digest are verified on a private copy
-    first; if anything fails, nothing is added.
+    PATHS are bundles, files (grants end in .jwt, boot policies in .json), or folders of them. Signatures and every
+    layer's digest are verified on a private copy first; if anything fails, nothing is added.
     """
-    from oci_hook.intake import Intake, collect
+    from oci_hook.intake import Intake, collect, measure
 
     config = load_config(config_file)
     store, owners = Store(config.store_directory), Trust(config.trust_directory).owners()
     incoming = collect(paths)
-    if dry_run:
-        click.echo(
-            f"would verify and add {len(incoming.bundles)} bundles, {len(incoming.grants)} grants, "
-            f"{len(incoming.boot_policies)} boot policies"
-        )
-        return
     try:
         device = store.load_device()
     except DeviceNotEnrolled:
         device = None
-    intake = Intake(store, owners, device)
-    with show_progress("verifying", intake.measure(incoming)) as progress:
-        taken = intake.take(incoming, progress, replace=replace)
+    with show_progress("verifying", measure(incoming, copied=not dry_run)) as progress:
+        intake = Intake(store, owners, device, replace=replace, progress=progress)
+        taken = intake.verify(incoming) if dry_run else intake.take(incoming)
     if as_json:
-        print_json(
-            {
-                "models": [{"name": m.name, "version": m.version, "image": m.image_digest} for m in taken.models],
-                "grants": [grant.manifest_digest for grant in taken.grants],
-                "boot_policies": [f"{policy.model_name}@{policy.device_class}" for policy in taken.boot_policies],
-            }
-        )
+        print_json({"dry_run": dry_run, **_document(taken)})
         return
+    done = "would add" if dry_run else "added"
     for model in taken.models:
-        click.echo(f"added model {model.name}:{model.version} ({model.image_digest[:19]}…)")
+        click.echo(f"{done} model {model.name}:{model.version} ({model.image_digest[:19]}…)")
     for grant in taken.grants:
-        click.echo(f"added grant for {grant.model.name}:{grant.model.version} to {grant.device_name}")
+        click.echo(f"{done} grant for {grant.model.name}:{grant.model.version} to {grant.device_name}")
     for policy in taken.boot_policies:
-        click.echo(f"added boot policy for {policy.model_name}, device class {policy.device_class}")
+        click.echo(f"{done} boot policy for {policy.model_name}, device class {policy.device_class}")
+
+
+def _document(taken: Taken) -> dict[str, Any]:
+    return {
+        "models": [
+            {"name": m.name, "version": m.version, "image": m.image_digest, "manifest": m.manifest_digest}
+            for m in taken.models
+        ],
+        "grants": [
+            {
+                "model": f"{grant.model.name}:{grant.model.version}",
+                "manifest": grant.manifest_digest,
+                "device": grant.device_name,
+            }
+            for grant in taken.grants
+        ],
+        "boot_policies": [
+            {"model": policy.model_name, "class": policy.device_class, "owner": policy.owner_id}
+            for policy in taken.boot_policies
+        ],
+    }
 
 
 @click.command("list")
 @click.option("--grants", is_flag=True, help="The owner's view: which devices were granted what (needs --keys).")
 @click.option("--keys", type=click.Path(file_okay=False), help="The owner's folder, with --grants.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.pass_obj
 def list_models(config_file: str, grants: bool, keys: str | None, as_json: bool) -> None:
     """Show the models in this host's store, or, with --grants, who can open what."""
-    if grants:
-        if keys is None:
-            raise click.UsageError("--grants needs --keys")
+    if grants != (keys is not None):
+        raise click.UsageError("--grants and --keys go together")
+    if keys is not None:
         _list_grants(keys, as_json)
         return
     store = Store(load_config(config_file).store_directory)
-    rows = [
-        {
-            "name": m.name,
-            "version": m.version,
-            "image": m.image_digest,
-            "manifest": m.manifest_digest,
-            "owner": m.owner_id,
-            "granted": store.has_grant(m.manifest_digest),
-        }
-        for m in store.models()
-    ]
+    rows: list[dict[str, Any]] = []
+    damaged: SczError | None = None
+    for name, version in store.names():
+        try:
+            model = store.load_model(name, version)
+        except SczError as error:  # the others are shown all the same
+            damaged = error
+            rows.append({"name": name, "version": version, "damaged": error.message})
+            continue
+        digests = {"image": model.image_digest, "manifest": model.manifest_digest, "owner": model.owner_id}
+        rows.append({"name": name, "version": version, **digests, "granted": store.has_grant(model.manifest_digest)})
     if as_json:
         print_json(rows)
-        return
+    else:
+        _show_models(rows)
+    if damaged is not None:
+        raise damaged
+
+
+def _show_models(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        click.echo("no model is in the store", err=True)
     for row in rows:
-        click.echo(
-            f"{row['name']}:{row['version']}  {str(row['image'])[:19]}…  {'granted' if row['granted'] else 'no grant'}"
-        )
+        state = "damaged" if "damaged" in row else "granted" if row["granted"] else "no grant"
+        click.echo(f"{row['name'] + ':' + row['version']:<32} {row.get('image', '-')[:19]:<19}  {state}")
 
 
 def _list_grants(keys: str, as_json: bool) -> None:
-    from oci_hook.owner.keyring import load_grants
+    from oci_hook.owner.records import load_grants
 
     rows = load_grants(keys)
     if as_json:
         print_json(rows)
         return
+    if not rows:
+        click.echo("nothing was granted", err=True)
     for row in rows:
-        click.echo(f"{row['model']:<32} {row['device']:<24} {row['created']}")
+        click.echo(
+            f"{row['model']:<32} {row['device']:<24} class {row['class']:<12} "
+            f"counter up to {row['counter_maximum']:<5} {format_time(float(row['created']))}"
+        )
 
 
 @click.command()
-@click.argument("model")
-@click.option("--dry-run", is_flag=True, help="Say what would be removed, and change nothing.")
+@click.argument("model", metavar="NAME:VERSION", callback=model_of)
+@DRY_RUN
+@JSON
 @click.pass_obj
-def rm(config_file: str, model: str, dry_run: bool) -> None:
-    """Remove MODEL (name:version), its grant and its bundle from the store; containers that run keep it."""
-    name, _, version = model.partition(":")
+def rm(config_file: str, model: tuple[str, str], dry_run: bool, as_json: bool) -> None:
+    """Remove a model, its grant and its bundle from the store; containers that run keep it."""
+    from oci_hook.placement import remove
+
+    name, version = model
     store = Store(load_config(config_file).store_directory)
-    found = [m for m in store.models() if (m.name, m.version) == (name, version)]
-    if not found:
-        raise ModelUnknown(f"{model} is not in the store; give name:version")
+    known = [":".join(found) for found in store.names()]
+    verify_one_of("model", f"{name}:{version}", known, ModelUnknown, remedy="`sczctl list` shows what is in the store")
     if not dry_run:
-        store.remove(found[0])
-    click.echo(f"{'would remove' if dry_run else 'removed'} {model}")
+        remove(store, name, version)
+    if as_json:
+        print_json({"dry_run": dry_run, "name": name, "version": version})
+    else:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {name}:{version}")
 
 
 COMMANDS = {"add": add, "list": list_models, "rm": rm}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from oci_hook.bundle.model import VERSION
+from oci_hook.documents import shown
 from oci_hook.errors import FileUnreadable, KeyInvalid, OutputExists, SczError
+from oci_hook.trust import NAME, NAME_LIMIT
 from oci_hook.trusted_file import load_file, replace_file
 
 if TYPE_CHECKING:
@@ -20,22 +24,67 @@ _DOCUMENT_BYTES = 1 << 20
 _PASSPHRASE_BYTES = 1024
 _MAX_AUTHORITIES = 1000
 
+
+def name_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Check an option that is a name, before any work is done."""
+    if value is not None and (len(value) > NAME_LIMIT or not re.fullmatch(NAME, value)):
+        raise click.BadParameter(
+            f"{shown(value)} is not a name: at most {NAME_LIMIT} lower-case letters and digits, with . _ - between them"
+        )
+    return value
+
+
+def names_of(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """`name_of` for an option that may be given several times."""
+    for name in value:
+        name_of(context, parameter, name)
+    return value
+
+
+def version_of(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """Check an option that is a model's version."""
+    if not re.fullmatch(VERSION, value):
+        raise click.BadParameter(f"{shown(value)} is not a version: at most 64 letters, digits and . _ -")
+    return value
+
+
+def model_of(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, str]:
+    """Take the argument `name:version` apart."""
+    name, colon, version = value.partition(":")
+    if not colon:
+        raise click.BadParameter(f"{shown(value)} has no version: give name:version, such as {shown(value + ':1')}")
+    name_of(context, parameter, name)
+    return name, version_of(context, parameter, version)
+
+
 KEYS = click.option(
     "--keys", type=click.Path(file_okay=False), required=True, help="The owner's folder (`sczctl keygen`)."
 )
-OUTPUT = click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="File to write.")
+OUTPUT = click.option("-o", "--output", metavar="FILE", required=True, help="File to write; nothing is overwritten.")
 EK_ROOTS = click.option(
     "--ek-roots",
     type=click.Path(file_okay=False),
     required=True,
     help="Folder with the CA certificates of the TPM manufacturers that you accept (PEM or DER).",
 )
-CLASS = click.option("--class", "device_class", default="default", show_default=True, help="The device class.")
-
-
 PASSPHRASE_FILE = click.option(
-    "--passphrase-file", type=click.Path(dir_okay=False), help="Read the keys' passphrase from this file."
+    "--passphrase-file",
+    type=click.Path(dir_okay=False),
+    help="Read the keys' passphrase from this file; default: ask on the terminal.",
 )
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+
+
+def verify_one_of(what: str, wanted: str, known: Sequence[str], error: type[SczError], *, remedy: str) -> None:
+    """Check that something is among what is known; a person is told what is.
+
+    Raises:
+        SczError: The class `error`.
+    """
+    if wanted not in known:
+        few = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
+        raise error(f"there is no {what} {wanted}; there {'is ' + few if few else 'are none'}", remedy=remedy)
 
 
 def passphrase_source(passphrase_file: str | None, *, confirm: bool = False) -> Callable[[], str]:
@@ -92,6 +141,20 @@ def read_input(path: str, error: type[SczError]) -> bytes:
     return load_file(path, limit_bytes=_DOCUMENT_BYTES, error=error)
 
 
+def verify_new_output(path: str) -> None:
+    """Check, before the work is done and a person is asked, that nothing is in the way of what will be written.
+
+    Raises:
+        OutputExists: There is something already.
+        FileUnreadable: Its folder does not exist.
+    """
+    if os.path.lexists(path):
+        raise OutputExists(f"{path} exists")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileUnreadable(f"{path}: the folder {folder} does not exist", remedy=f"mkdir -p {folder}")
+
+
 def write_output(path: str, data: bytes, *, mode: int = 0o644) -> None:
     """Write a new file, whole or not at all.
 
@@ -99,8 +162,5 @@ def write_output(path: str, data: bytes, *, mode: int = 0o644) -> None:
         OutputExists: There is something already.
         FileUnreadable: It cannot be written.
     """
-    if os.path.lexists(path):
-        raise OutputExists(f"{path} exists")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise FileUnreadable(f"{path}: the folder does not exist")
+    verify_new_output(path)
     replace_file(os.path.abspath(path), data, mode=mode)

@@ -19,7 +19,7 @@ from oci_hook.bundle.grant import NONCE_BYTES, SECRET_BYTES, Counter, Grant, Sea
 from oci_hook.bundle.layout import Layout
 from oci_hook.bundle.manifest import Manifest
 from oci_hook.bundle.segments import associated_data, decrypt_stream
-from oci_hook.errors import KeyInvalid
+from oci_hook.errors import DeviceInvalid, KeyInvalid
 from oci_hook.owner.keyring import Keyring, open_content_key
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
@@ -48,13 +48,19 @@ def make_grant(
 
     Raises:
         KeyInvalid: The content key is not this owner's.
+        DeviceInvalid: The device's counter has passed the maximum at its enrolment: the grant would never open.
     """
+    limit = device.counter_value if maximum is None else maximum
+    if limit < device.counter_value:
+        raise DeviceInvalid(
+            f"the counter of {device.device} was {device.counter_value} at its enrolment: the grant would never open",
+            remedy="leave --maximum away, or give that value or more",
+        )
     content_key = open_content_key(
         content.sealed_key, manifest_digest=content.manifest_digest, recovery_key=keyring.recovery_key
     )
     key_name = b"\x00\x0b" + hashlib.sha256(ecdsa_signing_public(keyring.boot_policy_key.public_key())).digest()
     reference = policy_ref(content.model.name, device.device_class)
-    limit = device.counter_value if maximum is None else maximum
     secret = random(SECRET_BYTES)
     policy = sealed_object_policy(key_name, reference, device.counter.name, limit)
     wrapped = wrap_secret(device.srk, secret, policy)

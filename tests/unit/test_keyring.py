@@ -61,7 +61,13 @@ def mode(path: Path) -> int:
 def test_a_keyring_is_made_and_opened(tmp_path: Path) -> None:
     owner = create_keyring(tmp_path / "keys", "acme", "pässphrase")
     keys = tmp_path / "keys"
-    assert sorted(os.listdir(keys)) == ["boot-policy.key", "manifest.key", "owner.json", "passphrase.json", "recovery.key"]
+    assert sorted(os.listdir(keys)) == [
+        "boot-policy.key",
+        "manifest.key",
+        "owner.json",
+        "passphrase.json",
+        "recovery.key",
+    ]
     assert mode(keys) == 0o700
     for name in KEY_FILES.values():
         assert mode(keys / name) == 0o600

@@ -1,0 +1,149 @@
+"""`sczctl pack`: a folder becomes an encrypted, signed bundle, and its content key is kept in the owner's folder."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from oci_hook.cli import print_json
+from oci_hook.cli.options import (
+    JSON,
+    KEYS,
+    PASSPHRASE_FILE,
+    name_of,
+    passphrase_source,
+    show_progress,
+    verify_new_output,
+    version_of,
+)
+from oci_hook.documents import parse_object
+from oci_hook.errors import SourceInvalid
+from oci_hook.trusted_file import load_file
+
+_FIELDS_BYTES = 64 << 10
+_POLICY_BYTES = 256 << 10
+
+
+def _json_file(path: str, limit_bytes: int, what: str) -> dict[str, Any]:
+    data = load_file(path, limit_bytes=limit_bytes, error=SourceInvalid)
+    return parse_object(data, limit_bytes=limit_bytes, what=f"{what} {path}", error=SourceInvalid)
+
+
+def _access_document(
+    access_file: str | None,
+    issuer: str | None,
+    audience: str,
+    subjects: tuple[str, ...],
+    keys: tuple[str, ...],
+    token_age_seconds: int,
+) -> dict[str, Any]:
+    """The access policy: the owner's file, or one identity from the options."""
+    if access_file is not None:
+        if issuer or subjects or keys:
+            raise click.UsageError("--access excludes --issuer, --subject and --issuer-key")
+        return _json_file(access_file, _POLICY_BYTES, "access policy")
+    if not issuer or not subjects:
+        raise click.UsageError("say who may use the model: --access FILE, or --issuer and --subject")
+    identity: dict[str, Any] = {"issuer": issuer, "audience": audience, "subjects": sorted(subjects)}
+    if keys:
+        identity["keys"] = sorted(keys)
+    return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": False}
+
+
+@click.command()
+@click.argument("source", type=click.Path(file_okay=False))
+@click.option("-o", "--output", metavar="DIRECTORY", required=True, help="Bundle to make (an OCI layout).")
+@KEYS
+@click.option("--name", required=True, callback=name_of, help="The model's name.")
+@click.option("--version", required=True, callback=version_of, help="Its version, an OCI tag; each is packed once.")
+@click.option(
+    "--generation",
+    type=click.IntRange(1, (1 << 63) - 1),
+    default=1,
+    show_default=True,
+    help="The owner's count of what the model line replaced.",
+)
+@click.option("--access", "access_file", type=click.Path(dir_okay=False), help="The access policy (JSON).")
+@click.option("--issuer", help="Instead of --access: accept tokens of this issuer.")
+@click.option("--audience", default="scz-smm", show_default=True, help="With --issuer: for this audience.")
+@click.option("--subject", "subjects", multiple=True, help="With --issuer: of this workload; repeat for more.")
+@click.option("--issuer-key", "issuer_keys", multiple=True, help="With --issuer: by a key of this RFC 7638 thumbprint.")
+@click.option(
+    "--token-age",
+    "token_age_seconds",
+    type=click.IntRange(60, 31_622_400),
+    default=3600,
+    show_default=True,
+    help="With --issuer: tokens that live, and are, at most so many seconds old.",
+)
+@click.option(
+    "--fields",
+    "fields_file",
+    type=click.Path(dir_okay=False),
+    help="Free fields of the model (JSON): framework, licence, privacy method and its parameters.",
+)
+@PASSPHRASE_FILE
+@JSON
+def pack(
+    source: str,
+    output: str,
+    keys: str,
+    name: str,
+    version: str,
+    generation: int,
+    access_file: str | None,
+    issuer: str | None,
+    audience: str,
+    subjects: tuple[str, ...],
+    issuer_keys: tuple[str, ...],
+    token_age_seconds: int,
+    fields_file: str | None,
+    passphrase_file: str | None,
+    as_json: bool,
+) -> None:
+    """Encrypt the folder SOURCE into a bundle, and sign its manifest.
+
+    Each version has a content key of its own, which stays in the owner's folder. The bundle appears whole or not at
+    all. --access FILE names who may use the model; --issuer and --subject are the short way for one issuer.
+    """
+    from oci_hook.access_policy import parse_access_policy
+    from oci_hook.bundle.model import ModelId
+    from oci_hook.bundle.pack import scan_source
+    from oci_hook.owner.keyring import open_keyring
+    from oci_hook.owner.packing import pack_version
+    from oci_hook.owner.records import OwnerRecords
+
+    document = _access_document(access_file, issuer, audience, subjects, issuer_keys, token_age_seconds)
+    access = parse_access_policy(document, error=SourceInvalid)
+    fields = _json_file(fields_file, _FIELDS_BYTES, "model fields") if fields_file is not None else {}
+    OwnerRecords(Path(keys)).verify_new_version(name, version)
+    verify_new_output(output)
+    total = sum(file.size for file in scan_source(Path(source)))
+    keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
+    with show_progress("packing", total) as progress:
+        packed = pack_version(
+            keyring,
+            Path(source),
+            Path(output),
+            model=ModelId(name, version, generation),
+            access=access,
+            fields=fields,
+            created=int(time.time()),
+            random=secrets.token_bytes,
+            progress=progress,
+        )
+    if as_json:
+        model = {"name": name, "version": version, "generation": generation}
+        digests = {"image": packed.image_digest, "manifest": packed.manifest_digest}
+        print_json({**model, **digests, "files": packed.files, "bytes": packed.bytes})
+    else:
+        click.echo(
+            f"packed {name}:{version}: {packed.files} files, {packed.bytes} bytes, image {packed.image_digest[:19]}…"
+        )
+
+
+COMMANDS = {"pack": pack}

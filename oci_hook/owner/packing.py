@@ -1,0 +1,105 @@
+"""Packing one version of a model: its bundle and the content key that opens it appear together.
+
+A bundle without its key could never be granted to anybody, so the key is kept before the bundle gets its name. What is
+killed before that leaves neither; `kill -9` between the two steps leaves a key without a bundle, and says so when the
+version is packed again. How a bundle is made is `bundle.pack`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from oci_hook.access_policy import AccessPolicy
+from oci_hook.bundle.files import NewFolder
+from oci_hook.bundle.model import ModelId
+from oci_hook.bundle.pack import PackedBundle, pack
+from oci_hook.bundle.segments import KEY_BYTES, ContentKey
+from oci_hook.documents import shown
+from oci_hook.errors import FileUnreadable, OutputExists
+from oci_hook.owner.keyring import Keyring, seal_content_key
+from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
+from oci_hook.trusted_file import sync_directory
+
+
+def pack_version(
+    keyring: Keyring,
+    source: Path,
+    output: Path,
+    *,
+    model: ModelId,
+    access: AccessPolicy,
+    fields: Mapping[str, Any],
+    created: int,
+    random: Callable[[int], bytes],
+    progress: Callable[[int], object],
+) -> PackedBundle:
+    """Pack a folder under a new content key, and keep that key in the owner's folder.
+
+    Args:
+        keyring: The owner's, opened.
+        source: A folder of regular files.
+        output: The bundle's folder; its parent exists, it does not.
+        model: What it is called; each version is packed once.
+        access: Who may have it.
+        fields: The owner's free object.
+        created: Seconds since 1970.
+        random: Gives so many random bytes, as `os.urandom` does.
+        progress: Called with the bytes of plaintext done so far.
+
+    Raises:
+        OutputExists: The output is there, or the version was packed before.
+        SourceInvalid: The source, the fields or the policy cannot be packed.
+        FileUnreadable: The system said no.
+    """
+    records = OwnerRecords(keyring.folder)
+    records.verify_new_version(model.name, model.version)
+    content_key = ContentKey(random(KEY_BYTES))
+    try:
+        with NewFolder(output) as new:
+            bundle = new.partial / "bundle"
+            packed = pack(
+                source,
+                bundle,
+                model=model,
+                access=access,
+                fields=fields,
+                created=created,
+                owner_id=keyring.owner.owner_id,
+                key=keyring.manifest_key,
+                content_key=content_key,
+                random=random,
+                progress=progress,
+            )
+            sealed = seal_content_key(content_key, manifest_digest=packed.manifest_digest, owner=keyring.owner)
+            with _uninterrupted():
+                records.save_content_key(ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed))
+                try:
+                    _publish(bundle, output)
+                except (OSError, OutputExists):  # the key opens nothing, and would be in the way of the next attempt
+                    keyring.folder.joinpath("models", model.name, f"{model.version}.json").unlink()
+                    raise
+    except OSError as cause:
+        raise FileUnreadable(f"{shown(cause.filename or output)}: {cause.strerror}") from cause
+    return packed
+
+
+def _publish(bundle: Path, output: Path) -> None:
+    if os.path.lexists(output):  # rename(2) would replace an empty folder
+        raise OutputExists(f"{shown(output)} appeared meanwhile")
+    os.rename(bundle, output)
+    sync_directory(os.path.dirname(os.path.abspath(output)))
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back for two renames."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
