@@ -518,7 +518,7 @@ def test_an_audit_log_that_cannot_be_written(scene: Scene) -> None:
         assert not attempt.ran
 
 
-# --- the TPM's refusals; the last ones change it for good ---------------------------------------------------------------
+# --- the TPM's refusals; the last ones change it for good -------------------------------------------------------------
 
 
 def test_no_handle_is_left_in_the_tpm(scene: Scene) -> None:
@@ -591,3 +591,29 @@ def test_the_audit_log_tells_it_all_and_no_secret(scene: Scene) -> None:
     assert token.read_text() not in text
     assert token.read_text().split(".")[2] not in text
     assert scene.sczctl("audit", "verify").stdout.startswith(f"{len(records)} records")
+
+
+def test_ps_shows_who_holds_a_model_while_it_runs(scene: Scene) -> None:
+    words = [
+        "--rm",
+        "--interactive",
+        "--annotation",
+        "smm.scz/model=small:1",
+        "--volume",
+        f"{scene.token('ps-token')}:{TOKEN_PATH}:ro",
+        scene.image,
+        "sh",
+        "-c",
+        "echo up; cat",
+    ]
+    process = scene.podman.spawn(words)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        (row,) = json.loads(scene.sczctl("ps", "--json").stdout)
+        assert (row["models"], row["subject"], row["command"]) == (["small:1"], SUBJECT, "sh")
+        assert row["size_bytes"] == sum(FILES.values())
+        assert row["container_id"][:12] in scene.sczctl("ps").stdout
+    finally:
+        process.communicate(timeout=60)
+    assert json.loads(scene.sczctl("ps", "--json").stdout) == []
