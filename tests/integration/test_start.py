@@ -611,7 +611,8 @@ def test_ps_shows_who_holds_a_model_while_it_runs(scene: Scene) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         (row,) = json.loads(scene.sczctl("ps", "--json").stdout)
-        assert (row["models"], row["subject"], row["command"]) == (["small:1"], SUBJECT, "sh")
+        assert (row["models"], row["subject"]) == (["small:1"], SUBJECT)
+        assert row["command"] in ("sh", "cat")
         assert row["size_bytes"] == sum(FILES.values())
         assert row["container_id"][:12] in scene.sczctl("ps").stdout
     finally:

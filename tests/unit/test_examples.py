@@ -32,6 +32,4 @@ def test_hooks_never_inherit_an_environment_and_always_end() -> None:
 
 def test_the_podman_drop_in_names_both_directories() -> None:
     drop_in = tomllib.loads((CONFIG / "containers.conf.d" / "50-scz-smm.conf").read_text())
-    assert drop_in == {
-        "engine": {"hooks_dir": ["/usr/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d"]}
-    }
+    assert drop_in == {"engine": {"hooks_dir": ["/usr/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d"]}}
