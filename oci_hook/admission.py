@@ -105,7 +105,9 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     head = host.audit.head()
     now = host.clock()
     if now < head.seconds - host.config.token_leeway_seconds:
-        raise ClockRefused(f"the clock is {head.seconds - now:.0f} s behind the last audit record")
+        raise ClockRefused(
+            f"the clock is {head.seconds - now:.0f} s behind the last record of {host.config.audit_file}"
+        )
     # 2. An owner whom this host trusts signed the manifest, and the bundle is what it describes.
     manifest, owner = verified_manifest(layout, host.owners)
     # 3. The owner allows the model at this date, under this runtime; the container's own requirements hold.

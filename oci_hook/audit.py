@@ -8,10 +8,10 @@ nonce. Format: docs/specification.md, "Audit record".
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +19,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from oci_hook.documents import canonical, parse_object
-from oci_hook.errors import AuditFailed, AuditRefused
+from oci_hook.errors import AuditFailed, AuditRefused, FileUnreadable
+from oci_hook.locks import lock_descriptor
+from oci_hook.trusted_file import make_private_directory
 
 _LINE_LIMIT_BYTES = 16 << 10
+_LOCK_SECONDS = 10.0
 EMPTY_HEAD = hashlib.sha256(b"").digest()
 
 
@@ -76,16 +79,25 @@ class AuditLog:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         try:
-            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+            make_private_directory(os.path.dirname(self._path))
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(self._path, flags, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self._verify_ours(descriptor)
+                lock_descriptor(descriptor, what=self._path, timeout_seconds=_LOCK_SECONDS, error=AuditFailed)
                 yield descriptor
             finally:
                 os.close(descriptor)
         except OSError as cause:
             raise AuditFailed(f"{self._path}: {cause.strerror}") from cause
+        except FileUnreadable as cause:
+            raise AuditFailed(cause.message) from cause
+
+    def _verify_ours(self, descriptor: int) -> None:
+        """Whoever else could write the log could cut it, set the clock's floor, and hold its lock."""
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise AuditFailed(f"{self._path} is not a regular file that we alone can write")
 
     def _tail(self, descriptor: int) -> tuple[bytes, bytes]:
         """The last whole line, and the bytes after it that a crash left without a line feed."""

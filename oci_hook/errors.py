@@ -255,7 +255,7 @@ class RequirementRefused(Refused):
 
 class ClockRefused(Refused):
     code, summary = 50, "the clock is earlier than the last audit record"
-    remedy = "set the clock (chronyd, systemd-timesyncd) and start the container again"
+    remedy = "set the clock and start the container again; if the record is the one that is wrong, move the log away"
 
 
 class AccessWindowRefused(Refused):

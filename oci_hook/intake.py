@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
@@ -21,30 +20,21 @@ from oci_hook.bundle.manifest import Manifest
 from oci_hook.errors import (
     BundleInvalid,
     DeviceNotEnrolled,
-    FileUnreadable,
     GrantRefused,
     ModelUnknown,
     OutputExists,
+    SczError,
+    StoreInvalid,
 )
+from oci_hook.incoming import DOCUMENT_BYTES, Incoming
 from oci_hook.placement import locked, place, staging
 from oci_hook.provenance import find_owner, verified_manifest, verify_device
 from oci_hook.store import Store, StoredModel, system_calls
 from oci_hook.trust import Owner
 from oci_hook.trusted_file import load_file, sync_directory
 
-_DOCUMENT_BYTES = 1 << 20
-_MAX_ENTRIES = 1000
 _STEP_BYTES = 4 << 20
 Progress = Callable[[int], object]
-
-
-@dataclass(slots=True)
-class Incoming:
-    """What was found below the given paths, sorted by kind; nothing of it is verified."""
-
-    bundles: list[str] = field(default_factory=list)
-    grants: list[bytes] = field(default_factory=list)
-    boot_policies: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,56 +44,6 @@ class Taken:
     models: tuple[StoredModel, ...]
     grants: tuple[Grant, ...]
     boot_policies: tuple[BootPolicy, ...]
-
-
-def collect(paths: Iterable[str]) -> Incoming:
-    """Sort files and folders by what they are: a folder with `oci-layout` is a bundle, any other is looked into.
-
-    Raises:
-        FileUnreadable: A path is absent or cannot be read.
-        BundleInvalid: A folder holds too much to be what was meant, a file is none of ours, or there is nothing.
-    """
-    incoming = Incoming()
-    for path in paths:
-        _collect(path, incoming, depth=0)
-    if incoming == Incoming():
-        raise BundleInvalid("there is no bundle, grant or boot policy to add", remedy="name their folder or files")
-    return incoming
-
-
-def measure(incoming: Incoming, *, copied: bool) -> int:
-    """The bytes that an intake will report as done at its end: each layer is copied (or not), then verified."""
-    total = 0
-    for path in incoming.bundles:
-        with open_layout(path) as layout:
-            total += (1 + copied) * sum(layer.size for layer in layout.layers)
-    return total
-
-
-def _collect(path: str, incoming: Incoming, depth: int) -> None:
-    try:
-        mode = os.stat(path).st_mode if depth == 0 else os.lstat(path).st_mode
-        entries = sorted(os.listdir(path)) if stat.S_ISDIR(mode) else []
-    except OSError as cause:
-        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
-    if LAYOUT_FILE in entries:
-        incoming.bundles.append(path)
-    elif stat.S_ISDIR(mode):
-        if depth > 1 or len(entries) > _MAX_ENTRIES:
-            raise BundleInvalid(f"{path} is not a folder with a bundle, a grant and a boot policy")
-        for entry in entries:
-            if entry.startswith("."):
-                continue  # what a killed `sczctl pack` left, or a desktop's
-            _collect(os.path.join(path, entry), incoming, depth + 1)
-    elif path.endswith(".jwt"):
-        incoming.grants.append(load_file(path, limit_bytes=_DOCUMENT_BYTES, error=BundleInvalid))
-    elif path.endswith(".json"):
-        incoming.boot_policies.append(load_file(path, limit_bytes=_DOCUMENT_BYTES, error=BundleInvalid))
-    else:
-        raise BundleInvalid(
-            f"{path} is neither a bundle's folder, a grant (.jwt) nor a boot policy (.json)",
-            remedy="name the files to add, or take it out of the folder",
-        )
 
 
 class Intake:
@@ -251,11 +191,37 @@ class Intake:
 
     def _grants(self, incoming: Incoming) -> list[tuple[Grant, bytes]]:
         grants = [(self._verified_grant(data), data) for data in incoming.grants]
+        for grant, _ in grants:
+            self._verify_newer(self._store.grant_path(grant.manifest_digest), grant.created, self._stored_grant_time)
         return sorted(grants, key=lambda item: item[0].created)
 
     def _policies(self, incoming: Incoming) -> list[tuple[BootPolicy, bytes]]:
         policies = [(self._verified_policy(data), data) for data in incoming.boot_policies]
+        for policy, _ in policies:
+            path = self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class)
+            self._verify_newer(path, policy.created, self._stored_policy_time)
         return sorted(policies, key=lambda item: item[0].created)
+
+    def _verify_newer(self, path: str, created: int, stored_time: Callable[[bytes], int]) -> None:
+        """An older document must not come back by mistake: it may approve a boot state that its owner withdrew."""
+        if self._replace or not os.path.lexists(path):
+            return
+        try:
+            stored = stored_time(load_file(path, limit_bytes=DOCUMENT_BYTES, error=StoreInvalid))
+        except SczError:
+            return  # damaged, or by an owner who is trusted no longer: nothing to keep
+        if created < stored:
+            raise OutputExists(
+                f"{os.path.basename(path)} in the store is newer than what is to be added",
+                remedy="add the newest file of the model's owner; --replace goes back to the older one",
+            )
+
+    def _stored_grant_time(self, data: bytes) -> int:
+        unverified = parse_grant(data)
+        return verify_grant_signature(unverified, owner=find_owner(unverified.owner_id, self._owners)).created
+
+    def _stored_policy_time(self, data: bytes) -> int:
+        return self._verified_policy(data).created
 
     def _verified_grant(self, data: bytes) -> Grant:
         unverified = parse_grant(data)

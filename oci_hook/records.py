@@ -100,6 +100,7 @@ class ContainerRecords:
         """Write or replace a container's record."""
         make_private_directory(self._runtime_directory)
         make_private_directory(self._directory)
+        self.live()  # whose poststop never ran
         document = {name: getattr(record, name) for name in ContainerRecord.__slots__}
         replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
 

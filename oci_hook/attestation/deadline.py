@@ -17,9 +17,11 @@ from types import TracebackType
 from typing import Final, NoReturn
 
 from oci_hook.errors import InternalError, SczError, TpmTimeout, all_errors
+from oci_hook.linux.processes import lock_memory
 from oci_hook.linux.syscalls import failing, prctl_set_pdeathsig
 
 RESULT_LIMIT_BYTES: Final = 1 << 20
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _GOOD, _BAD = b"+", b"-"
 
 
@@ -49,17 +51,22 @@ class Deadline:
         self._seconds = seconds
         self._until = time.monotonic() + seconds
         parent = os.getpid()
-        with failing("a child for the TPM's work"):
-            self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-            try:
-                self._pid: int | None = os.fork()
-            except OSError:
-                os.close(self._read_fd)
-                os.close(write_fd)
-                raise
-        if self._pid == 0:
-            _run_child(action, write_fd, parent)
-        os.close(write_fd)
+        # Blocked until the child has its own handlers: the hook's would unwind the child into the parent's code.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            with failing("a child for the TPM's work"):
+                self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+                try:
+                    self._pid: int | None = os.fork()
+                except OSError:
+                    os.close(self._read_fd)
+                    os.close(write_fd)
+                    raise
+            if self._pid == 0:
+                _run_child(action, write_fd, parent)
+            os.close(write_fd)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __enter__(self) -> Deadline:
         return self
@@ -102,8 +109,10 @@ def _run_child(action: Callable[[], bytes], write_fd: int, parent: int) -> NoRet
     try:
         prctl_set_pdeathsig(signal.SIGKILL)
         if os.getppid() == parent:  # else the parent died before the line above, and no signal will come
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)  # the hook's handlers would unwind into its own stack
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            lock_memory()  # mlockall is not inherited, and a secret will be here
             _send(write_fd, _outcome(action, write_fd))
     finally:
         os._exit(0)  # nothing may unwind into the parent's code

@@ -60,12 +60,12 @@ def _step(step: str, refusals: Refusals | None = None) -> Iterator[None]:
 
 def _unmarshal(kind: Any, data: bytes, what: str, error: type[KeyRefused | DeviceInvalid]) -> Any:
     try:
-        value, used = kind.unmarshal(data)
+        value, _ = kind.unmarshal(data)
+        if bytes(value.marshal()) == data:
+            return value
     except tss.TSS2_Exception as cause:
         raise error(f"{what} is malformed") from cause
-    if used != len(data):
-        raise error(f"{what} has bytes after its end")
-    return value
+    raise error(f"{what} has bytes after its end, or a wrong size")  # tpm2-tss overlooks both
 
 
 def _selection(pcrs: Sequence[int] | Mapping[int, bytes]) -> Any:

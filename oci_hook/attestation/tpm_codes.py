@@ -31,6 +31,7 @@ RC_POLICY_FAIL: Final = 0x09D
 RC_BAD_AUTH: Final = 0x0A2
 # Format 0
 RC_INITIALIZE: Final = 0x100
+RC_FAILURE: Final = 0x101
 RC_POLICY: Final = 0x126
 RC_PCR_CHANGED: Final = 0x128
 RC_NV_UNINITIALIZED: Final = 0x14A
@@ -62,7 +63,8 @@ UNSEAL: Final[Refusals] = {
     RC_AUTH_FAIL: KeyRefused,  # the session was salted to a key that this TPM does not hold
     RC_BAD_AUTH: KeyRefused,
 }
-ACTIVATE: Final[Refusals] = {ANY_PARAMETER: EnrolmentRefused}
+# libtpms answers RC_FAILURE to what was encrypted to another RSA key; a TPM that has failed does not get to this step.
+ACTIVATE: Final[Refusals] = {ANY_PARAMETER: EnrolmentRefused, RC_FAILURE: EnrolmentRefused}
 
 
 class PcrChangedError(Exception):

@@ -25,13 +25,14 @@ from oci_hook.cli.options import (
     write_output,
 )
 from oci_hook.config import Config, load_config
-from oci_hook.errors import DeviceInvalid, DeviceNotEnrolled, TrustInvalid
+from oci_hook.errors import DeviceInvalid, DeviceNotEnrolled, EnrolmentRefused, TrustInvalid
 from oci_hook.store import Store
 from oci_hook.trust import NAME, NAME_LIMIT, parse_owner
 from oci_hook.trusted_file import make_private_directory
 
 if TYPE_CHECKING:
     from oci_hook.attestation.tpm import Tpm
+    from oci_hook.owner.records import OwnerRecords
 
 T = TypeVar("T")
 
@@ -51,6 +52,33 @@ def _host_name() -> str:
     if len(name) > NAME_LIMIT or not re.fullmatch(NAME, name):
         raise click.UsageError("this host's name does not fit for a device: give --device")
     return name
+
+
+_REPLACE = click.option("--replace", is_flag=True, help="The device of this name has a new TPM: forget the old one.")
+
+
+def _verify_same_tpm(records: OwnerRecords, device: str, ek_sha256: str, replace: bool) -> str:
+    """Refuse another TPM under a name that is taken: grants to that name would be wrapped to it.
+
+    Returns:
+        What the device is to the owner, for a message.
+
+    Raises:
+        EnrolmentRefused: The name belongs to a device with another EK certificate.
+    """
+    from oci_hook.attestation.device_record import parse_device_record
+
+    if device not in records.devices():
+        return "new device"
+    known = parse_device_record(records.load_device(device))
+    if known.ek_sha256 == ek_sha256:
+        return "known device"
+    if replace:
+        return "replaced device"
+    raise EnrolmentRefused(
+        f"the name {device} belongs to a device with another TPM (EK certificate SHA-256 {known.ek_sha256})",
+        remedy="enrol it under another name; --replace if the device was given a new TPM",
+    )
 
 
 @click.group()
@@ -99,7 +127,8 @@ def request(config_file: str, owner_file: str, device: str | None, output: str) 
 @KEYS
 @EK_ROOTS
 @OUTPUT
-def challenge(request_file: str, keys: str, ek_roots: str, output: str) -> None:
+@_REPLACE
+def challenge(request_file: str, keys: str, ek_roots: str, output: str, replace: bool) -> None:
     """OWNER: check a device's TPM and challenge it. What fails a check is refused with the check's number."""
     from oci_hook.attestation.enrolment import make_challenge, verify_request
     from oci_hook.attestation.enrolment_documents import format_pending, parse_request
@@ -112,10 +141,13 @@ def challenge(request_file: str, keys: str, ek_roots: str, output: str) -> None:
     if found.owner_id != load_owner(Path(keys)).owner_id:
         raise DeviceInvalid(f"the request of {found.device} is for another owner")
     verified = verify_request(found, authorities=load_authorities(ek_roots), now=datetime.now(UTC))
+    records = OwnerRecords(Path(keys))
+    state = _verify_same_tpm(records, found.device, verified.ek_certificate.sha256, replace)
     document, pending = make_challenge(verified, secret=secrets.token_bytes(32), make_credential=make_credential)
-    OwnerRecords(Path(keys)).save_pending(found.device, format_pending(pending))
+    records.save_pending(found.device, format_pending(pending))
     write_output(output, document)
-    click.echo(f"EK certificate of {found.device}: {printable(verified.ek_certificate.subject) or '(no subject)'}")
+    subject = printable(verified.ek_certificate.subject) or "(no subject)"
+    click.echo(f"{state} {found.device}: EK certificate {subject}, SHA-256 {verified.ek_certificate.sha256}")
     click.echo(
         f"challenge for {found.device} in {output}; next, the host: sczctl enroll answer {output} -o answer.json"
     )
@@ -166,30 +198,35 @@ def answer(config_file: str, challenge_file: str, output: str) -> None:
 @click.option(
     "--class",
     "device_class",
-    default="default",
-    show_default=True,
     callback=name_of,
-    help="The device class: devices of one class share a boot policy.",
+    help="The device class: devices of one class share a boot policy. Default: as before, or `default`.",
 )
-def accept(answer_file: str, keys: str, ek_roots: str, device_class: str) -> None:
+@_REPLACE
+def accept(answer_file: str, keys: str, ek_roots: str, device_class: str | None, replace: bool) -> None:
     """OWNER: verify the answer and keep the device's record; then grant models to it."""
-    from oci_hook.attestation.device_record import format_device_record
+    from oci_hook.attestation.device_record import format_device_record, parse_device_record
     from oci_hook.attestation.enrolment import verify_answer
     from oci_hook.attestation.enrolment_documents import parse_answer, parse_pending
     from oci_hook.owner.records import OwnerRecords
 
     records = OwnerRecords(Path(keys))
     found = parse_answer(read_input(answer_file, DeviceInvalid))
+    if device_class is None and found.device in records.devices():
+        device_class = parse_device_record(records.load_device(found.device)).device_class
     record = verify_answer(
         parse_pending(records.load_pending(found.device)),
         found,
         authorities=load_authorities(ek_roots),
         now=datetime.now(UTC),
-        device_class=device_class,
+        device_class=device_class or "default",
     )
+    state = _verify_same_tpm(records, record.device, record.ek_sha256, replace)
     records.save_device(record.device, format_device_record(record))
     records.remove_pending(record.device)
-    click.echo(f"enrolled {record.device} (class {record.device_class}, counter {record.counter_value})")
+    click.echo(
+        f"enrolled {state} {record.device} (class {record.device_class}, counter {record.counter_value}), "
+        f"EK certificate SHA-256 {record.ek_sha256}"
+    )
 
 
 COMMANDS = {"enroll": enroll}

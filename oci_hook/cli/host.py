@@ -29,7 +29,8 @@ def add(config_file: str, paths: tuple[str, ...], replace: bool, dry_run: bool, 
     PATHS are bundles, files (grants end in .jwt, boot policies in .json), or folders of them. Signatures and every
     layer's digest are verified on a private copy first; if anything fails, nothing is added.
     """
-    from oci_hook.intake import Intake, collect, measure
+    from oci_hook.incoming import collect, measure
+    from oci_hook.intake import Intake
 
     config = load_config(config_file)
     store, owners = Store(config.store_directory), Trust(config.trust_directory).owners()

@@ -10,11 +10,8 @@ controller's hierarchy is the one. Sources: cgroups(7), Documentation/admin-guid
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from oci_hook.errors import MemoryRefused, SystemCallFailed
 from oci_hook.linux import syscalls
 from oci_hook.linux.mounts import Mount
 from oci_hook.linux.processes import process_start_time, read_bounded
+from oci_hook.locks import lock_file
 
 _LOCK, _RESERVATIONS = "memory.lock", "reservations"
 _RESERVATION = re.compile(r"([1-9][0-9]{0,9})\.([0-9]{1,20})")
@@ -265,28 +263,11 @@ def reserve_memory(
     with syscalls.failing("memory cannot be reserved"):
         for path in (runtime_directory, folder):  # one by one: makedirs gives the mode to the last alone
             os.makedirs(path, mode=0o700, exist_ok=True)
-        lock = os.open(
-            os.path.join(runtime_directory, _LOCK), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
-        try:
-            _lock(lock, timeout_seconds)
+        lock = os.path.join(runtime_directory, _LOCK)
+        with lock_file(lock, timeout_seconds=timeout_seconds, error=SystemCallFailed):
             own = f"{os.getpid()}.{process_start_time(os.getpid())}"
             verify_reserve(available(), _sum_reservations(folder, own), need_bytes, reserve_bytes)
             return Reservation(os.path.join(folder, own), need_bytes)
-        finally:
-            os.close(lock)  # and with it the lock
-
-
-def _lock(fd: int, timeout_seconds: float) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise OSError(errno.ETIMEDOUT, f"{_LOCK} is held for more than {timeout_seconds:g} seconds") from None
-            time.sleep(0.005)
 
 
 def _sum_reservations(folder: str, own: str) -> int:

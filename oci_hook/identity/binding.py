@@ -8,18 +8,17 @@ Specification: docs/specification.md, "Identity token".
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, HolderGone, SczError, StateInvalid, SystemCallFailed, TokenBoundElsewhere
 from oci_hook.identity.token import Identity
 from oci_hook.linux.processes import HeldProcess
+from oci_hook.locks import lock_file
 from oci_hook.oci.state import CONTAINER_ID
 from oci_hook.trusted_file import load_file, make_private_directory, replace_file
 
@@ -28,7 +27,6 @@ _RECORD_LIMIT_BYTES = 4 << 10
 _RECORD_NAME = re.compile(r"[0-9a-f]{64}\.json")
 _PID_HIGH = (1 << 31) - 1
 _START_TIME_HIGH = (1 << 64) - 1
-_LOCK_POLL_SECONDS = 0.01
 _POD_VOLUME = re.compile(r"/pods/([^/]+)/volumes/([^/]+)/")
 
 
@@ -200,34 +198,10 @@ class Bindings:
                 remedy=f"remove {path} if no container uses the token",
             ) from cause
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One hook at a time. The kernel frees the lock of a hook that is killed."""
+    def _locked(self) -> AbstractContextManager[None]:
+        """One hook at a time."""
         path = os.path.join(self._directory, "lock")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            descriptor = os.open(path, flags, 0o600)
-        except OSError as cause:
-            raise FileUnreadable(f"{path}: {cause.strerror}") from cause
-        try:
-            deadline = time.monotonic() + self._lock_timeout_seconds
-            while not _try_lock(descriptor, path):
-                if time.monotonic() >= deadline:
-                    raise SystemCallFailed(f"{path} was locked for more than {self._lock_timeout_seconds:g} s")
-                time.sleep(_LOCK_POLL_SECONDS)
-            yield
-        finally:
-            os.close(descriptor)
-
-
-def _try_lock(descriptor: int, path: str) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as cause:
-        raise SystemCallFailed(f"flock of {path}: {cause.strerror}") from cause
-    return True
+        return lock_file(path, timeout_seconds=self._lock_timeout_seconds, error=SystemCallFailed)
 
 
 def _remove(path: str) -> None:

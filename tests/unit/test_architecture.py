@@ -22,10 +22,10 @@ MODULES = {
 }
 
 FLOORS = {
-    1: {"errors", "documents", "trusted_file", "jws", "config", "audit"},
+    1: {"errors", "documents", "trusted_file", "locks", "jws", "config", "audit"},
     2: {"access_policy", "trust", "oci/", "linux/"},
     3: {"records", "report", "bundle/", "attestation/", "identity/"},
-    4: {"provenance", "store", "placement", "intake", "release", "delivery/", "owner/"},
+    4: {"provenance", "store", "placement", "incoming", "intake", "release", "delivery/", "owner/"},
     5: {"admission"},
     6: {"host", "hook", "launch", "cli/"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -143,3 +144,28 @@ def test_processes_append_in_one_chain(tmp_path: Path) -> None:
     records = list(AuditLog(path).records())
     assert len(records) == 100
     assert json.loads(lines(tmp_path)[-1])["seq"] == 100
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "mode"])
+def test_a_log_that_others_could_write_is_not_used(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir(mode=0o700)
+    path = folder / "audit.jsonl"
+    path.touch(mode=0o600)
+    if what == "mode":
+        path.chmod(0o620)
+    else:
+        os.chown(path if what == "file" else folder, 65534, 65534)
+    with pytest.raises(AuditFailed, match="we alone can write"):
+        AuditLog(str(path)).append("grant", container="a")
+    assert path.read_bytes() == b""
+
+
+def test_a_lock_that_is_held_does_not_hang_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "audit.jsonl"
+    monkeypatch.setattr("oci_hook.audit._LOCK_SECONDS", 0.1)
+    with path.open("wb") as holder:
+        path.chmod(0o600)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(AuditFailed, match="locked by others"):
+            AuditLog(str(path)).append("grant", container="a")

@@ -27,7 +27,8 @@ from oci_hook.errors import (
     OwnerUntrusted,
     SczError,
 )
-from oci_hook.intake import Incoming, Intake, Taken, collect, measure
+from oci_hook.incoming import Incoming, collect, measure
+from oci_hook.intake import Intake, Taken
 from tests.bundles import blob_path
 from tests.commands import Household, done, flip_bit, sczctl, snapshot
 from tests.devices import make_device
@@ -473,3 +474,36 @@ def test_a_device_is_told_by_both_its_keys(house: Household, out: Path) -> None:
     with pytest.raises(GrantRefused):
         Intake(house.store, [house.owner], host).take(collect([str(out)]))
     assert snapshot(house.store_folder) == before
+
+
+def test_an_older_document_does_not_come_back(
+    house: Household, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    take(house, out)
+    later = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    newer = house.usb / "newer"
+    newer.mkdir()
+    house.grant(newer)
+    done(sczctl(*house.sign_words(newer / "boot-policy.json")))
+    monkeypatch.undo()
+    take(house, newer)
+    before = snapshot(house.store_folder)
+    for old in ("grant.jwt", "boot-policy.json"):
+        with pytest.raises(OutputExists, match="newer"):
+            take(house, out / old)
+        assert snapshot(house.store_folder) == before
+    device = house.devices["edge-1"].host
+    Intake(house.store, [house.owner], device, replace=True).take(collect([str(out / "boot-policy.json")]))
+    policy = house.store.load_boot_policy(house.owner.owner_id, "minilm", "default")
+    assert policy == (out / "boot-policy.json").read_bytes()
+
+
+def test_a_stick_full_of_documents_is_bounded(tmp_path: Path) -> None:
+    folder = tmp_path / "stick"
+    folder.mkdir()
+    for number in range(40):
+        with (folder / f"{number}.json").open("wb") as file:
+            file.truncate(1 << 20)
+    with pytest.raises(BundleInvalid, match="at once"):
+        collect([str(folder)])

@@ -187,7 +187,7 @@ class TestReserve:
     def test_a_lock_that_is_held_for_too_long(self, tmp_path: Path) -> None:
         with open(tmp_path / "memory.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with pytest.raises(SystemCallFailed, match=r"memory\.lock is held"):
+            with pytest.raises(SystemCallFailed, match=r"memory\.lock was locked"):
                 self.reserve(tmp_path, 1)
         with self.reserve(tmp_path, 1):
             pass

@@ -20,7 +20,8 @@ from oci_hook.errors import (
     StoreInvalid,
     TrustInvalid,
 )
-from oci_hook.intake import Intake, collect
+from oci_hook.incoming import collect
+from oci_hook.intake import Intake
 from oci_hook.oci.annotations import ModelReference
 from oci_hook.store import Store, StoredModel, Trust
 from tests.commands import Household, done, snapshot
