@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 
-from oci_hook.attestation.appraisal import AttestationResult
+from oci_hook.attestation.appraisal import AttestationResult, nearest_form
 from oci_hook.attestation.boot_policy import BootForm, BootPolicy
 from oci_hook.attestation.deadline import with_deadline
 from oci_hook.attestation.evidence import Evidence
@@ -32,7 +32,7 @@ class HostTpm:
     device: HostDevice
 
     def collect_evidence(self, boot_policy: BootPolicy, extra_data: bytes) -> Evidence:
-        """Quote the PCRs of the boot policy's form that fits the running system, or of its first form if none fits.
+        """Quote the PCRs of the boot policy's form that fits the running system best.
 
         Args:
             boot_policy: The verified forms.
@@ -50,8 +50,7 @@ class HostTpm:
             ) as tpm:
                 wanted = sorted({pcr for form in boot_policy.forms for pcr in form.pcrs})
                 values = tpm.read_pcrs(wanted)
-                fitting = [f for f in boot_policy.forms if all(values[pcr] == want for pcr, want in f.pcrs.items())]
-                selected = sorted((fitting or boot_policy.forms)[0].pcrs)
+                selected = sorted(nearest_form(boot_policy, values).pcrs)
                 evidence = tpm.quote(self.device, selected, extra_data)
             pcrs = {str(pcr): value.hex() for pcr, value in evidence.pcrs.items()}
             parts = {"attest": evidence.attest.hex(), "signature": evidence.signature.hex(), "pcrs": pcrs}

@@ -76,7 +76,8 @@ def verify_coverage(pcrs: Mapping[int, bytes], error: type[SczError]) -> None:
 
     Raises:
         SczError: The class `error`: kernel, initrd and command line are not covered; PCR 16 or 23; a value of all zeros
-            (nothing was measured, or the bank is unused) or all ones (a PCR of a dynamic launch that did not happen).
+            (nothing was measured, or the bank is unused; PCR 12 beside a measured PCR 11 may be zero) or all ones (a
+            PCR of a dynamic launch that did not happen).
     """
     if not any(needed <= pcrs.keys() for needed in COVERAGE):
         raise error("the PCRs cover neither 11 and 12 (unified kernel image) nor 4, 8 and 9 (GRUB)")
@@ -87,7 +88,10 @@ def verify_coverage(pcrs: Mapping[int, bytes], error: type[SczError]) -> None:
             raise error(f"PCR {pcr} can be reset by root and proves nothing")
         if len(value) != 32:
             raise error(f"PCR {pcr} is not a SHA-256 value")
-        if value in (bytes(32), b"\xff" * 32):
+        # systemd-stub measures into PCR 12 only what overrides the image's own command line: beside a measured PCR 11,
+        # zero there says that nothing did.
+        untouched_override = pcr == 12 and pcrs.get(11, bytes(32)) != bytes(32)
+        if value in (bytes(32), b"\xff" * 32) and not (untouched_override and value == bytes(32)):
             raise error(f"PCR {pcr} has never been measured into: all bits are the same")
 
 

@@ -15,7 +15,8 @@ from oci_hook.config import load_config
 from oci_hook.errors import ConfigInvalid, FileUnreadable
 from oci_hook.trusted_file import replace_file
 
-_DEFAULT_HOOKS_DIRECTORY = "/etc/containers/oci/hooks.d"
+# podman reads /etc/containers/oci/hooks.d only if its configuration names it (seen with 4.3), this one always.
+_DEFAULT_HOOKS_DIRECTORY = "/usr/share/containers/oci/hooks.d"
 _ENVIRONMENT = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"]
 
 
