@@ -6,6 +6,7 @@ is the commented example and `scz-smm.toml(5)` the manual.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -82,8 +83,12 @@ def parse_config(data: bytes) -> Config:
 def load_config(path: str = DEFAULT_CONFIG_FILE) -> Config:
     """Read the configuration from a file that belongs to root and that root alone can write.
 
+    The file at the default place may be absent: every key has a default, and none of them weakens anything.
+
     Raises:
         ConfigInvalid: The file is not root's alone, or its contents cannot be used.
-        FileUnreadable: The file is absent.
+        FileUnreadable: A file at another place is absent.
     """
+    if path == DEFAULT_CONFIG_FILE and not os.path.lexists(path):
+        return Config()
     return parse_config(load_root_file(path, limit_bytes=64 << 10, error=ConfigInvalid))

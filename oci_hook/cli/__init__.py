@@ -14,6 +14,7 @@ import sys
 import click
 
 from oci_hook import __version__
+from oci_hook.config import DEFAULT_CONFIG_FILE
 from oci_hook.errors import InternalError, SczError
 
 # What a terminal would obey instead of showing: control characters, and those that turn the direction of writing.
@@ -64,7 +65,7 @@ class LazyGroup(click.Group):
     "--config",
     "config_file",
     type=click.Path(dir_okay=False),
-    default="/etc/scz-smm/config.toml",
+    default=DEFAULT_CONFIG_FILE,
     show_default=True,
     help="The host's configuration (host commands only).",
 )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oci_hook import config
 from oci_hook.config import Config, load_config, parse_config
 from oci_hook.errors import ConfigInvalid, FileUnreadable
 from oci_hook.trusted_file import load_file, load_root_file, replace_file
@@ -79,6 +80,17 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path) -> None:
     os.chown(folder, 1000, 1000)
     with pytest.raises(ConfigInvalid, match="uid 1000"):
         load_config(str(path))
+
+
+def test_only_the_file_at_the_default_place_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "config.toml")
+    with pytest.raises(FileUnreadable):
+        load_config(path)
+    monkeypatch.setattr(config, "DEFAULT_CONFIG_FILE", path)
+    assert load_config(path) == Config()
+    (tmp_path / "config.toml").symlink_to("nowhere")
+    with pytest.raises(FileUnreadable):
+        load_config(path)
 
 
 def test_a_link_is_judged_by_where_it_leads(tmp_path: Path) -> None:
