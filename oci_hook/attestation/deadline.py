@@ -22,6 +22,7 @@ from oci_hook.linux.syscalls import failing, prctl_set_pdeathsig
 
 RESULT_LIMIT_BYTES: Final = 1 << 20
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LENGTH_BYTES: Final = 4
 _GOOD, _BAD = b"+", b"-"
 
 
@@ -113,7 +114,7 @@ def _run_child(action: Callable[[], bytes], write_fd: int, parent: int) -> NoRet
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             lock_memory()  # mlockall is not inherited, and a secret will be here
-            _send(write_fd, _outcome(action, write_fd))
+            _send(write_fd, _framed(_outcome(action, write_fd)))
     finally:
         os._exit(0)  # nothing may unwind into the parent's code
 
@@ -124,7 +125,7 @@ def _outcome(action: Callable[[], bytes], write_fd: int) -> bytes:
     except SczError as error:
         return _error_message(error)
     except BaseException as error:
-        _send(write_fd, _error_message(InternalError(f"the TPM's child failed: {type(error).__name__}")))
+        _send(write_fd, _framed(_error_message(InternalError(f"the TPM's child failed: {type(error).__name__}"))))
         raise
 
 
@@ -132,12 +133,20 @@ def _error_message(error: SczError) -> bytes:
     return _BAD + json.dumps({"reason": error.reason, "message": error.message, "advice": error.advice}).encode()
 
 
+def _framed(message: bytes) -> bytes:
+    """With its length before it: a child that is killed while it writes has sent a part, which is no result."""
+    return len(message).to_bytes(_LENGTH_BYTES, "big") + message
+
+
 def _send(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
 
 
-def _open_message(message: bytes) -> bytes:
+def _open_message(received: bytes) -> bytes:
+    message = received[_LENGTH_BYTES:]
+    if len(message) != int.from_bytes(received[:_LENGTH_BYTES], "big"):
+        raise InternalError("the TPM's child was ended before it was done")
     if message[:1] == _GOOD:
         return message[1:]
     if message[:1] != _BAD:

@@ -155,8 +155,9 @@ def _chains_to_root(
     if issuers_below >= DEPTH_LIMIT:
         return False
     for issuer in (*authorities.roots, *authorities.intermediates):
-        in_dates = issuer.not_valid_before_utc <= now <= issuer.not_valid_after_utc
-        if not (in_dates and _is_ca(issuer, issuers_below) and _issued(certificate, issuer)):
+        if not _issued(certificate, issuer):  # first: a malformed one that issued nothing here spoils nothing here
+            continue
+        if not issuer.not_valid_before_utc <= now <= issuer.not_valid_after_utc or not _is_ca(issuer, issuers_below):
             continue
         if issuer in authorities.roots or _chains_to_root(issuer, authorities, now, issuers_below + 1):
             return True

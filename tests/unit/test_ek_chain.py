@@ -1,0 +1,157 @@
+"""attestation.ek_chain: the owner's folder, padding, depth, hostile certificates. Chains: the enrolment's vectors."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oci_hook.attestation.ek_chain import (
+    CERTIFICATE_LIMIT_BYTES,
+    CaCertificates,
+    parse_ca_certificates,
+    verify_ek_certificate,
+    without_padding,
+)
+from oci_hook.errors import DeviceInvalid, EnrolmentRefused, KeyInvalid
+from tests.attestation_vectors import GENERATOR, changed_bytes, moment, t, value_or_ours
+
+NOW = moment(t.NOW)
+EK_KEY = t.p256()
+ROOT = t.Authority("root")
+LINK = t.Authority("link", ROOT)
+DER = LINK.ek_certificate(EK_KEY)
+
+
+def folder(*authorities) -> CaCertificates:
+    return parse_ca_certificates([authority.pem.encode() for authority in authorities])
+
+
+FOLDER = folder(ROOT, LINK)
+
+
+def test_what_is_told_of_a_certificate() -> None:
+    verified = verify_ek_certificate(DER, FOLDER, now=NOW)
+    assert verified.public_key == EK_KEY.public_key()
+    assert verified.sha256 == hashlib.sha256(DER).hexdigest()
+    assert "2.23.133.2.2=vectors" in verified.subject
+
+
+def test_error_is_the_caller_s() -> None:
+    with pytest.raises(DeviceInvalid):
+        verify_ek_certificate(b"", FOLDER, now=NOW, error=DeviceInvalid)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_self_signed_ones_are_roots_and_others_links() -> None:
+    found = parse_ca_certificates([(LINK.pem + ROOT.pem).encode()])
+    assert (found.roots, found.intermediates) == ((ROOT.certificate,), (LINK.certificate,))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [[], [b""], [b"no PEM"], [LINK.pem.encode()], [ROOT.pem.encode(), b""], [ROOT.pem.replace("M", "N", 3).encode()]],
+)
+def test_folders_that_are_refused(files: list[bytes]) -> None:
+    with pytest.raises(KeyInvalid):
+        parse_ca_certificates(files)
+
+
+def test_more_than_a_thousand_certificates_are_refused() -> None:
+    thousand = [ROOT.pem.encode() * 500] * 2
+    assert len(parse_ca_certificates(thousand).roots) == 1000
+    with pytest.raises(KeyInvalid, match="more than 1000"):
+        parse_ca_certificates([*thousand, LINK.pem.encode()])
+
+
+def test_a_link_is_not_trusted_by_itself() -> None:
+    other = t.Authority("other root")
+    with pytest.raises(EnrolmentRefused, match="does not chain"):
+        verify_ek_certificate(DER, folder(other, LINK), now=NOW)
+
+
+def test_a_malformed_one_that_issued_nothing_here_spoils_nothing() -> None:
+    """Bundles of TPM makers hold odd certificates; they are looked at only once they turn out to be the issuer."""
+    broken = GENERATOR.Enrolments.broken_constraints()
+    odd_root = t.Authority("odd root", ca=None, more=[(broken, True)])
+    odd_link = t.Authority("odd link", ROOT, ca=None, more=[(broken, True)])
+    verify_ek_certificate(DER, folder(odd_root, odd_link, ROOT, LINK), now=NOW)
+    for authority in (odd_root, odd_link):
+        with pytest.raises(EnrolmentRefused, match="malformed"):
+            verify_ek_certificate(authority.ek_certificate(EK_KEY), folder(odd_root, odd_link, ROOT), now=NOW)
+
+
+def test_authorities_that_issued_each_other_end_the_search() -> None:
+    key_a, key_b = t.p256(), t.p256()
+    a, b = t.Authority("a", key=key_a), t.Authority("b", key=key_b)
+    a_by_b, b_by_a = t.Authority("a", b, key=key_a), t.Authority("b", a, key=key_b)
+    with pytest.raises(EnrolmentRefused, match="does not chain"):
+        verify_ek_certificate(a.ek_certificate(EK_KEY), folder(ROOT, a_by_b, b_by_a), now=NOW)
+    verify_ek_certificate(a.ek_certificate(EK_KEY), folder(b, a_by_b, b_by_a), now=NOW)
+
+
+def test_dates_are_those_of_the_moment_asked_for() -> None:
+    der = LINK.ek_certificate(EK_KEY, begins=t.NOW, ends=t.NOW + 10)
+    for seconds in (0, 10):
+        verify_ek_certificate(der, FOLDER, now=moment(t.NOW + seconds))
+    for seconds in (-1, 11):
+        with pytest.raises(EnrolmentRefused, match="not in its dates"):
+            verify_ek_certificate(der, FOLDER, now=moment(t.NOW + seconds))
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filler", [b"", b"\0", b"\xff" * 500, bytes(2000)])
+def test_padding_of_an_nv_index_is_cut_off(filler: bytes) -> None:
+    assert without_padding(DER + filler) == DER
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=40))
+def test_what_is_no_certificate_is_left_or_shortened(data: bytes) -> None:
+    assert data.startswith(without_padding(data))
+
+
+def test_larger_than_sixteen_kibibytes_is_refused_unread() -> None:
+    with pytest.raises(EnrolmentRefused, match="larger than 16 KiB"):
+        verify_ek_certificate(bytes(CERTIFICATE_LIMIT_BYTES + 1), FOLDER, now=NOW)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.binary(max_size=200) | changed_bytes(DER))
+def test_fuzz_a_changed_certificate_is_never_accepted(der: bytes) -> None:
+    verified = value_or_ours(lambda data: verify_ek_certificate(data, FOLDER, now=NOW), der)
+    assert (verified is not None) == (der == DER)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changed_bytes(ROOT.certificate.public_bytes(Encoding.DER)),
+    changed_bytes(LINK.certificate.public_bytes(Encoding.DER)),
+)
+def test_fuzz_changed_authorities(root: bytes, link: bytes) -> None:
+    def run(_: bytes) -> object:
+        parsed = []
+        for der in (root, link):
+            try:
+                parsed.append(x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM))
+            except ValueError:
+                return None
+        return verify_ek_certificate(DER, parse_ca_certificates(parsed), now=NOW)
+
+    verified = value_or_ours(run, b"")
+    assert verified is None or verified.public_key == EK_KEY.public_key()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200) | changed_bytes((LINK.pem + ROOT.pem).encode()))
+def test_fuzz_folder(data: bytes) -> None:
+    found = value_or_ours(lambda pem: parse_ca_certificates([pem]), data)
+    assert found is None or found.roots
