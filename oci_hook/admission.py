@@ -100,8 +100,8 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
         Refused: A check was made and failed.
         CouldNotTell: A check could not be made.
     """
-    # 1. The time is not behind the last decision: an expired token must not come back to life. The head is read first:
-    #    another start may add a record meanwhile.
+    # 1. The time is not behind the last decision, but for the leeway: an expired token must not come back to life. The
+    #    head is read first: another start may add a record meanwhile.
     head = host.audit.head()
     now = host.clock()
     if now < head.seconds - host.config.token_leeway_seconds:

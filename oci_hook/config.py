@@ -1,7 +1,7 @@
 """The host's configuration: a TOML file of root's, read into a frozen `Config`. Every key has a default.
 
 It says where things are and how this host is made; it cannot relax what a model's owner signed. `config/config.toml`
-is the commented example and `scz-smm.toml(5)` the manual.
+is the commented example.
 """
 
 from __future__ import annotations

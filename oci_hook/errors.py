@@ -62,7 +62,7 @@ class CouldNotTell(SczError):
 
 class StateInvalid(InputError):
     code, summary = 10, "the OCI state on standard input cannot be used"
-    remedy = "let an OCI runtime call scz-hook; see `man scz-hook`"
+    remedy = "let an OCI runtime call scz-hook; see docs/operations.md"
 
 
 class SpecInvalid(InputError):
@@ -72,7 +72,7 @@ class SpecInvalid(InputError):
 
 class AnnotationInvalid(InputError):
     code, summary = 12, "an smm.scz/ annotation is unknown or malformed"
-    remedy = "correct the annotation; `man scz-smm-annotations` lists them"
+    remedy = "correct the annotation; docs/annotations.md lists them"
 
 
 class ConfigInvalid(InputError):
@@ -342,7 +342,7 @@ class Terminated(CouldNotTell):
 
 
 def all_errors() -> dict[int, type[SczError]]:
-    """Every error by its exit code; what `sczctl why` and the man page are made from."""
+    """Every error by its exit code; what `sczctl why` is made from."""
     found: dict[int, type[SczError]] = {}
     for family in (InputError, Refused, CouldNotTell):
         for cls in family.__subclasses__():

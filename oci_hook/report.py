@@ -58,16 +58,13 @@ def report_refusal(config_file: str, state: State | None, error: SczError) -> in
     Returns:
         The exit code.
     """
-    try:
-        config = load_config(config_file)
-    except SczError:
-        config = Config()
+    config, readable = reporting_config(config_file)
     container_id = state.container_id if state else "unknown"
     with contextlib.suppress(OSError):
         print(f"scz-hook: {error.reason} ({error.code}): {error.message}; {error.advice}", file=sys.stderr, flush=True)
     _journal(container_id, error)
     keep_refusal(config.runtime_directory, container_id, error)
-    if state is not None and state.pid:  # a poststop that fails refuses nothing
+    if readable and state is not None and state.pid:  # a poststop that fails refuses nothing
         with contextlib.suppress(SczError):  # it is refused either way, and the other places say why
             AuditLog(config.audit_file).append(
                 "refused",
@@ -78,6 +75,14 @@ def report_refusal(config_file: str, state: State | None, error: SczError) -> in
                 message=error.message[:1024],
             )
     return error.code
+
+
+def reporting_config(config_file: str) -> tuple[Config, bool]:
+    """The configuration, and whether it could be used; if not, the defaults say where refusals are kept."""
+    try:
+        return load_config(config_file), True
+    except SczError:
+        return Config(), False
 
 
 def keep_refusal(runtime_directory: str, container_id: str, error: SczError) -> None:

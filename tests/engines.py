@@ -287,10 +287,6 @@ class Podman:
         """`podman start NAME`."""
         return self.call("start", name, check=check)
 
-    def stop_container(self, name: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`podman stop NAME`, killed at once: a test's workload has nothing to save."""
-        return self.call("stop", "--time=0", name, check=check)
-
     def rm(self, name: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`podman rm --force NAME`."""
         return self.call("rm", "--force", "--time=0", name, check=check)

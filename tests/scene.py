@@ -172,12 +172,12 @@ class Scene:
         """The operator makes podman call the hook."""
         self.sczctl("install", "--engine", "podman", "--hooks-dir", self.hooks)
 
-    def prepare(self, source: Path, *, name: str, version: str = "1") -> Path:
+    def prepare(self, source: Path, *, name: str, version: str = "1", extra: Sequence[str] = ()) -> Path:
         """Everything up to a container's start; returns the folder that travelled."""
         self.tpm.measure_boot()
         self.keygen()
         self.enrol()
-        out = self.pack(source, name=name, version=version)
+        out = self.pack(source, name=name, version=version, extra=extra)
         self.grant(out, name=name, version=version)
         self.trust()
         self.add(out)
@@ -216,7 +216,8 @@ class Scene:
         """`podman run --rm` with our annotations; returns what it did."""
         words = ["--rm", "--annotation", f"smm.scz/model={model}"]
         for key, value in annotations.items():
-            words += ["--annotation", f"{key}={value}"]
+            field = f"{key}={value}".replace('"', '""')
+            words += ["--annotation", f'"{field}"']  # podman reads a line of CSV
         if token is not None:
             words += ["--volume", f"{token}:{TOKEN_PATH}:ro"]
         return self.podman.run([*words, *options, image, *command], runtime=runtime, check=False)

@@ -14,7 +14,7 @@ from oci_hook.audit import EMPTY_HEAD, AuditHead, AuditLog, format_time, text_li
 from oci_hook.cli import print_json, printable
 from oci_hook.config import load_config
 from oci_hook.errors import all_errors
-from oci_hook.report import Refusal, explain, load_refusals
+from oci_hook.report import Refusal, explain, load_refusals, reporting_config
 
 _RAISED_BY_RUNTIMES = {
     125: "podman itself failed, or could not start the container: ask with the container's id, or without an argument",
@@ -38,7 +38,7 @@ def why(config_file: str, what: str | None, codes: bool, as_json: bool) -> int:
         return _show_codes(as_json)
     if what is not None and re.fullmatch("[0-9]{1,3}", what):
         return _show_code(int(what), as_json)
-    found = load_refusals(load_config(config_file).runtime_directory)
+    found = load_refusals(reporting_config(config_file)[0].runtime_directory)
     if what is not None:
         found = [refusal for refusal in found if refusal.container_id.startswith(what)]
     if not found:

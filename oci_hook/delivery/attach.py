@@ -2,10 +2,10 @@
 
 It is forked before any key exists in this process, resolves every destination by descriptor, says that it is ready,
 and waits. At "go" it gets the detached mounts over the socket, looks at the destinations once more, and attaches all of
-them or none: the last effect of a delivery. If the hook dies before "go" arrived, the kernel kills the child and
-nothing was attached; after that nothing kills it, and everything will be.
+them or none: the last effect of a delivery. If the hook dies before the first of them, the kernel kills the
+child and nothing was attached; from there on nothing kills it, and everything will be.
 
-It fills nothing. Specification: DESIGN.md, "Delivery"; move_mount(2).
+It fills nothing. Specification: docs/design.md, "Delivery"; move_mount(2).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Every step before `attach` is undone by the end of the `with` block, or by the kernel if the hook is killed: children
 end with it, and detached mounts with their last descriptor. What is admitted, audited and recorded is the caller's.
-Specification: DESIGN.md, "Delivery".
+Specification: docs/design.md, "Delivery".
 """
 
 from __future__ import annotations

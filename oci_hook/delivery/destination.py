@@ -5,7 +5,7 @@ opened without following anything, and after every step the mount is looked at: 
 that config.json declares and that the host does not have. A mount with a `shared:` tag is refused: what is attached on
 it appears on the host too and outlives the container. Missing directories are made, 0755, the container root's.
 
-It attaches nothing. Specification: DESIGN.md, "Delivery"; openat2(2), mount_namespaces(7).
+It attaches nothing. Specification: docs/design.md, "Delivery"; openat2(2), mount_namespaces(7).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Runs in a forked writer that is in the container's memory control group and ends when it is done. The segments of all
 files of all models are one list that the threads take from, so neither a large file nor ten thousand small ones leave
 a core idle. A segment is read into a reused buffer and decrypted straight into the mapped file where huge pages back
-it (large files on tmpfs), else into a second reused buffer and written: what `facts/performance.md` measured as best.
+it (large files on tmpfs), else into a second reused buffer and written (docs/design.md, "Hot path", has the numbers).
 AES-GCM and the reads run without Python's lock.
 
 Every segment is authenticated; the first that is not ends it all, and the caller drops the mounts, which nobody could
@@ -38,7 +38,7 @@ from oci_hook.linux import syscalls
 from oci_hook.linux.mounts import DetachedMount
 
 _HUGE_PAGE_BYTES = 1 << 21
-_WORKERS_LIMIT = 4
+_WORKERS_LIMIT = 2  # what was measured; more cores are for a benchmark to judge
 _THREAD_BYTES = 1 << 22  # below this a second thread costs more than it gains: opening files holds Python's lock
 _RUN_SEGMENTS = 2  # taken at once: two threads at neighbouring segments wait for the same huge page to be cleared
 _FILE_MODE, _DIRECTORY_MODE = 0o444, 0o555
@@ -272,7 +272,7 @@ def fill(targets: Sequence[Target], options: FillOptions, progress: Callable[[in
 
 
 def default_workers() -> int:
-    """A thread for each core that this process may use, at most 4."""
+    """A thread for each core that this process may use, at most 2."""
     return min(len(os.sched_getaffinity(0)), _WORKERS_LIMIT)
 
 

@@ -21,7 +21,6 @@ from oci_hook.errors import SczError, SystemCallFailed
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
-AT_SYMLINK_NOFOLLOW: Final = 0x100
 
 # linux/mount.h
 OPEN_TREE_CLONE: Final = 1
@@ -51,7 +50,6 @@ RESOLVE_IN_ROOT: Final = 0x10
 
 # linux/sched.h
 CLONE_NEWNS: Final = 0x00020000
-CLONE_FS: Final = 0x00000200
 
 # linux/prctl.h
 PR_SET_PDEATHSIG: Final = 1
@@ -61,7 +59,6 @@ PR_SET_DUMPABLE: Final = 4
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
 MNT_DETACH: Final = 2
-UMOUNT_NOFOLLOW: Final = 8
 MCL_CURRENT: Final = 1
 MCL_FUTURE: Final = 2
 MCL_ONFAULT: Final = 4

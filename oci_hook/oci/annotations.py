@@ -3,7 +3,7 @@
 They come from whoever creates the container: they select a model and narrow its use, they never relax what its owner
 signed. Nothing is looked up here, neither the model nor the destination. An unknown key under the prefix is refused,
 as a misspelt requirement would otherwise be dropped in silence. Standard library only: this is the hook's fast path.
-Specification: DESIGN.md, "Annotations"; docs/specification.md, "Names".
+Specification: docs/annotations.md; docs/specification.md, "Names".
 """
 
 from __future__ import annotations

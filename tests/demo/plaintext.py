@@ -61,10 +61,18 @@ def files_below(*folders: Path) -> Iterator[Path]:
                     continue  # it went away meanwhile
 
 
-def search(marker: bytes, *folders: Path) -> tuple[int, list[Path]]:
-    """Search all files below the folders; returns how many were searched, and those that hold the marker."""
+def search(marker: bytes, *folders: Path, but_not: Path | None = None) -> tuple[int, list[Path]]:
+    """Search all files below the folders; returns how many were searched, and those that hold the marker.
+
+    Args:
+        marker: What to look for.
+        folders: Where.
+        but_not: A folder that holds it by right, wherever it lies.
+    """
     searched, found = 0, []
     for path in files_below(*folders):
+        if but_not is not None and path.is_relative_to(but_not):
+            continue
         try:
             searched += 1
             if contains(path, marker):

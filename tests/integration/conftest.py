@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from tests.scene import Scene
 
 MIB = 1 << 20
+FIELDS = {"framework": "none", "licence": "Apache-2.0", "privacy": {"method": "differential privacy", "epsilon": 3.5}}
 #: Sizes around the boundaries of segments; contents that no two files share.
 FILES = {
     "weights.safetensors": 2 * MIB + 4321,
@@ -44,7 +46,9 @@ def scene(model_source: Path) -> Iterator[Scene]:
     folder = Path(tempfile.mkdtemp(prefix="scz-test.", dir="/var/tmp"))
     try:
         with Scene(folder) as made:
-            made.prepare(model_source, name="small")
+            fields = made.owner / "fields.json"
+            fields.write_text(json.dumps(FIELDS))
+            made.prepare(model_source, name="small", extra=("--fields", str(fields)))
             other = made.pack(model_source, name="other")
             made.grant(other, name="other")
             made.add(other)

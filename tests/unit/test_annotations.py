@@ -1,4 +1,4 @@
-"""oci.annotations: DESIGN.md's table, and every way to get it wrong."""
+"""oci.annotations: the table of docs/annotations.md, and every way to get it wrong."""
 
 from __future__ import annotations
 

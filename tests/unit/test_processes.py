@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,9 @@ class TestHeldProcess:
         with subprocess.Popen([sys.executable, "-I", "-c", script]) as process:
             try:
                 with HeldProcess(process.pid) as held:
-                    while (name := held.executable_name()).startswith("python"):
-                        pass
+                    # While it becomes another program it is python still, or has no arguments yet.
+                    while (name := held.executable_name()) == "" or name.startswith("python"):
+                        time.sleep(0.001)
             finally:
                 process.kill()
         assert name == "sleep"
