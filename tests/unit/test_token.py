@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from oci_hook import errors
 from oci_hook.access_policy import parse_access_policy
-from oci_hook.documents import canonical
-from oci_hook.errors import BundleInvalid, SczError, TokenClaimsRefused, TokenMalformed
+from oci_hook.documents import canonical, encode_base64url
+from oci_hook.errors import BundleInvalid, SczError, TokenAlgorithmRefused, TokenClaimsRefused, TokenMalformed
 from oci_hook.identity.token import TOKEN_LIMIT_BYTES, Identity, verify_token
 from oci_hook.jws import parse_compact, verify_compact
 from oci_hook.trust import parse_issuer
@@ -245,3 +245,12 @@ def test_times_against_the_specification(iat: int, exp: int, nbf: int | None, le
         return
     with pytest.raises(errors.TokenExpired if well_formed else TokenClaimsRefused):
         verify(vector, token)
+
+
+@pytest.mark.parametrize("algorithm", ["PS256", "PS384", "PS512", "EdDSA", "Ed448", "ES256K", "HS512", "none"])
+def test_algorithms_beyond_the_six_are_refused_by_name(algorithm: str) -> None:
+    vector = json.loads((FOLDER / "aud-list.json").read_text())
+    _, payload, signature = token_of(vector).split(b".")
+    header = encode_base64url(canonical({"alg": algorithm, "kid": "k"})).encode()
+    with pytest.raises(TokenAlgorithmRefused, match=algorithm):
+        verify(vector, b".".join((header, payload, signature)))
