@@ -19,6 +19,7 @@ def test_podman_reads_the_default_directory_by_itself(tmp_path: Path, runtime: s
     trace, directory = tmp_path / "trace", Path(_DEFAULT_HOOKS_DIRECTORY)
     hook = {"path": "/bin/touch", "args": ["touch", str(trace)], "env": ["PATH=/bin"], "timeout": 10}
     document = {"version": "1.0.0", "hook": hook, "when": {"annotations": {f"^{name}$": "yes"}}, "stages": ["prestart"]}
+    made_by_us = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{name}.json"
     try:
@@ -34,3 +35,5 @@ def test_podman_reads_the_default_directory_by_itself(tmp_path: Path, runtime: s
             assert trace.exists()
     finally:
         file.unlink()
+        for folder in made_by_us:
+            folder.rmdir()
