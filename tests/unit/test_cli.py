@@ -12,9 +12,11 @@ from pathlib import Path
 import click
 import pytest
 
-from oci_hook import __version__, cli
-from oci_hook.errors import FileUnreadable, InternalError, ModelUnknown, SczError, all_errors
-from tests.commands import Household, misused, refused, sczctl, snapshot
+from oci_hook import __version__, cli, report
+from oci_hook.config import Config
+from oci_hook.errors import ConfigInvalid, FileUnreadable, InternalError, ModelUnknown, SczError, all_errors
+from oci_hook.oci.state import State
+from tests.commands import Household, done, misused, refused, sczctl, snapshot
 
 FOLDER = Path(cli.__file__).parent
 
@@ -203,7 +205,6 @@ HOST_COMMANDS = [
     ["install", "--engine", "podman"],
     ["audit", "show"],
     ["audit", "verify"],
-    ["why"],
     ["token", "issue", "--subject", "s", "-o", "x"],
 ]
 
@@ -220,6 +221,18 @@ def test_a_configuration_that_cannot_be_used(house: Household, words: list[str])
     refused(house.ctl(*words), 13, "'frob'")
     house.config.write_text(text)
     assert snapshot(house.host) == before
+
+
+def test_why_answers_when_the_configuration_is_what_is_wrong(
+    house: Household, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "Config", lambda: Config(runtime_directory=str(tmp_path / "default-run")))
+    house.config.chmod(0o666)
+    state = State("c1", 7, "/b", "", {"smm.scz/model": "m"})
+    assert report.report_refusal(str(house.config), state, ConfigInvalid("writable by others")) == ConfigInvalid.code
+    assert not (house.host / "log").exists()  # whose log it is cannot be known
+    answer = done(house.ctl("why", "--json")).json
+    assert (answer["code"], answer["container_id"]) == (ConfigInvalid.code, "c1")
 
 
 def test_a_configuration_may_be_named_from_here(house: Household, monkeypatch: pytest.MonkeyPatch) -> None:
