@@ -6,7 +6,9 @@ and takes all of it away again, also after a failure. It fits itself to the mach
 * limits that may not be raised here (RLIMIT_NOFILE without CAP_SYS_RESOURCE) are handed to containers as they are;
 * overlay is used where the kernel mounts one, else vfs;
 * where version 2 of cgroups holds some controllers beside version 1, which crun refuses, all commands run in one mount
-  namespace without the unified hierarchy. Mounts made on the host after `start` are not seen in there.
+  namespace without the unified hierarchy. Mounts made on the host after `start` are not seen in there;
+* where only root may enter the root directory (mode 0700, as a debootstrapped root can have), a container with a user
+  namespace could not even open /proc: that mount namespace then has a root of its own, with the same directories.
 
 cgroups are made by podman itself (cgroupfs), which is the same with and without systemd. Containers have no network.
 What it does not do: fetch images. They are imported from tar archives.
@@ -44,6 +46,21 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _CAP_SYS_RESOURCE = 24
 _NOFILE, _NPROC = 1 << 20, 1 << 15  # podman lowers its own limits to these, so a container's can not be above them
 _MNT_DETACH = 2
+# The root directory's entries in a tmpfs of mode 0755, which then is the root. /mnt is where it is put together.
+_OPEN_ROOT = """
+mount -t tmpfs -o mode=0755 scz-open-root /mnt
+for entry in /*; do
+    if [ -L "$entry" ]; then cp -P "$entry" "/mnt$entry"
+    elif [ "$entry" = /mnt ]; then mkdir /mnt/mnt
+    elif [ -d "$entry" ]; then mkdir "/mnt$entry"; mount --rbind "$entry" "/mnt$entry"
+    fi
+done
+mkdir /mnt/.old
+cd /mnt
+pivot_root . .old
+umount -l /.old
+rmdir /.old
+"""
 _MARK = "made-by-scz-smm-tests"  # only a directory with this file is ever removed
 
 
@@ -73,6 +90,11 @@ def unified_hierarchy_to_hide() -> Path | None:
         if kind == "cgroup2" and point.is_relative_to(_CGROUPS) and (point / "cgroup.controllers").read_text().strip():
             return point
     return None
+
+
+def root_is_closed() -> bool:
+    """Whether only root may enter `/`."""
+    return not Path("/").stat().st_mode & 0o001
 
 
 def _may_raise_limits() -> bool:
@@ -126,11 +148,12 @@ class RuntimeNamespace:
         return ("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--")
 
     def start(self) -> RuntimeNamespace:
-        """Look at the machine's cgroups and make the namespace if they need one."""
-        hidden = unified_hierarchy_to_hide()
-        if hidden is None or self._holder is not None:
+        """Look at the machine's cgroups and root directory, and make the namespace if they need one."""
+        hidden, closed = unified_hierarchy_to_hide(), root_is_closed()
+        if self._holder is not None or (hidden is None and not closed):
             return self
-        script = f'umount "{hidden}" && echo ready && exec cat'
+        steps = [f'umount "{hidden}"'] if hidden is not None else []
+        script = "\n".join(["set -e", *steps, *([_OPEN_ROOT] if closed else []), "echo ready", "exec cat"])
         command = ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", script]
         self._holder = subprocess.Popen(
             command, env={"PATH": _PATH}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
@@ -138,7 +161,7 @@ class RuntimeNamespace:
         assert self._holder.stdout is not None
         if self._holder.stdout.readline() != b"ready\n":
             self.stop()
-            raise EngineError(f"no mount namespace without {hidden} could be made")
+            raise EngineError("no mount namespace for the runtimes could be made")
         return self
 
     def stop(self) -> None:
