@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_INTEGER_DIGITS = 20
+_MAX_DEPTH = 64
 _SAFE = re.compile(r"[^\x20-\x7e]")
 
 
@@ -78,7 +79,23 @@ def parse_object(data: bytes, *, limit_bytes: int, what: str, error: type[SczErr
         raise error(f"{what} is not JSON in UTF-8") from cause
     if not isinstance(value, dict):
         raise error(f"{what} is not a JSON object")
+    _verify_depth(value, what, error)
     return value
+
+
+def _verify_depth(value: object, what: str, error: type[SczError]) -> None:
+    """The parser's own bound differs between versions of Python, and later code recurses into what it is given."""
+    level: list[object] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for each in level
+            if isinstance(each, dict | list)
+            for item in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise error(f"{what} is nested more than {_MAX_DEPTH} levels deep")
 
 
 def canonical(value: object) -> bytes:

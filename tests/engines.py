@@ -354,10 +354,10 @@ class Podman:
         if self._started:
             return self
         self._take_away()
-        self.directory.mkdir(mode=0o700, parents=True)
+        self.directory.mkdir(mode=0o711, parents=True)  # root of a user namespace has to get through
         (self.directory / _MARK).touch()
         for folder in (self._run, self.directory / "home", self.directory / "spool", self.directory / "networks"):
-            folder.mkdir(mode=0o700)
+            folder.mkdir(mode=0o711)
         self._driver = self._driver or _storage_driver(self.directory)
         for name, text in self._configuration().items():
             (self.directory / name).write_text(text)

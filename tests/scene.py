@@ -216,11 +216,16 @@ class Scene:
         """`podman run --rm` with our annotations; returns what it did."""
         words = ["--rm", "--annotation", f"smm.scz/model={model}"]
         for key, value in annotations.items():
-            field = f"{key}={value}".replace('"', '""')
-            words += ["--annotation", f'"{field}"']  # podman reads a line of CSV
+            words += ["--annotation", self._annotation(f"{key}={value}")]
         if token is not None:
             words += ["--volume", f"{token}:{TOKEN_PATH}:ro"]
         return self.podman.run([*words, *options, image, *command], runtime=runtime, check=False)
+
+    def _annotation(self, text: str) -> str:
+        """podman before 5 reads a line of CSV there."""
+        if '"' not in text or int(self.podman.call("--version").stdout.split()[-1].split(".")[0]) >= 5:
+            return text
+        return '"' + text.replace('"', '""') + '"'
 
     def why(self) -> dict[str, object]:
         """What `sczctl why --json` says of the last refusal."""

@@ -44,6 +44,7 @@ def model_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene(model_source: Path) -> Iterator[Scene]:
     """A scene with two models, `small:1` and `other:1`, granted and installed."""
     folder = Path(tempfile.mkdtemp(prefix="scz-test.", dir="/var/tmp"))
+    folder.chmod(0o711)  # root of a user namespace has to get through to its root file system
     try:
         with Scene(folder) as made:
             fields = made.owner / "fields.json"

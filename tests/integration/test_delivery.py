@@ -291,6 +291,14 @@ def container_usage(pid: int) -> int:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
+def is_dead(pid: int) -> bool:
+    """Whether a process ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("destination", "error"),
@@ -424,6 +432,7 @@ class TestRefused:
             hook = wait_for_pause(workshop, "c", "filled")
             state = json.loads(Path(f"{workshop.result('c')}.state").read_text())
             os.kill(state["pid"], signal.SIGKILL)
+            wait_until(lambda: is_dead(state["pid"]))
             resume(workshop, "c")
             wait_until(lambda: not Path(f"/proc/{hook}").exists())
             assert process.wait(timeout=30) != 0

@@ -33,6 +33,7 @@ COMMAND = ["--model", "/models/small", "--word", "king"]
 def scene() -> Iterator[Scene]:
     """A scene with the demo's model, here called `small`, and both images."""
     folder = Path(tempfile.mkdtemp(prefix="scz-test.", dir="/var/tmp"))
+    folder.chmod(0o711)  # root of a user namespace has to get through to its root file system
     try:
         with Scene(folder) as made:
             made.prepare(model_folder(ROOT / "build" / "model"), name="small")

@@ -487,7 +487,7 @@ def test_a_device_that_is_not_enrolled(scene: Scene) -> None:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_memory_that_is_too_small(scene: Scene, runtime: str) -> None:
-    attempt = refused(scene, "MemoryRefused", scene.token(), runtime=runtime, options=("--memory", "6m"))
+    attempt = refused(scene, "MemoryRefused", scene.token(), runtime=runtime, options=("--memory", "18m"))
     assert attempt.ran is False
 
 
