@@ -290,7 +290,6 @@ def container_usage(pid: int) -> int:
     raise AssertionError("no memory control group")
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
 def is_dead(pid: int) -> bool:
     """Whether a process ended, reaped or not."""
     try:
@@ -299,6 +298,7 @@ def is_dead(pid: int) -> bool:
         return True
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
 class TestRefused:
     @pytest.mark.parametrize(
         ("destination", "error"),
