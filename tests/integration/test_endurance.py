@@ -5,6 +5,7 @@ The model is the demo's (90 MB of real weights), the workload loads it with the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -87,21 +88,36 @@ def test_eight_starts_at_once(scene: Scene, runtime: str) -> None:
     assert len(list(AuditLog(str(scene.audit)).records())) > 0  # the chain holds
 
 
-def kill_a_hook(scene: Scene, process: subprocess.Popen[str], moments: random.Random) -> bool:
-    """Kill -9 the prestart hook, or now and then one of its children, after a delay; whether there was one."""
+def wait_for_hook(scene: Scene, process: subprocess.Popen[str]) -> int | None:
+    """The pid of the prestart hook itself, not of one of its children; None if the start ended without one."""
     until = time.monotonic() + 20
     while process.poll() is None and time.monotonic() < until:
-        pids = hook_processes(scene)
-        if pids:
-            time.sleep(moments.uniform(0, 0.35))
-            pids = hook_processes(scene)
-            try:
-                os.kill(moments.choice([min(pids), *pids]), signal.SIGKILL)
-            except (ProcessLookupError, ValueError):
-                return False  # it was done before
-            return True
+        if pids := hook_processes(scene):
+            return min(pids)  # its children are forked later
         time.sleep(0.001)
-    return False
+    return None
+
+
+def start_in_background(scene: Scene, token: Path, runtime: str) -> subprocess.Popen[str]:
+    trace = scene.host / "trace"
+    (trace / "ran").unlink(missing_ok=True)
+    words = ["--rm", "--annotation", "smm.scz/model=small:1", "--volume", f"{token}:{TOKEN_PATH}:ro"]
+    words += ["--volume", f"{trace}:/trace", scene.image, "sh", "-c", "echo > /trace/ran"]
+    return scene.podman.spawn(words, runtime=runtime)
+
+
+def lifetime_of_a_hook(scene: Scene, token: Path, runtime: str) -> float:
+    """Seconds from the first sight of a prestart hook to its end, undisturbed."""
+    process = start_in_background(scene, token, runtime)
+    pid = wait_for_hook(scene, process)
+    began = time.monotonic()
+    assert pid is not None
+    while os.path.exists(f"/proc/{pid}"):
+        time.sleep(0.001)
+    lived = time.monotonic() - began
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    return lived
 
 
 def test_a_hook_that_is_killed_anywhere(scene: Scene) -> None:
@@ -111,37 +127,28 @@ def test_a_hook_that_is_killed_anywhere(scene: Scene) -> None:
     token = scene.token(ttl_seconds=3600)
     assert start(scene, token).returncode == 0
     before = left_overs(scene)
-    killed = 0
-    trace = scene.host / "trace"
-    for number in range(4 * KILLS):
-        if killed == KILLS:
+    lifetime = max(lifetime_of_a_hook(scene, token, runtime) for runtime in ("runc", "crun"))
+    killed: list[float] = []
+    for number in range(6 * KILLS):
+        if len(killed) == KILLS:
             break
-        (trace / "ran").unlink(missing_ok=True)
-        words = [
-            "--rm",
-            "--annotation",
-            "smm.scz/model=small:1",
-            "--volume",
-            f"{token}:{TOKEN_PATH}:ro",
-            "--volume",
-            f"{trace}:/trace",
-            scene.image,
-            "sh",
-            "-c",
-            "echo > /trace/ran",
-        ]
-        process = scene.podman.spawn(words, runtime=("runc", "crun")[number % 2])
-        hit = kill_a_hook(scene, process, moments)
+        process = start_in_background(scene, token, ("runc", "crun")[number % 2])
+        pid, moment = wait_for_hook(scene, process), moments.uniform(0, lifetime)
+        assert pid is not None
+        time.sleep(moment)
+        with contextlib.suppress(ProcessLookupError):  # it was done before
+            os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=60)
-        if hit and process.returncode != 0:
-            killed += 1
-            assert not (trace / "ran").exists(), f"the workload ran although its hook was killed (seed {seed})"
+        if process.returncode != 0:
+            killed.append(moment)
+            assert not (scene.host / "trace" / "ran").exists(), f"the workload ran, its hook killed (seed {seed})"
         until = time.monotonic() + 10
         while hook_processes(scene) and time.monotonic() < until:
             time.sleep(0.01)
         assert hook_processes(scene) == []
         assert model_mounts() == []
-    assert killed == KILLS
+    print(f"killed at {sorted(round(moment / lifetime, 2) for moment in killed)} of {lifetime:.2f} s")
+    assert len(killed) == KILLS
     attempt = start(scene, token)
     assert attempt.returncode == 0, attempt
     after = left_overs(scene)
