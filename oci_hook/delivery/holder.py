@@ -41,6 +41,10 @@ class ContainerView:
         uid_offset: Host uid of the container's root; 0 without a user namespace.
         gid_offset: Host gid of the container's root group.
         mount_namespace_joined: Whether `linux.namespaces` names a mount namespace by path.
+        in_sandbox: The engine vouches that it joins a pod whose sandbox runs already (gVisor's sub-containers).
+        mount_destinations: Of every mount in config.json, in its order.
+        memory_volumes: Destinations of the pod's own memory-backed volumes (emptyDir), as the engine's kubelet names
+            them.
     """
 
     container_id: str
@@ -51,6 +55,9 @@ class ContainerView:
     uid_offset: int
     gid_offset: int
     mount_namespace_joined: bool
+    in_sandbox: bool = False
+    mount_destinations: tuple[str, ...] = ()
+    memory_volumes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ class EngineFacts:
 
     Attributes:
         is_sandbox: This is a pod's pause container, which no model concerns.
+        in_sandbox: This is a container of a pod, whose sandbox was made before it.
         container_name: The container's name in its pod; None where the engine has no pods.
         pod_uid: The pod's uid; None where the engine has no pods or gives none.
     """
@@ -28,6 +29,7 @@ class EngineFacts:
     is_sandbox: bool = False
     container_name: str | None = None
     pod_uid: str | None = None
+    in_sandbox: bool = False
 
 
 def read_engine_facts(engine: str, annotations: Mapping[str, str]) -> EngineFacts:
@@ -45,6 +47,7 @@ def read_engine_facts(engine: str, annotations: Mapping[str, str]) -> EngineFact
             annotations.get("io.kubernetes.cri.container-type") == "sandbox",
             annotations.get("io.kubernetes.cri.container-name"),
             annotations.get("io.kubernetes.cri.sandbox-uid"),
+            annotations.get("io.kubernetes.cri.container-type") == "container",
         )
     if engine == "cri-o":
         labels = parse_object(
@@ -58,5 +61,6 @@ def read_engine_facts(engine: str, annotations: Mapping[str, str]) -> EngineFact
             annotations.get("io.kubernetes.cri-o.ContainerType") == "sandbox",
             name if isinstance(name, str) else None,
             uid if isinstance(uid, str) else None,
+            annotations.get("io.kubernetes.cri-o.ContainerType") == "container",
         )
     return EngineFacts()
