@@ -17,7 +17,7 @@ from oci_hook.attestation.evidence import qualifying_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.audit import AuditLog
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
-from oci_hook.bundle.layout import Layout
+from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest, model_document
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.config import Config
@@ -38,6 +38,7 @@ class Container:
     """What admission knows of the container that asks."""
 
     container_id: str
+    bundle: str
     pid: int
     start_time: int
     runtime: str
@@ -127,13 +128,16 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     )
     # 7. The token is this container's own: its pod's, or not another live container's.
     _verify_binding(identity, container, host)
-    # 8. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
+    # 8. A bundle in the image was never looked at by `sczctl add`: it holds the very bytes that the owner signed.
+    if request.reference.rootfs_path is not None:
+        verify_digests(layout, manifest, lambda _done: None)
+    # 9. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
     tpm = HostTpm(host.config, host.device)
     nonce = host.random(32)
     extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
     evidence = tpm.collect_evidence(boot_policy, extra_data)
     result = appraise_evidence(evidence, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy)
-    # 9. The TPM itself, by the sealed object's policy, releases the key.
+    # 10. The TPM itself, by the sealed object's policy, releases the key.
     content_key = release_key(result, identity, tpm=tpm, grant=grant, owner=owner)
     return Admission(request, manifest, layout, identity, content_key, head.digest)
 
@@ -173,4 +177,6 @@ def _verify_binding(identity: Identity, container: Container, host: Host) -> Non
     if identity.issuer.kind == "kubernetes":
         verify_pod_binding(identity, container.token.host_path, container.pod_uid)
     else:
-        host.bindings.bind_token(identity, container.container_id, container.pid, container.start_time)
+        host.bindings.bind_token(
+            identity, container.container_id, container.bundle, container.pid, container.start_time
+        )

@@ -14,37 +14,38 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 from oci_hook.errors import InternalError, SczError, StateInvalid, Terminated
+from oci_hook.invocation import ENGINES, STAGES, Invocation, parse_invocation
 from oci_hook.oci.annotations import has_ours
 from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
 
-_DEFAULT_CONFIG_FILE = "/etc/scz-smm/config.toml"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
-_USAGE = "usage: scz-hook [--config FILE] prestart|createRuntime|poststop   (OCI state on standard input)"
+_USAGE = (
+    f"usage: scz-hook [--config FILE] [--engine {'|'.join(ENGINES)}] [--request KEY=VALUE]... [--spec-digest HEX] "
+    f"{'|'.join(STAGES)}   (OCI state on standard input)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage; returns the exit code (0, or one of `errors.py`)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    config_file = _DEFAULT_CONFIG_FILE
-    if len(arguments) >= 2 and arguments[0] == "--config":
-        config_file, arguments = arguments[1], arguments[2:]
-    stage = _STAGES.get(arguments[0]) if len(arguments) == 1 else None
-    if stage is None:
-        print(_USAGE, file=sys.stdout if arguments == ["--help"] else sys.stderr)
-        return 0 if arguments == ["--help"] else StateInvalid.code
+    arguments = sys.argv[1:] if arguments is None else arguments
+    invocation = parse_invocation(arguments)
+    if invocation is None:
+        is_help = list(arguments) == ["--help"]
+        print(_USAGE, file=sys.stdout if is_help else sys.stderr)
+        return 0 if is_help else StateInvalid.code
     state = None
     try:
         _isolate()
         state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
-        if not state.annotations or has_ours(state.annotations):  # some runtimes pass none: config.json has them
-            stage(state, config_file)
+        # Some runtimes pass no annotations: config.json has them.
+        if not state.annotations or has_ours(state.annotations) or invocation.requests:
+            _RUN[invocation.stage](state, invocation)
     except SczError as error:
-        return _refuse(config_file, state, error)
+        return _refuse(invocation.config_file, state, error)
     except BaseException as error:
-        return _refuse(config_file, state, InternalError(f"{type(error).__name__}: {error}"))
+        return _refuse(invocation.config_file, state, InternalError(f"{type(error).__name__}: {error}"))
     return 0
 
 
@@ -61,68 +62,41 @@ def _isolate() -> None:
         signal.signal(number, terminate)
 
 
-def _start(state: State, config_file: str) -> None:
-    """prestart, createRuntime: from the state to the attached models.
-
-    Whatever raises before `attach` leaves nothing visible: until then the decrypted files have no path.
-    """
-    from oci_hook.oci.annotations import merge_annotations, parse_requests
+def _start(state: State, invocation: Invocation) -> None:
+    """prestart, createRuntime: what the container asks for, if anything; the rest is `start`'s."""
+    from oci_hook.oci.annotations import gather_requests, merge_annotations
     from oci_hook.oci.spec import load_spec
 
-    spec = load_spec(state.bundle)
+    spec = load_spec(state.bundle, digest=invocation.spec_digest)
     annotations = merge_annotations(state.annotations, spec.annotations)
-    if not has_ours(annotations):
+    if not has_ours(annotations) and not invocation.requests:
         return
-    requests = parse_requests(annotations)
 
-    from oci_hook.admission import Container, admit
-    from oci_hook.delivery.deliver import Delivery
-    from oci_hook.host import audit_grants, audit_outcome, container_view, delivery_settings, load_host, open_record
-    from oci_hook.identity.sources import load_token
+    from oci_hook.config import load_config
+    from oci_hook.host import verify_privileges
     from oci_hook.linux.processes import harden_process
     from oci_hook.oci.engine import read_engine_facts
-    from oci_hook.records import ContainerRecords
+    from oci_hook.start import deliver
 
+    verify_privileges()
     harden_process()
-    host = load_host(config_file)
-    facts = read_engine_facts(host.config.engine, annotations)
-    if facts.is_sandbox or not requests.concerns(facts.container_name):
+    config = load_config(invocation.config_file)
+    facts = read_engine_facts(invocation.engine or config.engine, annotations)
+    if facts.is_sandbox:
         return
-    records = ContainerRecords(host.config.runtime_directory)
-    with ExitStack() as bundles, Delivery(container_view(state, spec), delivery_settings(host.config)) as delivery:
-        if records.is_delivered(state.container_id, state.bundle, state.pid, delivery.start_time):
-            return  # reached by two ways, hooks.d and CDI say: once is enough
-        # The destinations are resolved and held by a child in the container's mount namespace before any key is here.
-        delivery.prepare([request.destination for request in requests.models])
-        container = Container(
-            container_id=state.container_id,
-            pid=state.pid,
-            start_time=delivery.start_time,
-            runtime=delivery.runtime,
-            pod_uid=facts.pod_uid,
-            token=load_token(spec.mounts, requests.token_path or host.config.token_path),
-        )
-        admissions = [
-            admit(request, bundles.enter_context(host.store.open_reference(request.reference)), container, host)
-            for request in requests.models
-        ]
-        delivery.fill([admission.delivery() for admission in admissions])
-        audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
-        record = open_record(container, state.bundle, admissions, seconds=host.clock())
-        records.write(record)
-        attached = delivery.attach()
-        records.mark_delivered(record)
-    audit_outcome(host, container, attached)
+    requests = gather_requests(annotations, invocation.requests, facts.container_name)
+    if requests.models:
+        deliver(state, spec, facts, requests, config)
 
 
-def _stop(state: State, config_file: str) -> None:
+def _stop(state: State, invocation: Invocation) -> None:
     """poststop: the mounts went with the container's namespace; close the record and free the token."""
     from oci_hook.host import close_container
 
-    close_container(state, config_file)
+    close_container(state, invocation.config_file)
 
 
-_STAGES: dict[str, Callable[[State, str], None]] = {"prestart": _start, "createRuntime": _start, "poststop": _stop}
+_RUN: dict[str, Callable[[State, Invocation], None]] = {"prestart": _start, "createRuntime": _start, "poststop": _stop}
 
 
 def _refuse(config_file: str, state: State | None, error: SczError) -> int:

@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 
 from oci_hook.admission import Admission, Container, Host
 from oci_hook.audit import AuditLog
+from oci_hook.bundle.layout import Layout
 from oci_hook.config import Config, load_config
 from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
+from oci_hook.delivery.image_bundle import open_image_bundle
+from oci_hook.errors import EngineUnsupported, ModelUnknown
 from oci_hook.identity.binding import Bindings
-from oci_hook.oci.spec import Spec
+from oci_hook.oci.annotations import ModelRequest
+from oci_hook.oci.engine import EngineFacts
+from oci_hook.oci.spec import Mount, Spec
 from oci_hook.oci.state import State
 from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.report import forget_refusal
-from oci_hook.store import Store, Trust
+from oci_hook.store import Store
+from oci_hook.trust_folder import Trust
 from oci_hook.trusted_file import make_private_directory
 
 _CHILD_SECONDS = 120.0  # for one answer of a child of the delivery; the engine's own timeout bounds the whole hook
+_ALL_IDS = ["0", "0", str((1 << 32) - 1)]
+_EMPTY_DIR = re.compile(r"(?!.*/\.\.?(?:/|\Z))/.*/pods/([^/]+)/volumes/kubernetes\.io~empty-dir/[^/]+", re.DOTALL)
 
 
-def load_host(config_file: str) -> Host:
+def verify_privileges() -> None:
+    """Check that this is root of the host: a rootless engine runs hooks as its user, in that user's namespace.
+
+    Raises:
+        EngineUnsupported: It is not.
+    """
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            mapping = file.read(4096).split()
+    except OSError:
+        mapping = []
+    if os.geteuid() != 0 or mapping != _ALL_IDS:
+        raise EngineUnsupported(
+            "rootless engines are not supported: the TPM, the models and the grants are root's",
+            remedy="start the container with the engine of root (`sudo podman run`); `--uidmap` gives it own ids",
+        )
+
+
+def load_host(config: Config) -> Host:
     """Read everything of root's that a decision rests on.
+
+    Args:
+        config: The host's configuration.
 
     Raises:
         InputError: A file of it cannot be used; none is skipped in silence.
         CouldNotTell: This host is not enrolled, or a file cannot be read.
     """
-    config = load_config(config_file)
     make_private_directory(config.runtime_directory)
     trust, store = Trust(config.trust_directory), Store(config.store_directory)
     return Host(
@@ -51,13 +80,13 @@ def close_container(state: State, config_file: str) -> None:
     """
     config = load_config(config_file)
     record = ContainerRecords(config.runtime_directory).close(state.container_id, state.bundle)
-    _bindings(config).release(state.container_id)
+    _bindings(config).release(state.container_id, state.bundle)
     if record is not None:
         AuditLog(config.audit_file).append("closed", container=state.container_id, model=", ".join(record.models))
 
 
-def container_view(state: State, spec: Spec) -> ContainerView:
-    """What the delivery needs of the state and of config.json."""
+def container_view(state: State, spec: Spec, facts: EngineFacts) -> ContainerView:
+    """What the delivery needs of the state, of config.json and of the engine's word."""
     return ContainerView(
         container_id=state.container_id,
         pid=state.pid,
@@ -67,7 +96,60 @@ def container_view(state: State, spec: Spec) -> ContainerView:
         uid_offset=spec.root_uid,
         gid_offset=spec.root_gid,
         mount_namespace_joined=spec.mount_namespace_path is not None or not spec.has_mount_namespace,
+        in_sandbox=facts.in_sandbox,
+        mount_destinations=tuple(mount.destination for mount in spec.mounts),
+        memory_volumes=frozenset(
+            mount.destination for mount in spec.mounts if _is_empty_directory(mount, facts.pod_uid)
+        ),
     )
+
+
+def _is_empty_directory(mount: Mount, pod_uid: str | None) -> bool:
+    """Whether a bind mount's source is an emptyDir of this very pod, by the kubelet's way of naming it.
+
+    Whether it is memory is seen where it is mounted.
+    """
+    found = _EMPTY_DIR.fullmatch(mount.source) if mount.is_bind and pod_uid else None
+    return found is not None and found[1] == pod_uid
+
+
+def not_delivered(
+    requests: Sequence[ModelRequest], record: ContainerRecord | None, store: Store
+) -> tuple[ModelRequest, ...]:
+    """What of the requests the container has not got yet.
+
+    Args:
+        requests: What it asks for.
+        record: What it got by another way; None: nothing.
+        store: Where names are looked up: one way may say `name`, the other `name:version`.
+    """
+    got = list(zip(record.destinations, record.references, record.models, strict=True)) if record else []
+
+    def is_there(request: ModelRequest) -> bool:
+        known = {(reference, model) for destination, reference, model in got if destination == request.destination}
+        if any(reference == str(request.reference) for reference, _ in known):
+            return True
+        try:
+            found = store.resolve(request.reference) if known and request.reference.rootfs_path is None else None
+        except ModelUnknown:
+            return False
+        return found is not None and any(model == f"{found.name}:{found.version}" for _, model in known)
+
+    return tuple(request for request in requests if not is_there(request))
+
+
+def open_bundle(request: ModelRequest, state: State, spec: Spec, store: Store) -> Layout:
+    """Open the bundle that is asked for: the store's, or the image's own; the caller closes it.
+
+    Raises:
+        InputError: It is not there, or no bundle.
+        Refused: It is not what its digests say.
+        FileUnreadable: It cannot be read.
+    """
+    path = request.reference.rootfs_path
+    if path is not None:
+        return open_image_bundle(state.bundle, spec.root_path, path)
+    return store.open_reference(request.reference)
 
 
 def delivery_settings(config: Config) -> DeliverySettings:
@@ -101,21 +183,22 @@ def audit_grants(host: Host, container: Container, admissions: Sequence[Admissio
 
 def audit_outcome(host: Host, container: Container, attached: Sequence[Attached]) -> None:
     """The container can read its models; an older refusal of it is of no interest any more."""
-    forget_refusal(host.config.runtime_directory, container.container_id)
+    forget_refusal(host.config.runtime_directory, container.container_id, bundle=container.bundle)
     size_bytes = sum(model.size_bytes for model in attached)
     host.audit.append("outcome", container=container.container_id, code=0, bytes=size_bytes)
 
 
 def open_record(
-    container: Container, bundle: str, admissions: Sequence[Admission], *, seconds: float
+    container: Container, admissions: Sequence[Admission], earlier: ContainerRecord | None, *, seconds: float
 ) -> ContainerRecord:
-    """The run-time record of a container whose models are about to become visible."""
-    return ContainerRecord(
+    """The run-time record of a container whose models are about to become visible, with what it got before."""
+    record = ContainerRecord(
         container_id=container.container_id,
-        bundle=bundle,
+        bundle=container.bundle,
         pid=container.pid,
         start_time=container.start_time,
         seconds=int(seconds),
+        references=tuple(str(admission.request.reference) for admission in admissions),
         models=tuple(f"{a.manifest.model.name}:{a.manifest.model.version}" for a in admissions),
         manifests=tuple(admission.manifest.digest for admission in admissions),
         destinations=tuple(admission.request.destination for admission in admissions),
@@ -123,6 +206,7 @@ def open_record(
         size_bytes=sum(file.size for admission in admissions for file in admission.manifest.files),
         delivered=False,
     )
+    return earlier.joined(record) if earlier is not None else record
 
 
 def _bindings(config: Config) -> Bindings:

@@ -54,6 +54,7 @@ class Intake:
         owners: Whom this host trusts.
         device: This host's enrolment, for grants; None if it is not enrolled.
         replace: Whether a version may get other contents.
+        without_bundle: Whether a grant's bundle may be elsewhere, in images that carry it.
         progress: Called with the bytes done so far, of `measure`.
     """
 
@@ -64,15 +65,18 @@ class Intake:
         device: HostDevice | None,
         *,
         replace: bool = False,
+        without_bundle: bool = False,
         progress: Progress = lambda _done: None,
     ) -> None:
         self._store = store
         self._owners = owners
         self._device = device
         self._replace = replace
+        self._without_bundle = without_bundle
         self._progress = progress
         self._done = 0
         self._models: dict[tuple[str, str], tuple[StoredModel, Manifest]] = {}
+        self._carried: dict[tuple[str, str], StoredModel] = {}
 
     def verify(self, incoming: Incoming) -> Taken:
         """Verify everything where it is, and change nothing: what `take` would give now.
@@ -106,13 +110,13 @@ class Intake:
             with locked(self._store):
                 for model in taken.models:
                     self._verify_name_is_free(model)  # again: another `add` may have been faster
-                bundles = [(os.path.join(folder, str(n)), image_digest) for image_digest, n in staged]
+                bundles = [(os.path.join(folder, str(n)), digest) for digest, n in staged if digest is not None]
                 place(self._store, bundles, documents)
         return taken
 
     def _taken(self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]) -> Taken:
         return Taken(
-            tuple(model for model, _ in self._models.values()),
+            (*(model for model, _ in self._models.values()), *self._carried.values()),
             tuple(grant for grant, _ in grants),
             tuple(policy for policy, _ in policies),
         )
@@ -132,7 +136,7 @@ class Intake:
             )
         return model, manifest
 
-    def _stage(self, source: str, target: str) -> str:
+    def _stage(self, source: str, target: str) -> str | None:
         """Copy a bundle and verify the copy; returns its image digest."""
         with open_layout(source) as layout:
             model, manifest = self._verified_bundle(source, layout)
@@ -148,7 +152,9 @@ class Intake:
     def _verify_name_is_free(self, model: StoredModel) -> None:
         if self._replace or not self._store.knows(model.name, model.version):
             return
-        if self._store.load_model(model.name, model.version).image_digest != model.image_digest:
+        known = self._store.load_model(model.name, model.version)
+        # Of one whose bundle images carry, the bundle may come later; the manifest stays.
+        if known.manifest_digest != model.manifest_digest or known.image_digest not in (None, model.image_digest):
             raise OutputExists(
                 f"{model.name}:{model.version} is in the store with other contents",
                 remedy=f"give --replace, or `sczctl rm {model.name}:{model.version}` first",
@@ -226,23 +232,35 @@ class Intake:
     def _verified_grant(self, data: bytes) -> Grant:
         unverified = parse_grant(data)
         owner = find_owner(unverified.owner_id, self._owners)
-        signed = verify_grant_signature(unverified, owner=owner)
-        grant = verify_grant(unverified, owner=owner, manifest=self._manifest(signed))
+        grant = verify_grant_signature(unverified, owner=owner)
+        manifest = self._manifest(grant)
+        if manifest is not None:
+            verify_grant(unverified, owner=owner, manifest=manifest)
         if self._device is None:
             raise GrantRefused("this host is not enrolled, so no grant is for it", remedy=DeviceNotEnrolled.remedy)
         verify_device(grant, self._device)
         return grant
 
-    def _manifest(self, grant: Grant) -> Manifest:
-        """The verified manifest of the grant's model: from a bundle that comes with it, or from the store."""
+    def _manifest(self, grant: Grant) -> Manifest | None:
+        """The verified manifest of the grant's model: from a bundle that comes with it, or from the store.
+
+        None where an image carries it: the hook then checks at each start what is checked here otherwise.
+        """
         name, version = grant.model.name, grant.model.version
         if (name, version) in self._models:
             return self._models[name, version][1]
-        if not self._store.knows(name, version):
+        known = self._store.load_model(name, version) if self._store.knows(name, version) else None
+        if known is None or known.image_digest is None:
+            if self._without_bundle or known is not None:
+                carried = StoredModel(name, version, None, grant.manifest_digest, grant.owner_id)
+                self._verify_name_is_free(carried)
+                self._carried[name, version] = carried
+                return None
             raise ModelUnknown(
-                f"the grant is for {name}:{version}, which is not in the store", remedy="add the bundle with its grant"
+                f"the grant is for {name}:{version}, which is not in the store",
+                remedy="add the bundle with its grant, or give --without-bundle if images carry it (rootfs:)",
             )
-        with self._store.open_model(self._store.load_model(name, version)) as layout:
+        with self._store.open_model(known) as layout:
             return verified_manifest(layout, self._owners)[0]
 
     def _verified_policy(self, data: bytes) -> BootPolicy:

@@ -142,7 +142,7 @@ def _sweep(store: Store) -> None:
         models = store.models()
     except SczError:
         return  # what a damaged entry means cannot be told: everything stays until that one is removed
-    bundles = {os.path.basename(store.bundle_path(model.image_digest)) for model in models}
+    bundles = {os.path.basename(store.bundle_path(model.image_digest)) for model in models if model.image_digest}
     for entry in set(entries(store.path("models"))) - bundles:
         shutil.rmtree(store.path("models", entry), ignore_errors=True)
     grants = {os.path.basename(store.grant_path(model.manifest_digest)) for model in models}

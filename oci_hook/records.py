@@ -26,7 +26,8 @@ class ContainerRecord:
     """One container.
 
     Attributes:
-        models: `name:version`, in the order of their slots.
+        references: What was asked for, in the words of the annotations.
+        models: `name:version` of what that was.
         manifests: Their manifest digests.
         destinations: Their paths in the container.
         start_time: Of the process `pid`, in clock ticks since boot (proc(5), stat field 22).
@@ -39,6 +40,7 @@ class ContainerRecord:
     pid: int
     start_time: int
     seconds: int
+    references: tuple[str, ...]
     models: tuple[str, ...]
     manifests: tuple[str, ...]
     destinations: tuple[str, ...]
@@ -49,6 +51,15 @@ class ContainerRecord:
     def is_alive(self) -> bool:
         """Whether the process that the record names still runs."""
         return process_start_time(self.pid) == self.start_time
+
+    def joined(self, later: ContainerRecord) -> ContainerRecord:
+        """This one and a later one of the same container, which got more models by another way."""
+        both = {name: getattr(self, name) + getattr(later, name) for name in _LISTS}
+        return replace(later, **both, size_bytes=self.size_bytes + later.size_bytes)
+
+
+_LISTS = ("references", "models", "manifests", "destinations")
+_MAX_MODELS = 64
 
 
 def _parse(data: bytes, path: str) -> ContainerRecord:
@@ -61,9 +72,11 @@ def _parse(data: bytes, path: str) -> ContainerRecord:
         pid=fields.integer("pid", low=1, high=1 << 31),
         start_time=fields.integer("start_time", low=0, high=1 << 62),
         seconds=fields.integer("seconds", low=0, high=1 << 53),
-        models=fields.strings("models", low=1, high=16),
-        manifests=tuple(fields.items("manifests", str, low=1, high=16)),
-        destinations=fields.strings("destinations", low=1, high=16, limit=4096),
+        # One model may be asked for twice, at two places.
+        references=fields.items("references", str, low=1, high=_MAX_MODELS),
+        models=fields.items("models", str, low=1, high=_MAX_MODELS),
+        manifests=fields.items("manifests", str, low=1, high=_MAX_MODELS),
+        destinations=fields.strings("destinations", low=1, high=_MAX_MODELS, limit=4096),
         subject=fields.string("subject", limit=4096),
         size_bytes=fields.integer("size_bytes", low=0, high=1 << 62),
         delivered=fields.boolean("delivered"),
@@ -91,10 +104,12 @@ class ContainerRecords:
                 return None
             raise
 
-    def is_delivered(self, container_id: str, bundle: str, pid: int, start_time: int) -> bool:
-        """Whether this very process was given its models already."""
+    def delivered(self, container_id: str, bundle: str, pid: int, start_time: int) -> ContainerRecord | None:
+        """What this very process was given already, if anything."""
         record = self._load(self._path(container_id, bundle))
-        return record is not None and record.delivered and (record.pid, record.start_time) == (pid, start_time)
+        if record is None or not record.delivered or (record.pid, record.start_time) != (pid, start_time):
+            return None
+        return record
 
     def write(self, record: ContainerRecord) -> None:
         """Write or replace a container's record."""

@@ -43,8 +43,9 @@ def _folder(runtime_directory: str) -> str:
     return os.path.join(runtime_directory, "last")
 
 
-def _file(runtime_directory: str, container_id: str) -> str:
-    return os.path.join(_folder(runtime_directory), hashlib.sha256(container_id.encode()).hexdigest() + ".json")
+def _file(runtime_directory: str, container_id: str, bundle: str) -> str:
+    name = hashlib.sha256(f"{container_id}\0{bundle}".encode()).hexdigest()
+    return os.path.join(_folder(runtime_directory), f"{name}.json")
 
 
 def report_refusal(config_file: str, state: State | None, error: SczError) -> int:
@@ -63,7 +64,7 @@ def report_refusal(config_file: str, state: State | None, error: SczError) -> in
     with contextlib.suppress(OSError):
         print(f"scz-hook: {error.reason} ({error.code}): {error.message}; {error.advice}", file=sys.stderr, flush=True)
     _journal(container_id, error)
-    keep_refusal(config.runtime_directory, container_id, error)
+    keep_refusal(config.runtime_directory, container_id, error, bundle=state.bundle if state else "")
     if readable and state is not None and state.pid:  # a poststop that fails refuses nothing
         with contextlib.suppress(SczError):  # it is refused either way, and the other places say why
             AuditLog(config.audit_file).append(
@@ -85,8 +86,8 @@ def reporting_config(config_file: str) -> tuple[Config, bool]:
         return Config(), False
 
 
-def keep_refusal(runtime_directory: str, container_id: str, error: SczError) -> None:
-    """Write the file that `sczctl why` reads."""
+def keep_refusal(runtime_directory: str, container_id: str, error: SczError, *, bundle: str = "") -> None:
+    """Write the file that `sczctl why` reads: one for each id and bundle, as two containers may have one id."""
     document = {
         "container": container_id,
         "seconds": int(time.time()),
@@ -98,14 +99,14 @@ def keep_refusal(runtime_directory: str, container_id: str, error: SczError) -> 
     with contextlib.suppress(OSError, FileUnreadable):
         make_private_directory(runtime_directory)
         make_private_directory(_folder(runtime_directory))
-        replace_file(_file(runtime_directory, container_id), canonical(document))
+        replace_file(_file(runtime_directory, container_id, bundle), canonical(document))
         _prune(runtime_directory)
 
 
-def forget_refusal(runtime_directory: str, container_id: str) -> None:
+def forget_refusal(runtime_directory: str, container_id: str, *, bundle: str = "") -> None:
     """The container started after all: an old refusal of it would mislead."""
     with contextlib.suppress(OSError):
-        os.unlink(_file(runtime_directory, container_id))
+        os.unlink(_file(runtime_directory, container_id, bundle))
 
 
 def _by_age(runtime_directory: str) -> list[str]:

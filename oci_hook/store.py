@@ -1,11 +1,11 @@
-"""The host's store of models, and the owners and issuers that this host trusts.
+"""The host's store of models.
 
 A model enters through `sczctl add` only after its owner's signature and every layer's digest were verified on the copy
 that stays; the hook then relies on the folder being root's alone and on the files' own authentication. Below the
 store's directory::
 
     models/<image digest>/                       the OCI layout, as its owner made it
-    names/<name>/<version>                       {"image", "manifest", "owner"}: written last
+    names/<name>/<version>                       {"image" or null, "manifest", "owner"}: written last
     grants/<manifest digest>.jwt                 this device's grant
     boot-policies/<owner id>/<name>@<class>.json
     device.json                                  this host's enrolment
@@ -27,30 +27,30 @@ from oci_hook.errors import (
     BootPolicyInvalid,
     BootPolicyRefused,
     DeviceNotEnrolled,
-    EngineUnsupported,
     FileUnreadable,
     GrantInvalid,
     GrantMissing,
     ModelUnknown,
     StoreInvalid,
-    TrustInvalid,
 )
 from oci_hook.oci.annotations import ModelReference
-from oci_hook.trust import Issuer, Owner, parse_issuer, parse_owner
-from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file, sync_directory
+from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file
 
 _NAME_FILE_BYTES = 4 << 10
 _DOCUMENT_BYTES = 1 << 20
-_MAX_TRUSTED = 256
 
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """One line of `sczctl list`: what `names/<name>/<version>` says."""
+    """One line of `sczctl list`: what `names/<name>/<version>` says.
+
+    Attributes:
+        image_digest: Of its bundle here; None if only its grant is here, and images carry the bundle.
+    """
 
     name: str
     version: str
-    image_digest: str
+    image_digest: str | None
     manifest_digest: str
     owner_id: str
 
@@ -74,99 +74,6 @@ def system_calls(path: str) -> Iterator[None]:
         raise FileUnreadable(f"{cause.filename or path}: {cause.strerror}") from cause
 
 
-class Trust:
-    """The trust folder: `owners/<name>.json` and `issuers/<name>.json`, root's alone."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-
-    def path(self, kind: str, name: str) -> str:
-        """Where the file of an owner (`owners`) or issuer (`issuers`) lies."""
-        return os.path.join(self._directory, kind, f"{name}.json")
-
-    def _names(self, kind: str) -> Iterator[str]:
-        directory = os.path.join(self._directory, kind)
-        names = [name for name in entries(directory) if name.endswith(".json")]
-        if len(names) > _MAX_TRUSTED:
-            raise TrustInvalid(f"{directory} holds more than {_MAX_TRUSTED} files")
-        for name in names:
-            yield name.removesuffix(".json")
-
-    def load_owner(self, name: str) -> Owner:
-        """One trusted owner.
-
-        Raises:
-            TrustInvalid: Its file cannot be used.
-            FileUnreadable: There is none of that name.
-        """
-        with self._named("owners", name) as data:
-            return parse_owner(data)
-
-    def load_issuer(self, name: str) -> Issuer:
-        """One trusted issuer; raises as `load_owner` does."""
-        with self._named("issuers", name) as data:
-            return parse_issuer(data)
-
-    @contextlib.contextmanager
-    def _named(self, kind: str, name: str) -> Iterator[bytes]:
-        path = self.path(kind, name)
-        data = load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=TrustInvalid)
-        try:
-            yield data
-        except TrustInvalid as cause:
-            raise TrustInvalid(
-                f"{path}: {cause.message}", remedy=f"`sczctl trust rm {kind.rstrip('s')} {name}`, then add it again"
-            ) from cause
-
-    def owners(self) -> tuple[Owner, ...]:
-        """The trusted owners.
-
-        Raises:
-            TrustInvalid: One of the files cannot be used: none is skipped in silence.
-        """
-        return tuple(self.load_owner(name) for name in self._names("owners"))
-
-    def issuers(self) -> tuple[Issuer, ...]:
-        """The trusted issuers of identity tokens; raises as `owners` does."""
-        return tuple(self.load_issuer(name) for name in self._names("issuers"))
-
-    def add(self, kind: str, name: str, document: bytes) -> str:
-        """Write one file; returns its path.
-
-        Raises:
-            FileUnreadable: A system call failed.
-        """
-        directory, path = os.path.join(self._directory, kind), self.path(kind, name)
-        with system_calls(directory):
-            os.makedirs(directory, mode=0o755, exist_ok=True)
-        replace_file(path, document, mode=0o644)
-        return path
-
-    def remove(self, kind: str, name: str) -> None:
-        """Remove one file, whatever it holds.
-
-        Raises:
-            TrustInvalid: There is none of that name.
-            FileUnreadable: A system call failed.
-        """
-        path = self.path(kind, name)
-        self.verify_known(kind, name)
-        with system_calls(path):
-            os.unlink(path)
-            sync_directory(os.path.dirname(path))
-
-    def verify_known(self, kind: str, name: str) -> None:
-        """Check that there is a file of that name.
-
-        Raises:
-            TrustInvalid: There is none.
-        """
-        if not os.path.lexists(self.path(kind, name)):
-            raise TrustInvalid(
-                f"no {kind.rstrip('s')} named {name} is trusted here", remedy="`sczctl trust list` shows the names"
-            )
-
-
 class Store:
     """The store below `directory`; see the module's text for its shape."""
 
@@ -188,7 +95,7 @@ class Store:
             ModelUnknown: It is not here, or the name alone is ambiguous.
         """
         if reference.rootfs_path is not None:
-            raise EngineUnsupported("a bundle inside the image (rootfs:) is not supported by this version")
+            raise ModelUnknown("a bundle that the image carries (rootfs:) is not looked up in the store")
         name = reference.name
         found = self._of_name(name)
         if reference.version is not None:
@@ -218,9 +125,12 @@ class Store:
             what=path,
             error=StoreInvalid,
         )
-        model = StoredModel(
-            name, version, fields.digest("image"), fields.digest("manifest"), fields.string("owner", limit=64)
-        )
+        carried = fields.rest()
+        if carried.get("image", "") is None:
+            del carried["image"]
+        fields = Fields(carried, what=path, error=StoreInvalid)
+        image = fields.digest("image") if "image" in carried else None
+        model = StoredModel(name, version, image, fields.digest("manifest"), fields.string("owner", limit=64))
         fields.finish()
         return model
 
@@ -228,8 +138,14 @@ class Store:
         """Open the model's layout; the caller closes it.
 
         Raises:
+            ModelUnknown: Only its grant is here.
             StoreInvalid: The folder does not hold the image that the name means.
         """
+        if model.image_digest is None:
+            raise ModelUnknown(
+                f"only the grant of {model.name}:{model.version} is in the store, not its bundle",
+                remedy="name the bundle in the image (smm.scz/model: rootfs:/path), or `sczctl add` the bundle",
+            )
         path = self.bundle_path(model.image_digest)
         layout = open_layout(path)
         if layout.image_digest != model.image_digest:

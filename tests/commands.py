@@ -24,8 +24,9 @@ from oci_hook.cli import main
 from oci_hook.owner.keyring import load_owner
 from oci_hook.owner.records import OwnerRecords
 from oci_hook.provenance import verified_manifest
-from oci_hook.store import Store, Trust
+from oci_hook.store import Store
 from oci_hook.trust import Owner
+from oci_hook.trust_folder import Trust
 from tests.devices import SoftwareDevice, make_device
 
 ISSUER, SUBJECT = "https://issuer.example", "system:serviceaccount:shop:recommender"

@@ -11,7 +11,8 @@ from oci_hook.cli import print_json
 from oci_hook.cli.options import DRY_RUN, JSON, model_of, show_progress, verify_one_of
 from oci_hook.config import load_config
 from oci_hook.errors import DeviceNotEnrolled, ModelUnknown, SczError
-from oci_hook.store import Store, Trust
+from oci_hook.store import Store, StoredModel
+from oci_hook.trust_folder import Trust
 
 if TYPE_CHECKING:
     from oci_hook.intake import Taken
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
+@click.option("--without-bundle", is_flag=True, help="Take grants for a model that images carry (rootfs:).")
 @click.option("--replace", is_flag=True, help="Replace a model of the same name and version that has other contents.")
 @click.option("--dry-run", is_flag=True, help="Verify everything where it is, and change nothing.")
 @JSON
 @click.pass_obj
-def add(config_file: str, paths: tuple[str, ...], replace: bool, dry_run: bool, as_json: bool) -> None:
+def add(
+    config_file: str, paths: tuple[str, ...], without_bundle: bool, replace: bool, dry_run: bool, as_json: bool
+) -> None:
     """Verify bundles, grants and boot policies, then put them into the store.
 
     PATHS are bundles, files (grants end in .jwt, boot policies in .json), or folders of them. Signatures and every
@@ -40,18 +44,22 @@ def add(config_file: str, paths: tuple[str, ...], replace: bool, dry_run: bool, 
     except DeviceNotEnrolled:
         device = None
     with show_progress("verifying", measure(incoming, copied=not dry_run)) as progress:
-        intake = Intake(store, owners, device, replace=replace, progress=progress)
+        intake = Intake(store, owners, device, replace=replace, without_bundle=without_bundle, progress=progress)
         taken = intake.verify(incoming) if dry_run else intake.take(incoming)
     if as_json:
         print_json({"dry_run": dry_run, **_document(taken)})
         return
     done = "would add" if dry_run else "added"
     for model in taken.models:
-        click.echo(f"{done} model {model.name}:{model.version} ({model.image_digest[:19]}…)")
+        click.echo(f"{done} model {model.name}:{model.version} ({_image(model)})")
     for grant in taken.grants:
         click.echo(f"{done} grant for {grant.model.name}:{grant.model.version} to {grant.device_name}")
     for policy in taken.boot_policies:
         click.echo(f"{done} boot policy for {policy.model_name}, device class {policy.device_class}")
+
+
+def _image(model: StoredModel) -> str:
+    return "in images that carry it" if model.image_digest is None else f"{model.image_digest[:19]}…"
 
 
 def _document(taken: Taken) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def _show_models(rows: list[dict[str, Any]]) -> None:
         click.echo("no model is in the store", err=True)
     for row in rows:
         state = "damaged" if "damaged" in row else "granted" if row["granted"] else "no grant"
-        click.echo(f"{row['name'] + ':' + row['version']:<32} {row.get('image', '-')[:19]:<19}  {state}")
+        click.echo(f"{row['name'] + ':' + row['version']:<32} {(row.get('image') or '-')[:19]:<19}  {state}")
 
 
 def _list_grants(keys: str, as_json: bool) -> None:

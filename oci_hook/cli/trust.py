@@ -12,8 +12,8 @@ from oci_hook.cli.options import DRY_RUN, JSON, name_of, read_input
 from oci_hook.config import load_config
 from oci_hook.documents import canonical, parse_object
 from oci_hook.errors import OutputExists, SczError, TrustInvalid
-from oci_hook.store import Trust
 from oci_hook.trust import ISSUER_LIMIT_BYTES, Owner, parse_issuer, parse_owner
+from oci_hook.trust_folder import Trust
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from oci_hook.errors import FileUnreadable, HolderGone, SczError, StateInvalid, 
 from oci_hook.identity.token import Identity
 from oci_hook.linux.processes import HeldProcess
 from oci_hook.locks import lock_file
-from oci_hook.oci.state import CONTAINER_ID
+from oci_hook.oci.state import ABSOLUTE_PATH, CONTAINER_ID, PATH_LIMIT
 from oci_hook.trusted_file import load_file, make_private_directory, replace_file
 
 SCHEMA = "scz-smm/token-binding/v1"
@@ -73,9 +73,13 @@ def verify_pod_binding(identity: Identity, host_path: str, pod_uid_of_engine: st
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Who holds a token: the file's name is the SHA-256 of what the token signs."""
+    """Who holds a token: the file's name is the SHA-256 of what the token signs.
+
+    The bundle is a part of it: two namespaces of containerd may use one id.
+    """
 
     container_id: str
+    bundle: str
     pid: int
     start_time: int
 
@@ -92,6 +96,7 @@ def parse_record(data: bytes) -> _Record:
     fields.literal("schema", SCHEMA)
     record = _Record(
         container_id=fields.string("container", pattern=CONTAINER_ID, limit=255),
+        bundle=fields.string("bundle", pattern=ABSOLUTE_PATH, limit=PATH_LIMIT),
         pid=fields.integer("pid", low=1, high=_PID_HIGH),
         start_time=fields.integer("start_time", low=0, high=_START_TIME_HIGH),
     )
@@ -128,7 +133,7 @@ class Bindings:
         self._is_alive = is_alive
         self._lock_timeout_seconds = lock_timeout_seconds
 
-    def bind_token(self, identity: Identity, container_id: str, pid: int, start_time: int) -> None:
+    def bind_token(self, identity: Identity, container_id: str, bundle: str, pid: int, start_time: int) -> None:
         """Give the token to this container, unless another live one has it.
 
         The same process may bind again, as with several models. A dead holder's token is taken over: so a restarted
@@ -137,6 +142,7 @@ class Bindings:
         Args:
             identity: Of a token that is not bound to a pod.
             container_id: The container's.
+            bundle: Absolute path of its OCI bundle.
             pid: The process that lives as long as the container.
             start_time: Its start in clock ticks since boot (proc(5), stat, field 22).
 
@@ -147,7 +153,7 @@ class Bindings:
             FileUnreadable: A record or the directory cannot be read or written.
             SystemCallFailed: The lock could not be had in time.
         """
-        record = _Record(container_id, pid, start_time)
+        record = _Record(container_id, bundle, pid, start_time)
         # A holder that looks dead at once, by a wrong clock or unit, would bind nothing.
         if not re.fullmatch(CONTAINER_ID, container_id) or not 0 < pid <= _PID_HIGH:
             raise StateInvalid("the token cannot be bound: the state names no container or no process")
@@ -159,10 +165,10 @@ class Bindings:
             held = self._load(path)
             if held is not None and held != record and self._is_alive(held.pid, held.start_time):
                 raise TokenBoundElsewhere(f"the token is in use by the container {shown(held.container_id)}")
-            document = {"schema": SCHEMA, "container": container_id, "pid": pid, "start_time": start_time}
-            replace_file(path, canonical(document))
+            document = {"schema": SCHEMA, "container": container_id, "bundle": bundle}
+            replace_file(path, canonical(document | {"pid": pid, "start_time": start_time}))
 
-    def release(self, container_id: str) -> None:
+    def release(self, container_id: str, bundle: str) -> None:
         """Free what a container held, and what dead ones left; for poststop.
 
         Raises:
@@ -177,15 +183,19 @@ class Bindings:
                 path = os.path.join(self._directory, name)
                 # A hook that was killed while it wrote left a dotted name; under the lock nobody writes now.
                 left_over = name.startswith(".")
-                if left_over or (_RECORD_NAME.fullmatch(name) and self._is_free(path, container_id)):
+                if left_over or (_RECORD_NAME.fullmatch(name) and self._is_free(path, container_id, bundle)):
                     _remove(path)
 
-    def _is_free(self, path: str, container_id: str) -> bool:
+    def _is_free(self, path: str, container_id: str, bundle: str) -> bool:
         try:
             held = self._load(path)
         except SczError:  # damaged: it is told to the one whose token it is about, who is refused
             return False
-        return held is not None and (held.container_id == container_id or not self._is_alive(held.pid, held.start_time))
+        if held is None:
+            return False
+        return (held.container_id, held.bundle) == (container_id, bundle) or not self._is_alive(
+            held.pid, held.start_time
+        )
 
     def _load(self, path: str) -> _Record | None:
         if not os.path.lexists(path):

@@ -9,7 +9,7 @@ Specification: docs/annotations.md; docs/specification.md, "Names".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -120,7 +120,9 @@ def parse_annotations(value: object, *, what: str, error: type[SczError]) -> Map
     return MappingProxyType(value)
 
 
-def merge_annotations(state: Mapping[str, str], spec: Mapping[str, str]) -> Mapping[str, str]:
+def merge_annotations(
+    state: Mapping[str, str], spec: Mapping[str, str], where: str = "the state and config.json"
+) -> Mapping[str, str]:
     """The union of what the state and config.json say; Kata passes none in the state.
 
     Runtimes copy one to the other, so a key with two values means that something came between. One way: runc 1.1
@@ -131,7 +133,7 @@ def merge_annotations(state: Mapping[str, str], spec: Mapping[str, str]) -> Mapp
     """
     for key in state.keys() & spec.keys():
         if state[key] != spec[key]:
-            raise AnnotationInvalid(f"the annotation {shown(key)} differs between the state and config.json")
+            raise AnnotationInvalid(f"the annotation {shown(key)} differs between {where}")
     return MappingProxyType({**spec, **state})
 
 
@@ -167,6 +169,41 @@ def parse_requests(annotations: Mapping[str, str]) -> Requests:
     requests = tuple(_request(slot, models[slot], paths.get(slot), token_path, requirements) for slot in sorted(models))
     _verify_destinations(requests)
     return Requests(requests, _container_names(ours["containers"]) if "containers" in ours else ())
+
+
+def gather_requests(annotations: Mapping[str, str], given: Mapping[str, str], container_name: str | None) -> Requests:
+    """What concerns a container: by its annotations, and by the command line of the hook.
+
+    A device of CDI names one container, so `smm.scz/containers` does not narrow it; what else holds for the whole
+    container does.
+
+    Args:
+        annotations: The container's.
+        given: Annotations of ours that the hook's command line carries.
+        container_name: In its pod; None where there are no pods.
+
+    Raises:
+        AnnotationInvalid: As `parse_requests`; or the two contradict each other.
+    """
+    for key in given:
+        if not key.startswith(PREFIX):
+            raise AnnotationInvalid(f"the hook's command line carries {shown(key)}, which is not ours")
+    wide = {key: text for key, text in annotations.items() if key.removeprefix(PREFIX) in _CONTAINER_WIDE}
+    only_wide = wide.keys() == {key for key in annotations if key.startswith(PREFIX)}
+    asked = Requests((), ()) if given and only_wide else parse_requests(annotations)
+    if not asked.concerns(container_name):
+        asked = Requests((), ())
+    added = (
+        parse_requests(merge_annotations(given, wide, "the hook's command line and the annotations"))
+        if given
+        else asked
+    )
+    models = list(asked.models)
+    for request in added.models:
+        if not any((request.destination, request.reference) == (m.destination, m.reference) for m in models):
+            models.append(request)
+    _verify_destinations(models)
+    return Requests(tuple(models), ())
 
 
 def _verify_value(key: str, text: str) -> None:
@@ -254,7 +291,7 @@ def _container_names(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _verify_destinations(requests: tuple[ModelRequest, ...]) -> None:
+def _verify_destinations(requests: Sequence[ModelRequest]) -> None:
     """None equal to or below another: the second mount would hide the first, or need a place inside it."""
     sorted_parts = sorted(request.destination.split("/") for request in requests)
     for upper, lower in pairwise(sorted_parts):

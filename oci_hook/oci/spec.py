@@ -7,13 +7,16 @@ the file is not ours. OCI runtime specification, "Configuration" and "Linux Cont
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oci_hook.documents import Fields, parse_object, shown
 from oci_hook.errors import FileUnreadable, SpecInvalid
+from oci_hook.invocation import NO_DIGEST
 from oci_hook.oci.annotations import parse_annotations
 from oci_hook.trusted_file import read_regular
 
@@ -113,15 +116,16 @@ def _host_id(mappings: tuple[IdMapping, ...]) -> int:
     return next((mapping.host_id for mapping in mappings if mapping.container_id == 0), 0)
 
 
-def load_spec(bundle: str, *, directory: int | None = None) -> Spec:
+def load_spec(bundle: str, *, directory: int | None = None, digest: str | None = None) -> Spec:
     """Read and parse `<bundle>/config.json`; a link in its place is refused.
 
     Args:
         bundle: Absolute path of the OCI bundle.
         directory: A descriptor of that directory, if it is already open; it stays the caller's.
+        digest: What the shim wrote into it, `verify_spec_digest`; None if no shim was there.
 
     Raises:
-        SpecInvalid: It is absent, not a regular file, over 4 MiB, or malformed.
+        SpecInvalid: It is absent, not a regular file, over 4 MiB, or malformed, or not what the digest says.
         FileUnreadable: It could not be read.
     """
     path = posixpath.join(bundle, "config.json")
@@ -135,7 +139,28 @@ def load_spec(bundle: str, *, directory: int | None = None) -> Spec:
         data = read_regular(descriptor, shown(path, 200), limit_bytes=MAX_SPEC_BYTES, error=SpecInvalid)
     finally:
         os.close(descriptor)
+    if digest is not None:
+        verify_spec_digest(data, digest)
     return parse_spec(data, bundle=bundle)
+
+
+def verify_spec_digest(data: bytes, digest: str) -> None:
+    """Check that config.json is still what the shim made of it.
+
+    The digest is an argument of the hook in that same file, so it was made with zeros in its own place. The runtime
+    keeps the arguments that it read: a file that was changed afterwards does not fit them.
+
+    Args:
+        data: config.json.
+        digest: From the hook's command line, 64 hexadecimal digits.
+
+    Raises:
+        SpecInvalid: It does not fit.
+    """
+    is_digest = re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+    plain = data.replace(digest.encode(), NO_DIGEST.encode()) if is_digest else b""
+    if hashlib.sha256(plain).hexdigest() != digest:
+        raise SpecInvalid(f"{_WHAT} is not the one into which the shim wrote this hook")
 
 
 def parse_spec(data: bytes, *, bundle: str) -> Spec:

@@ -255,7 +255,7 @@ def test_the_annotation_by_digest_and_by_name_alone(scene: Scene) -> None:
         ("ModelUnknown", "small:2", {}),
         ("ModelUnknown", "nothing", {}),
         ("ModelUnknown", "small@sha256:" + "0" * 64, {}),
-        ("EngineUnsupported", "rootfs:/bundle", {"smm.scz/path": "/models/x"}),
+        ("BundleInvalid", "rootfs:/bundle", {"smm.scz/path": "/models/x"}),
         ("DestinationInvalid", "small:1", {"smm.scz/path": "/proc/x"}),
         ("DestinationInvalid", "small:1", {"smm.scz/path": "/dev"}),
         ("AnnotationInvalid", "small:1", {"smm.scz/path": "/"}),

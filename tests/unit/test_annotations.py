@@ -18,6 +18,7 @@ from oci_hook.oci.annotations import (
     ModelRequest,
     Requests,
     Requirements,
+    gather_requests,
     has_ours,
     merge_annotations,
     parse_annotations,
@@ -360,3 +361,56 @@ def test_names_are_the_formats_names(name: str) -> None:
         assert parse(model=name).models[0].reference.name == name
     else:
         refused({"smm.scz/model": name})
+
+
+# --- what the hook's command line adds (CDI) --------------------------------------------------------------------------
+
+MODEL, PATH, CONTAINERS = "smm.scz/model", "smm.scz/path", "smm.scz/containers"
+
+
+def destinations(annotations: dict[str, str], given: dict[str, str], name: str | None = None) -> list[str]:
+    return [request.destination for request in gather_requests(annotations, given, name).models]
+
+
+def test_annotations_alone() -> None:
+    assert destinations({MODEL: "a"}, {}) == ["/models/a"]
+    assert destinations({MODEL: "a", CONTAINERS: "app"}, {}, "app") == ["/models/a"]
+    assert destinations({MODEL: "a", CONTAINERS: "app"}, {}, "sidecar") == []
+    with pytest.raises(AnnotationInvalid):
+        gather_requests({"smm.scz/token": "/t"}, {}, None)
+
+
+def test_a_device_needs_no_annotation() -> None:
+    assert destinations({}, {MODEL: "a"}) == ["/models/a"]
+    assert destinations({"unrelated": "x"}, {MODEL: "a", PATH: "/p"}) == ["/p"]
+
+
+def test_what_holds_for_the_container_holds_for_its_device() -> None:
+    (request,) = gather_requests({"smm.scz/token": "/t", "smm.scz/require": "private"}, {MODEL: "a"}, None).models
+    assert (request.token_path, request.requirements.private) == ("/t", True)
+
+
+def test_a_device_is_one_container_s_whatever_the_pod_s_annotations_choose() -> None:
+    assert destinations({MODEL: "a", CONTAINERS: "app"}, {MODEL: "b"}, "sidecar") == ["/models/b"]
+    assert destinations({MODEL: "a", CONTAINERS: "app"}, {MODEL: "b"}, "app") == ["/models/a", "/models/b"]
+
+
+def test_asked_twice_is_asked_once() -> None:
+    assert destinations({MODEL: "a:1"}, {MODEL: "a:1"}) == ["/models/a"]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "given"),
+    [
+        ({MODEL: "a:1"}, {MODEL: "a:2"}),  # two models at one place
+        ({MODEL: "a", PATH: "/m"}, {MODEL: "b", PATH: "/m/b"}),
+        ({"smm.scz/token": "/t"}, {MODEL: "a", "smm.scz/token": "/u"}),
+        ({"smm.scz/shim": "done"}, {MODEL: "a"}),
+        ({"smm.scz/path": "/m"}, {MODEL: "a"}),
+        ({}, {"smm.scz/mode": "a"}),
+        ({}, {"other/model": "a"}),
+    ],
+)
+def test_what_contradicts_itself(annotations: dict[str, str], given: dict[str, str]) -> None:
+    with pytest.raises(AnnotationInvalid):
+        gather_requests(annotations, given, None)

@@ -25,9 +25,9 @@ FLOORS = {
     1: {"errors", "documents", "trusted_file", "locks", "jws", "config", "audit", "invocation"},
     2: {"access_policy", "trust", "oci/", "linux/"},
     3: {"records", "report", "bundle/", "attestation/", "identity/"},
-    4: {"provenance", "store", "placement", "incoming", "intake", "release", "delivery/", "owner/"},
+    4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"},
     5: {"admission"},
-    6: {"host", "hook", "launch", "shim", "cli/"},
+    6: {"host", "hook", "launch", "shim", "start", "cli/"},
 }
 
 # Each of these is imported in one module, so that what it can do wrong is dealt with once.

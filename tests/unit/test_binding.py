@@ -134,88 +134,88 @@ def records(directory: Path) -> dict[str, bytes]:
 
 def test_first_container_keeps_the_token_while_it_lives(bindings: Bindings, directory: Path) -> None:
     with process() as first, process() as second:
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
         before = records(directory)
         with pytest.raises(TokenBoundElsewhere):
-            bindings.bind_token(identity(), "b", *second)
+            bindings.bind_token(identity(), "b", "/b", *second)
         assert records(directory) == before
-        bindings.bind_token(identity(b"its own"), "b", *second)
+        bindings.bind_token(identity(b"its own"), "b", "/b", *second)
 
 
 def test_same_container_binds_again_as_with_several_models(bindings: Bindings) -> None:
     with process() as first, process() as second:
-        bindings.bind_token(identity(), "a", *first)
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
         with pytest.raises(TokenBoundElsewhere):
-            bindings.bind_token(identity(), "b", *second)
+            bindings.bind_token(identity(), "b", "/b", *second)
 
 
 def test_restarted_container_takes_the_token_again(bindings: Bindings) -> None:
     with process() as first:
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
     with process() as again, process() as other:
-        bindings.bind_token(identity(), "a", *again)
+        bindings.bind_token(identity(), "a", "/b", *again)
         with pytest.raises(TokenBoundElsewhere):
-            bindings.bind_token(identity(), "b", *other)
+            bindings.bind_token(identity(), "b", "/b", *other)
 
 
 def test_same_id_under_another_runtime_root_is_another_container(bindings: Bindings) -> None:
     with process() as first, process() as second:
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
         with pytest.raises(TokenBoundElsewhere):
-            bindings.bind_token(identity(), "a", *second)
+            bindings.bind_token(identity(), "a", "/b", *second)
 
 
 def test_two_containers_of_one_sandbox_process(bindings: Bindings) -> None:
     with process() as sandbox:
-        bindings.bind_token(identity(), "a", *sandbox)
+        bindings.bind_token(identity(), "a", "/b", *sandbox)
         with pytest.raises(TokenBoundElsewhere):
-            bindings.bind_token(identity(), "b", *sandbox)
+            bindings.bind_token(identity(), "b", "/b", *sandbox)
 
 
 def test_dead_holder_is_taken_over(bindings: Bindings, directory: Path) -> None:
     with process() as first:
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
     with process() as second:
-        bindings.bind_token(identity(), "b", *second)
+        bindings.bind_token(identity(), "b", "/b", *second)
     (record,) = records(directory).values()
     assert json.loads(record)["container"] == "b"
 
 
 def test_reused_pid_is_another_process(bindings: Bindings, directory: Path) -> None:
     with process() as (pid, start_time), process() as second:
-        bindings.bind_token(identity(), "a", pid, start_time)
+        bindings.bind_token(identity(), "a", "/b", pid, start_time)
         (path,) = directory.glob("*.json")
-        document = {"schema": SCHEMA, "container": "a", "pid": pid, "start_time": start_time - 1}
+        document = {"schema": SCHEMA, "container": "a", "bundle": "/b", "pid": pid, "start_time": start_time - 1}
         path.write_text(json.dumps(document))
-        bindings.bind_token(identity(), "b", *second)
+        bindings.bind_token(identity(), "b", "/b", *second)
 
 
 def test_process_that_ended_binds_nothing(bindings: Bindings, directory: Path) -> None:
     with process() as (pid, start_time), pytest.raises(HolderGone):
-        bindings.bind_token(identity(), "a", pid, start_time + 1)
+        bindings.bind_token(identity(), "a", "/b", pid, start_time + 1)
     with pytest.raises(HolderGone):
-        bindings.bind_token(identity(), "a", pid, start_time)
+        bindings.bind_token(identity(), "a", "/b", pid, start_time)
     assert not directory.exists()
 
 
 @pytest.mark.parametrize(("container_id", "pid"), [("a", 0), ("a", -1), ("a", 1 << 31), ("a/b", 1), ("..", 1), ("", 1)])
 def test_no_container_or_no_process(bindings: Bindings, container_id: str, pid: int) -> None:
     with pytest.raises(StateInvalid):
-        bindings.bind_token(identity(), container_id, pid, 1)
+        bindings.bind_token(identity(), container_id, "/b", pid, 1)
 
 
 def test_respelled_signature_is_the_same_token(bindings: Bindings) -> None:
     respelled = dataclasses.replace(identity(), token_hash=hashlib.sha256(b"(r, n - s)").digest())
     with process() as first, process() as second:
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
         with pytest.raises(TokenBoundElsewhere):
-            bindings.bind_token(respelled, "b", *second)
+            bindings.bind_token(respelled, "b", "/b", *second)
 
 
 def test_nothing_of_the_token_is_stored(bindings: Bindings, directory: Path) -> None:
     with process() as first:
-        bindings.bind_token(identity(b"a.very.secret"), "a", *first)
+        bindings.bind_token(identity(b"a.very.secret"), "a", "/b", *first)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert set(records(directory)) == {hashlib.sha256(b"a.very.secret").hexdigest() + ".json"}
     for path in directory.iterdir():
@@ -225,32 +225,32 @@ def test_nothing_of_the_token_is_stored(bindings: Bindings, directory: Path) -> 
 
 def test_release_frees_the_container_and_what_dead_ones_left(bindings: Bindings, directory: Path) -> None:
     with process() as first, process() as second:
-        bindings.bind_token(identity(b"1"), "a", *first)
-        bindings.bind_token(identity(b"2"), "b", *second)
+        bindings.bind_token(identity(b"1"), "a", "/b", *first)
+        bindings.bind_token(identity(b"2"), "b", "/b", *second)
         with process() as third:
-            bindings.bind_token(identity(b"3"), "c", *third)
+            bindings.bind_token(identity(b"3"), "c", "/b", *third)
         (directory / f".{'0' * 64}.json.abc").write_bytes(b"{")
-        bindings.release("a")
+        bindings.release("a", "/b")
         assert set(records(directory)) == {hashlib.sha256(b"2").hexdigest() + ".json"}
         assert not list(directory.glob(".*"))
-        bindings.bind_token(identity(b"1"), "d", *second)
+        bindings.bind_token(identity(b"1"), "d", "/b", *second)
 
 
 def test_release_of_nothing_leaves_nothing(bindings: Bindings, directory: Path) -> None:
-    bindings.release("a")
+    bindings.release("a", "/b")
     assert not directory.exists()
 
 
 def test_damaged_record_refuses_its_token_alone(bindings: Bindings, directory: Path) -> None:
     with process() as first, process() as second:
-        bindings.bind_token(identity(b"1"), "a", *first)
+        bindings.bind_token(identity(b"1"), "a", "/b", *first)
         (path,) = directory.glob("*.json")
         path.write_bytes(b"{}")
         with pytest.raises(FileUnreadable) as raised:
-            bindings.bind_token(identity(b"1"), "b", *second)
+            bindings.bind_token(identity(b"1"), "b", "/b", *second)
         assert str(path) in raised.value.advice
-        bindings.bind_token(identity(b"2"), "b", *second)
-        bindings.release("b")
+        bindings.bind_token(identity(b"2"), "b", "/b", *second)
+        bindings.release("b", "/b")
         assert set(records(directory)) == {path.name}
 
 
@@ -259,7 +259,7 @@ def test_record_that_is_a_link_is_refused(bindings: Bindings, directory: Path, t
     (tmp_path / "target").write_bytes(b"x")
     (directory / f"{identity().signed_hash.hex()}.json").symlink_to(tmp_path / "target")
     with process() as first, pytest.raises(FileUnreadable):
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
     assert (tmp_path / "target").read_bytes() == b"x"
 
 
@@ -267,32 +267,32 @@ def test_directory_that_others_can_write_is_refused(bindings: Bindings, director
     directory.mkdir()
     directory.chmod(0o777)
     with process() as first, pytest.raises(FileUnreadable):
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
     with pytest.raises(FileUnreadable):
-        bindings.release("a")
+        bindings.release("a", "/b")
     (tmp_path / "real").mkdir(0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with process() as first, pytest.raises(FileUnreadable):
-        Bindings(str(tmp_path / "link")).bind_token(identity(), "a", *first)
+        Bindings(str(tmp_path / "link")).bind_token(identity(), "a", "/b", *first)
     assert not list((tmp_path / "real").iterdir())
 
 
 def test_lock_is_waited_for_but_not_for_ever(bindings: Bindings, directory: Path) -> None:
     impatient = Bindings(str(directory), lock_timeout_seconds=0.05)
     with process() as first:
-        bindings.bind_token(identity(), "a", *first)
+        bindings.bind_token(identity(), "a", "/b", *first)
         with (directory / "lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(SystemCallFailed):
-                impatient.bind_token(identity(), "a", *first)
-        impatient.bind_token(identity(), "a", *first)
+                impatient.bind_token(identity(), "a", "/b", *first)
+        impatient.bind_token(identity(), "a", "/b", *first)
 
 
 def _bind_in_child(directory: Path, number: int, result: int, hold: int) -> None:
     start_time = process_start_time(os.getpid())
     assert start_time is not None
     try:
-        Bindings(str(directory)).bind_token(identity(), f"c{number}", os.getpid(), start_time)
+        Bindings(str(directory)).bind_token(identity(), f"c{number}", "/b", os.getpid(), start_time)
         os.write(result, b"+")
     except TokenBoundElsewhere:
         os.write(result, b"-")
@@ -363,12 +363,12 @@ def test_process_whose_first_thread_ended_is_alive() -> None:
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
-GOOD = {"schema": SCHEMA, "container": "a", "pid": 7, "start_time": 9}
+GOOD = {"schema": SCHEMA, "container": "a", "bundle": "/b", "pid": 7, "start_time": 9}
 
 
 def test_record() -> None:
     record = parse_record(json.dumps(GOOD).encode())
-    assert (record.container_id, record.pid, record.start_time) == ("a", 7, 9)
+    assert (record.container_id, record.bundle, record.pid, record.start_time) == ("a", "/b", 7, 9)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +377,7 @@ def test_record() -> None:
         {"schema": "scz-smm/token-binding/v2"},
         {"container": "../a"},
         {"container": 1},
+        {"bundle": "b"},
         {"pid": 0},
         {"pid": True},
         {"pid": 1.0},

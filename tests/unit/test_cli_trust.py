@@ -13,8 +13,8 @@ from oci_hook.access_policy import AcceptedIdentity, AccessPolicy
 from oci_hook.errors import FileUnreadable, KeyInvalid, OutputExists, TrustInvalid
 from oci_hook.identity.token import verify_token
 from oci_hook.jws import public_jwk
-from oci_hook.store import Trust
 from oci_hook.trust import parse_issuer
+from oci_hook.trust_folder import Trust
 from tests.commands import Household, done, misused, refused, snapshot
 
 ISSUER = "https://kubernetes.default.svc"

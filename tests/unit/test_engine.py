@@ -25,8 +25,8 @@ NOTHING = EngineFacts(is_sandbox=False, container_name=None, pod_uid=None)
 
 
 def test_each_engine_is_read_by_its_own_keys() -> None:
-    assert read_engine_facts("containerd", CONTAINERD) == EngineFacts(False, "app", "0b61-containerd")
-    assert read_engine_facts("cri-o", CRI_O) == EngineFacts(False, "web", "7f2c-crio")
+    assert read_engine_facts("containerd", CONTAINERD) == EngineFacts(False, "app", "0b61-containerd", in_sandbox=True)
+    assert read_engine_facts("cri-o", CRI_O) == EngineFacts(False, "web", "7f2c-crio", in_sandbox=True)
 
 
 @pytest.mark.parametrize("engine", ["podman", "docker"])

@@ -29,6 +29,8 @@ from oci_hook.errors import (
 )
 from oci_hook.incoming import Incoming, collect, measure
 from oci_hook.intake import Intake, Taken
+from oci_hook.oci.annotations import ModelReference
+from oci_hook.placement import remove
 from tests.bundles import blob_path
 from tests.commands import Household, done, flip_bit, sczctl, snapshot
 from tests.devices import make_device
@@ -103,6 +105,7 @@ def test_a_folder_of_folders(house: Household, out: Path) -> None:
 
 def test_what_is_stored_is_a_copy_of_what_was_signed(house: Household, out: Path) -> None:
     (model,) = take(house, out).models
+    assert model.image_digest is not None
     stored = house.store_folder / "models" / model.image_digest.removeprefix("sha256:")
     for path in (out / "bundle").rglob("*"):
         if path.is_file():
@@ -116,6 +119,7 @@ def test_what_nobody_signed_does_not_come_along(house: Household, out: Path) -> 
     (out / "bundle" / "extra").write_bytes(b"x")
     (out / "bundle" / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"x")
     (model,) = take(house, out).models
+    assert model.image_digest is not None
     stored = house.store_folder / "models" / model.image_digest.removeprefix("sha256:")
     assert not (stored / "extra").exists()
     assert len(list((stored / "blobs" / "sha256").iterdir())) == 4
@@ -507,3 +511,40 @@ def test_a_stick_full_of_documents_is_bounded(tmp_path: Path) -> None:
             file.truncate(1 << 20)
     with pytest.raises(BundleInvalid, match="at once"):
         collect([str(folder)])
+
+
+# --- a grant for a bundle that images carry ---------------------------------------------------------------------------
+
+
+def take_without_bundle(house: Household, *paths: Path) -> Taken:
+    intake = Intake(house.store, [house.owner], house.devices["edge-1"].host, without_bundle=True)
+    return intake.take(collect(str(path) for path in paths))
+
+
+def test_a_grant_whose_bundle_images_carry(house: Household, out: Path) -> None:
+    (model,) = take_without_bundle(house, out / "grant.jwt").models
+    assert house.store.models() == [model]
+    assert model.image_digest is None
+    assert house.store.has_grant(model.manifest_digest)
+    with pytest.raises(ModelUnknown, match="only the grant"):
+        house.store.open_reference(ModelReference("minilm"))
+    take(house, out / "grant.jwt")  # a newer one needs no option
+    remove(house.store, "minilm", "1")
+    assert not house.store.has_grant(model.manifest_digest)
+
+
+def test_the_bundle_may_come_later(house: Household, out: Path) -> None:
+    take_without_bundle(house, out / "grant.jwt")
+    take(house, out / "bundle")
+    assert house.verified_models() == {"minilm:1": True}
+    take_without_bundle(house, out / "grant.jwt")  # and is not forgotten again
+    assert house.verified_models() == {"minilm:1": True}
+
+
+def test_another_model_of_that_name_is_in_images(house: Household, out: Path) -> None:
+    take_without_bundle(house, out / "grant.jwt")
+    next((house.keys / "models").glob("**/*1.json")).unlink()  # its owner packs other contents under the same version
+    other = house.pack("other")
+    refuses(house, OutputExists, other / "bundle")
+    take(house, other / "bundle", replace=True)
+    assert house.verified_models() == {"minilm:1": False}

@@ -23,6 +23,7 @@ def record() -> ContainerRecord:
         pid=os.getpid(),
         start_time=start_time,
         seconds=1,
+        references=("minilm",),
         models=("minilm:1",),
         manifests=("sha256:" + "0" * 64,),
         destinations=("/models/minilm",),
@@ -34,13 +35,13 @@ def record() -> ContainerRecord:
 
 def test_a_record_is_delivered_for_its_own_process_only(tmp_path: Path, record: ContainerRecord) -> None:
     records = ContainerRecords(str(tmp_path / "run"))
-    assert not records.is_delivered("c1", "/b", record.pid, record.start_time)
+    assert not records.delivered("c1", "/b", record.pid, record.start_time)
     records.write(record)
-    assert not records.is_delivered("c1", "/b", record.pid, record.start_time)
+    assert not records.delivered("c1", "/b", record.pid, record.start_time)
     records.mark_delivered(record)
-    assert records.is_delivered("c1", "/b", record.pid, record.start_time)
-    assert not records.is_delivered("c1", "/b", record.pid, record.start_time + 1)
-    assert not records.is_delivered("c1", "/other", record.pid, record.start_time)
+    assert records.delivered("c1", "/b", record.pid, record.start_time)
+    assert not records.delivered("c1", "/b", record.pid, record.start_time + 1)
+    assert not records.delivered("c1", "/other", record.pid, record.start_time)
 
 
 def test_live_drops_what_a_killed_hook_left(tmp_path: Path, record: ContainerRecord) -> None:
@@ -64,4 +65,16 @@ def test_a_damaged_record_is_not_believed(tmp_path: Path, record: ContainerRecor
     (path,) = (tmp_path / "run" / "containers").iterdir()
     path.write_text('{"delivered": true}')
     with pytest.raises(FileUnreadable):
-        records.is_delivered("c1", "/b", record.pid, record.start_time)
+        records.delivered("c1", "/b", record.pid, record.start_time)
+
+
+def test_what_comes_by_a_second_way_joins_the_record(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.mark_delivered(record)
+    later = replace(record, references=("other",), destinations=("/o",), models=("minilm:1",), size_bytes=5)
+    records.mark_delivered(record.joined(later))
+    found = records.delivered("c1", "/b", record.pid, record.start_time)
+    assert found is not None
+    assert found.destinations == ("/models/minilm", "/o")
+    assert found.models == ("minilm:1", "minilm:1")  # one model at two places
+    assert found.size_bytes == record.size_bytes + 5

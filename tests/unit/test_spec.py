@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oci_hook.errors import SpecInvalid
+from oci_hook.invocation import NO_DIGEST
 from oci_hook.oci.spec import MAX_SPEC_BYTES, IdMapping, Mount, Spec, load_spec, parse_spec
 
 BUNDLE = "/run/bundle"
@@ -352,3 +356,35 @@ def test_arbitrary_parts(linux: dict[str, Any], mounts: list[Any], path: str) ->
     value_or_ours(
         {**PODMAN, "linux": {**PODMAN["linux"], **linux}, "mounts": mounts, "root": {"path": path}, "process": {}}
     )
+
+
+# --- what the shim wrote ----------------------------------------------------------------------------------------------
+
+
+def hooked(tmp_path: Path, change: Callable[[bytes], bytes] = lambda data: data) -> str:
+    """A config.json as the shim leaves it, changed afterwards; returns the digest that the hook is told."""
+    plain = json.dumps(
+        {"root": {"path": "r"}, "hooks": {"prestart": [{"args": ["--spec-digest", NO_DIGEST]}]}}
+    ).encode()
+    digest = hashlib.sha256(plain).hexdigest()
+    (tmp_path / "config.json").write_bytes(change(plain.replace(NO_DIGEST.encode(), digest.encode())))
+    return digest
+
+
+def test_the_file_that_the_shim_wrote(tmp_path: Path) -> None:
+    assert load_spec(str(tmp_path), digest=hooked(tmp_path)).root_path == f"{tmp_path}/r"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.replace(b'"r"', b'"/"'),
+        lambda data: data + b" ",
+        lambda data: re.sub(rb"[0-9a-f]{64}", b"1" * 64, data),
+    ],
+)
+def test_a_file_that_was_changed_since(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    digest = hooked(tmp_path, change)
+    for told in (digest, "", "0", NO_DIGEST, "f" * 64, "root"):
+        with pytest.raises(SpecInvalid, match="shim"):
+            load_spec(str(tmp_path), digest=told)

@@ -12,7 +12,6 @@ from oci_hook.errors import (
     BundleInvalid,
     DeviceInvalid,
     DeviceNotEnrolled,
-    EngineUnsupported,
     FileUnreadable,
     GrantInvalid,
     GrantMissing,
@@ -23,7 +22,8 @@ from oci_hook.errors import (
 from oci_hook.incoming import collect
 from oci_hook.intake import Intake
 from oci_hook.oci.annotations import ModelReference
-from oci_hook.store import Store, StoredModel, Trust
+from oci_hook.store import Store, StoredModel
+from oci_hook.trust_folder import Trust
 from tests.commands import Household, done, snapshot
 
 
@@ -78,8 +78,8 @@ def test_an_empty_and_an_absent_store_have_no_models(house: Household) -> None:
     assert not house.store_folder.exists()
 
 
-def test_a_bundle_in_the_image_is_for_a_later_version(house: Household) -> None:
-    with pytest.raises(EngineUnsupported):
+def test_a_bundle_in_the_image_is_not_looked_for_in_the_store(house: Household) -> None:
+    with pytest.raises(ModelUnknown):
         house.store.resolve(ModelReference("", rootfs_path="/models/x"))
 
 

@@ -1,0 +1,76 @@
+"""A container's start: from what it asks for to models that it can read, for every entry point that has a hook's state.
+
+    holder ─► destinations held ─► token ─► admission ─► fill ─► audit ─► record ─► attach ─► outcome
+
+Specification: docs/design.md, "The way of the data".
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from oci_hook.admission import Container, admit
+from oci_hook.config import Config
+from oci_hook.delivery.deliver import Delivery
+from oci_hook.host import (
+    audit_grants,
+    audit_outcome,
+    container_view,
+    delivery_settings,
+    load_host,
+    not_delivered,
+    open_bundle,
+    open_record,
+)
+from oci_hook.identity.sources import load_token
+from oci_hook.oci.annotations import Requests
+from oci_hook.oci.engine import EngineFacts
+from oci_hook.oci.spec import Spec
+from oci_hook.oci.state import State
+from oci_hook.records import ContainerRecords
+
+
+def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, config: Config) -> None:
+    """Give a container its models, once.
+
+    Whatever raises before `attach` leaves nothing visible: until then the decrypted files have no path.
+
+    Args:
+        state: What the runtime says.
+        spec: config.json.
+        facts: What the engine vouches for.
+        requests: The models that concern this container.
+        config: The host's configuration.
+
+    Raises:
+        SczError: The container must not start.
+    """
+    host = load_host(config)
+    records = ContainerRecords(config.runtime_directory)
+    with ExitStack() as bundles, Delivery(container_view(state, spec, facts), delivery_settings(config)) as delivery:
+        earlier = records.delivered(state.container_id, state.bundle, state.pid, delivery.start_time)
+        wanted = not_delivered(requests.models, earlier, host.store)
+        if not wanted:
+            return  # reached by two ways, hooks.d and CDI say: once is enough
+        # The destinations are resolved and held by a child in the container's mount namespace before any key is here.
+        delivery.prepare([request.destination for request in wanted])
+        container = Container(
+            container_id=state.container_id,
+            bundle=state.bundle,
+            pid=state.pid,
+            start_time=delivery.start_time,
+            runtime=delivery.runtime,
+            pod_uid=facts.pod_uid,
+            token=load_token(spec.mounts, requests.token_path or config.token_path),
+        )
+        admissions = [
+            admit(request, bundles.enter_context(open_bundle(request, state, spec, host.store)), container, host)
+            for request in wanted
+        ]
+        delivery.fill([admission.delivery() for admission in admissions])
+        audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
+        record = open_record(container, admissions, earlier, seconds=host.clock())
+        records.write(record)
+        attached = delivery.attach()
+        records.mark_delivered(record)
+    audit_outcome(host, container, attached)

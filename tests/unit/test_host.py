@@ -1,0 +1,93 @@
+"""`host`: what the delivery is told of a container, and what of its requests is still to be delivered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from oci_hook.host import container_view, not_delivered
+from oci_hook.oci.annotations import parse_requests
+from oci_hook.oci.engine import EngineFacts
+from oci_hook.oci.spec import parse_spec
+from oci_hook.oci.state import State
+from oci_hook.records import ContainerRecord
+from oci_hook.store import Store
+from tests.commands import Household
+
+POD = EngineFacts(container_name="app", pod_uid="0b61", in_sandbox=True)
+KUBELET = "/var/lib/kubelet/pods/0b61/volumes/kubernetes.io~empty-dir/models"
+
+
+def view(source: str, facts: EngineFacts = POD, kind: str = "bind") -> frozenset[str]:
+    mount = {"destination": "/models", "type": kind, "source": source, "options": ["rbind"] if kind == "bind" else []}
+    spec = {"root": {"path": "rootfs"}, "mounts": [{"destination": "/proc", "type": "proc"}, mount]}
+    found = container_view(State("c", 7, "/b", "", {}), parse_spec(json.dumps(spec).encode(), bundle="/b"), facts)
+    assert found.mount_destinations == ("/proc", "/models")
+    assert found.in_sandbox == facts.in_sandbox
+    return found.memory_volumes
+
+
+def test_an_empty_dir_of_the_container_s_own_pod() -> None:
+    assert view(KUBELET) == {"/models"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "/var/lib/kubelet/pods/another/volumes/kubernetes.io~empty-dir/models",
+        "/var/lib/kubelet/pods/0b61/volumes/kubernetes.io~empty-dir",
+        "/var/lib/kubelet/pods/0b61/volumes/kubernetes.io~empty-dir/models/below",
+        "/var/lib/kubelet/pods/0b61/volumes/kubernetes.io~host-path/models",
+        "/var/lib/kubelet/pods/0b61/volumes/kubernetes.io~empty-dir/..",
+        "/var/lib/kubelet/pods/0b61/volumes/kubernetes.io~empty-dir/../kubernetes.io~empty-dir/x",
+        "/dev/shm/models",
+    ],
+)
+def test_what_is_no_empty_dir_of_the_pod(source: str) -> None:
+    assert view(source) == frozenset()
+
+
+def test_without_an_engine_that_vouches_for_a_pod_there_is_none() -> None:
+    assert view(KUBELET, EngineFacts()) == frozenset()
+    assert view(KUBELET, kind="tmpfs") == frozenset()
+
+
+def record(*triples: tuple[str, str, str]) -> ContainerRecord:
+    destinations, references, models = zip(*triples, strict=True)
+    digests = ("sha256:" + "0" * 64,) * len(triples)
+    return ContainerRecord("c", "/b", 7, 1, 1, references, models, digests, destinations, "s", 1, True)
+
+
+GOT = record(("/models/minilm", "minilm:1", "minilm:1"), ("/carried", "rootfs:/opt/b", "carried:3"))
+
+
+@pytest.mark.parametrize(
+    ("annotations", "left"),
+    [
+        ({"model": "minilm:1"}, []),
+        ({"model": "minilm"}, []),  # the only version that is here
+        ({"model": "rootfs:/opt/b", "path": "/carried"}, []),
+        ({"model": "minilm:1", "path": "/elsewhere"}, ["/elsewhere"]),
+        ({"model": "minilm:2"}, ["/models/minilm"]),  # the destination is taken: attaching there is refused
+        ({"model": "rootfs:/opt/other", "path": "/carried"}, ["/carried"]),
+        ({"model": "carried:3", "path": "/carried"}, ["/carried"]),
+        ({"model": "minilm:1", "model.b": "minilm:1", "path.b": "/b"}, ["/b"]),
+    ],
+)
+def test_what_was_delivered_is_not_delivered_again(
+    tmp_path: Path, annotations: dict[str, str], left: list[str]
+) -> None:
+    house = Household(tmp_path)
+    house.trust()
+    house.prepared()
+    house.ctl("add", house.usb / "out")
+    requests = parse_requests({f"smm.scz/{key}": text for key, text in annotations.items()}).models
+    assert [request.destination for request in not_delivered(requests, GOT, house.store)] == left
+    assert not_delivered(requests, None, house.store) == requests
+
+
+def test_a_name_that_means_nothing_any_more_was_not_delivered(tmp_path: Path) -> None:
+    requests = parse_requests({"smm.scz/model": "minilm"}).models
+    assert not_delivered(requests, GOT, Store(str(tmp_path))) == requests
