@@ -56,7 +56,7 @@ def left_overs(scene: Scene) -> dict[str, object]:
     """Everything that a start could leave on the host."""
     run = scene.runtime_directory
     return {
-        "mounts": model_mounts(),
+        "mounts": model_mounts(scene),
         "hooks": hook_processes(scene),
         "tpm": tpm_handles(scene),
         "records": sorted(os.listdir(run / "containers")),
@@ -146,7 +146,7 @@ def test_a_hook_that_is_killed_anywhere(scene: Scene) -> None:
         while hook_processes(scene) and time.monotonic() < until:
             time.sleep(0.01)
         assert hook_processes(scene) == []
-        assert model_mounts() == []
+        assert model_mounts(scene) == []
     print(f"killed at {sorted(round(moment / lifetime, 2) for moment in killed)} of {lifetime:.2f} s")
     assert len(killed) == KILLS
     attempt = start(scene, token)

@@ -96,7 +96,7 @@ def test_a_service_account_token_of_the_pod_itself(scene: Scene, runtime: str) -
         assert "weights.safetensors" in attempt.stdout
         # The same token once more, while nothing binds it to a container: a pod may have several.
         assert start(scene, None, model=MODEL, annotations=labels(POD), options=mount(volume)).returncode == 0
-    assert model_mounts() == []
+    assert model_mounts(scene) == []
     assert tpm_handles(scene) == ""
 
 
