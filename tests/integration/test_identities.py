@@ -7,10 +7,11 @@ CRI-O as the engine. It proves the hook's half: what a kubelet writes is not sho
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,13 @@ def projected(scene: Scene, pod: str, data: bytes) -> Path:
     return volume
 
 
-def cri_o(scene: Scene) -> AbstractContextManager[None]:
-    return changed(scene.config, lambda data: data.replace(b'engine = "podman"', b'engine = "cri-o"'))
+@contextlib.contextmanager
+def cri_o(scene: Scene) -> Iterator[None]:
+    """Root says, in the configuration and in each hook's command line, that CRI-O calls."""
+    with contextlib.ExitStack() as stack:
+        for path in (scene.config, *scene.hooks.glob("*.json")):
+            stack.enter_context(changed(path, lambda data: data.replace(b'"podman"', b'"cri-o"')))
+        yield
 
 
 def labels(pod: str) -> dict[str, str]:
