@@ -29,6 +29,24 @@ def test_each_engine_is_read_by_its_own_keys() -> None:
     assert read_engine_facts("cri-o", CRI_O) == EngineFacts(False, "web", "7f2c-crio", in_sandbox=True)
 
 
+def test_cri_o_names_container_and_pod_also_where_no_kubelet_sets_labels() -> None:
+    said = {
+        "io.kubernetes.cri-o.ContainerType": "container",
+        "io.kubernetes.cri-o.Metadata": '{"name":"app","attempt":2}',
+        "io.kubernetes.cri-o.SandboxName": "k8s_web-7d4_shop_7f2c-crio_0",
+        LABELS: "{}",
+    }
+    assert read_engine_facts("cri-o", said) == EngineFacts(False, "app", "7f2c-crio", in_sandbox=True)
+    assert read_engine_facts("cri-o", {**CRI_O, **said, LABELS: CRI_O[LABELS]}).container_name == "app"
+    with pytest.raises(SpecInvalid, match="two pods"):
+        read_engine_facts("cri-o", {**said, LABELS: json.dumps({"io.kubernetes.pod.uid": "another"})})
+
+
+@pytest.mark.parametrize("name", ["", "k8s_a_b", "k8s_a_b__0", "x_a_b_c_0", "k8s_a_b_c_x", "k8s_a_b_c_d_0"])
+def test_a_sandbox_s_name_of_another_form_names_no_pod(name: str) -> None:
+    assert read_engine_facts("cri-o", {"io.kubernetes.cri-o.SandboxName": name}).pod_uid is None
+
+
 @pytest.mark.parametrize("engine", ["podman", "docker"])
 def test_engines_without_pods_are_believed_nothing(engine: str) -> None:
     assert read_engine_facts(engine, {**CONTAINERD, **CRI_O}) == NOTHING
