@@ -9,18 +9,21 @@ LOCKS := requirements-build.lock requirements-dev.lock
 SOURCES := pyproject.toml $(shell find oci_hook -name __pycache__ -prune -o \( -name '*.py' -o -name py.typed -o -type d \) -print)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test unit integration lint format lock clean help host
+.PHONY: install demo test unit integration bench lint format lock clean help host host-tests
 
 install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
 
 demo: install  ## the main job from beginning to end, on a real model; about a minute
 	$(PYTHON) -m tests.demo
 
-test: install  ## every test; unit and integration side by side
+test: host-tests install  ## every test; unit and integration side by side
 	$(PYTHON) -m tests.side_by_side unit integration
 
-unit integration: install  ## one half of the tests
+unit integration: host-tests install  ## one half of the tests
 	$(PYTHON) -m tests.side_by_side $@
+
+bench: install  ## what the shim adds to a call of a runtime
+	$(PYTHON) -m tests.bench shim
 
 lint: install  ## ruff and mypy --strict
 	$(PYTHON) -m ruff check .
@@ -33,6 +36,9 @@ format: install  ## let ruff rewrite the sources
 
 host:
 	@packaging/prepare-host
+
+host-tests:
+	@packaging/prepare-host tests
 
 # A virtual environment that was copied or moved here, or lost its Python, starts anew.
 WORKS := grep -qs '^\#!$(CURDIR)/$(VENV)/' $(VENV)/bin/pip && $(PYTHON) -c 'import pip' 2>/dev/null
