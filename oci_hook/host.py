@@ -11,9 +11,10 @@ from oci_hook.admission import Admission, Container, Host
 from oci_hook.audit import AuditLog
 from oci_hook.bundle.layout import Layout
 from oci_hook.config import Config, load_config
+from oci_hook.delivery import host_mounts
 from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
 from oci_hook.delivery.image_bundle import open_image_bundle
-from oci_hook.errors import EngineUnsupported, ModelUnknown
+from oci_hook.errors import EngineUnsupported, ModelUnknown, SystemCallFailed
 from oci_hook.identity.binding import Bindings
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.oci.engine import EngineFacts
@@ -26,7 +27,7 @@ from oci_hook.trust_folder import Trust
 from oci_hook.trusted_file import make_private_directory
 
 _CHILD_SECONDS = 120.0  # for one answer of a child of the delivery; the engine's own timeout bounds the whole hook
-_ALL_IDS = ["0", "0", str((1 << 32) - 1)]
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO of Linux (include/linux/proc_ns.h)
 _EMPTY_DIR = re.compile(r"(?!.*/\.\.?(?:/|\Z))/.*/pods/([^/]+)/volumes/kubernetes\.io~empty-dir/[^/]+", re.DOTALL)
 
 
@@ -37,11 +38,10 @@ def verify_privileges() -> None:
         EngineUnsupported: It is not.
     """
     try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            mapping = file.read(4096).split()
+        namespace = os.stat("/proc/self/ns/user").st_ino
     except OSError:
-        mapping = []
-    if os.geteuid() != 0 or mapping != _ALL_IDS:
+        namespace = 0
+    if os.geteuid() != 0 or namespace != _INITIAL_USER_NAMESPACE:
         raise EngineUnsupported(
             "rootless engines are not supported: the TPM, the models and the grants are root's",
             remedy="start the container with the engine of root (`sudo podman run`); `--uidmap` gives it own ids",
@@ -77,12 +77,19 @@ def close_container(state: State, config_file: str) -> None:
     """poststop: forget the container's record and its token, and say so in the audit log.
 
     A container that was refused has no record: then there is nothing to close.
+
+    Raises:
+        SystemCallFailed: A model cannot be unmounted on the host's side of a gVisor pod; a sweep will try again.
     """
     config = load_config(config_file)
+    # First: models that are mounted on the host's side stay there until they are taken away.
+    removed = host_mounts.close(config.runtime_directory, state.container_id, state.bundle)
     record = ContainerRecords(config.runtime_directory).close(state.container_id, state.bundle)
     _bindings(config).release(state.container_id, state.bundle)
     if record is not None:
         AuditLog(config.audit_file).append("closed", container=state.container_id, model=", ".join(record.models))
+    if removed is not None and removed.left:
+        raise SystemCallFailed(f"a model stays mounted on the host: {'; '.join(removed.left)}")
 
 
 def container_view(state: State, spec: Spec, facts: EngineFacts) -> ContainerView:

@@ -7,11 +7,13 @@ Specification: docs/design.md, "The way of the data".
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from oci_hook.admission import Container, admit
 from oci_hook.config import Config
+from oci_hook.delivery import host_mounts
 from oci_hook.delivery.deliver import Delivery
+from oci_hook.errors import SystemCallFailed
 from oci_hook.host import (
     audit_grants,
     audit_outcome,
@@ -46,6 +48,8 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
         SczError: The container must not start.
     """
     host = load_host(config)
+    with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
+        host_mounts.sweep(config.runtime_directory)
     records = ContainerRecords(config.runtime_directory)
     with ExitStack() as bundles, Delivery(container_view(state, spec, facts), delivery_settings(config)) as delivery:
         earlier = records.delivered(state.container_id, state.bundle, state.pid, delivery.start_time)

@@ -137,7 +137,9 @@ class RuntimeNamespace:
     namespace is held by a child that ends with this process, however this process ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, etc: Path | None = None) -> None:
+        """`etc`: a folder with files that are seen in /etc, instead of its own or besides them."""
+        self._etc = etc
         self._holder: subprocess.Popen[bytes] | None = None
 
     @property
@@ -150,9 +152,10 @@ class RuntimeNamespace:
     def start(self) -> RuntimeNamespace:
         """Look at the machine's cgroups and root directory, and make the namespace if they need one."""
         hidden, closed = unified_hierarchy_to_hide(), root_is_closed()
-        if self._holder is not None or (hidden is None and not closed):
+        if self._holder is not None or (hidden is None and not closed and self._etc is None):
             return self
         steps = [f'umount "{hidden}"'] if hidden is not None else []
+        steps += [f'mount -t overlay -o "ro,lowerdir={self._etc}:/etc" overlay /etc'] if self._etc else []
         script = "\n".join(["set -e", *steps, *([_OPEN_ROOT] if closed else []), "echo ready", "exec cat"])
         command = ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", script]
         self._holder = subprocess.Popen(
@@ -191,6 +194,7 @@ class Podman:
             environment that died here are taken away first; anything else there is an error.
         hooks_directories: hooks.d directories, the only ones; None leaves podman's own defaults. May be changed.
         storage_driver: `overlay` or `vfs`; found by trying if absent.
+        etc: Files that podman and the runtimes see in /etc, by name: `{"subuid": "containers:300000:65536\\n"}`.
     """
 
     def __init__(
@@ -199,10 +203,12 @@ class Podman:
         *,
         hooks_directories: Sequence[str | os.PathLike[str]] | None = None,
         storage_driver: str | None = None,
+        etc: Mapping[str, str] = {},
     ) -> None:
         self.directory = Path(directory).resolve()
         self.hooks_directories = hooks_directories
-        self.namespace = RuntimeNamespace()
+        self._etc = dict(etc)
+        self.namespace = RuntimeNamespace(self.directory / "etc" if etc else None)
         self._driver = storage_driver
         # Names of its own, so that removing what bears them disturbs nobody; from the directory, so that what a dead
         # environment left is found again.
@@ -227,11 +233,13 @@ class Podman:
         }
 
     def command(self, *args: str, runtime: str = "runc") -> list[str]:
-        """The whole command line of `podman ARGS` in this environment."""
+        """The whole command line of `podman ARGS` in this environment; `runtime` as in `call`."""
         if not self._started:
             raise EngineError("this podman environment is not started")
+        runtime, *flags = runtime.split()
         options = [f"--root={self.directory}/root", f"--runroot={self._run}/root"]
         options += [f"--tmpdir={self._run}/tmp", f"--storage-driver={self._driver}", f"--runtime={runtime}"]
+        options += [f"--runtime-flag={flag.removeprefix('--')}" for flag in flags]
         options += ["--cgroup-manager=cgroupfs", "--events-backend=file"]
         options += [f"--hooks-dir={Path(folder).resolve()}" for folder in self.hooks_directories or ()]
         return [*self.namespace.prefix, "podman", *options, *args]
@@ -248,7 +256,9 @@ class Podman:
 
         Args:
             args: Its words after podman's global options.
-            runtime: `runc` or `crun`, or the absolute path of a runtime; podman remembers a container's own.
+            runtime: `runc` or `crun`, or the absolute path of a runtime, and after it, in the same string, flags for
+                it: `/usr/bin/runsc --platform=ptrace --network=none`. podman remembers a container's own runtime, but
+                not its flags.
             check: Raise if it fails.
             stdin: Its standard input; empty if absent.
             timeout_seconds: It is killed after this.
@@ -361,6 +371,9 @@ class Podman:
         self._driver = self._driver or _storage_driver(self.directory)
         for name, text in self._configuration().items():
             (self.directory / name).write_text(text)
+        (self.directory / "etc").mkdir(mode=0o755)
+        for name, text in self._etc.items():
+            (self.directory / "etc" / name).write_text(text)
         self.namespace.start()
         self._started = True
         atexit.register(self.stop)
@@ -416,7 +429,7 @@ class Podman:
         _end_processes(self.directory, ids)
         _unmount_below(self.directory, self._run)
         _remove_cgroups(self._name)
-        states = [Path("/run") / runtime / one for runtime in RUNTIMES for one in ids]
+        states = [Path("/run") / runtime / one for runtime in (*RUNTIMES, "runsc") for one in ids]
         for folder in (*states, self._run, self.directory):
             if folder.exists():
                 shutil.rmtree(folder)

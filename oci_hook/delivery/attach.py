@@ -11,18 +11,20 @@ It fills nothing. Specification: docs/design.md, "Delivery"; move_mount(2).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
 from oci_hook.delivery.destination import (
     AllowedMounts,
     allow_mounts,
-    find_declared_tmpfs,
+    find_mounts,
     parse_destinations,
     prepare_destination,
+    verify_uncovered,
+    verify_uncovered_beneath,
 )
-from oci_hook.delivery.holder import ContainerView, Holder, RootIdentity
+from oci_hook.delivery.holder import ContainerView, Ground, Holder
 from oci_hook.errors import HolderGone, SystemCallFailed
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
@@ -53,12 +55,14 @@ class Attachment:
         self._timeout_seconds = timeout_seconds
         self._count = len(destinations)
         parts = parse_destinations(destinations)
-        namespace_fd, root = holder.mount_namespace_fd, holder.root
+        ground = holder.ground
+        for each in parts:
+            verify_uncovered(each, ground.covering)
 
         def body(channel: Channel) -> Report:
-            return _wait_in_namespace(channel, namespace_fd, root, container, parts)
+            return _wait_in_namespace(channel, ground, container, parts)
 
-        self._child = Child(_WHAT, body, gone=HolderGone, keep=[namespace_fd])
+        self._child = Child(_WHAT, body, gone=HolderGone, keep=ground.descriptors)
         try:
             self._child.receive(timeout_seconds)
         except BaseException:
@@ -86,37 +90,39 @@ class Attachment:
         """
         if len(mount_fds) != self._count:
             raise RuntimeError("as many mounts as destinations were prepared can be attached")
-        self._child.send({"go": self._count}, mount_fds)
-        self._child.receive(self._timeout_seconds)
-        self._child.join(self._timeout_seconds)
+        try:
+            self._child.send({"go": self._count}, mount_fds)
+            self._child.receive(self._timeout_seconds)
+            self._child.join(self._timeout_seconds)
+        except BaseException:
+            self._child.close()  # what it has done is done when this returns
+            raise
 
 
 def _wait_in_namespace(
-    channel: Channel, namespace_fd: int, root: RootIdentity, container: ContainerView, parts: Sequence[Sequence[str]]
+    channel: Channel, ground: Ground, container: ContainerView, parts: Sequence[Sequence[str]]
 ) -> Report:
     """The child: enter, prepare, wait, attach."""
     os.umask(0o022)
     with syscalls.failing("our own /proc directory cannot be opened"):
         # Opened here: after a pivot the namespace's /proc may be the container's, or missing.
         proc_fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    foreign = frozenset(mount.device for mount in mounts.load_mountinfo(proc_fd))
-    enter_mount_namespace(namespace_fd)
-    root_fd = root.open_in_namespace()
-    declared = find_declared_tmpfs(root_fd, container.tmpfs_destinations)
+    ours = mounts.load_mountinfo(proc_fd)
+    if ground.namespace_fd is not None:
+        enter_mount_namespace(ground.namespace_fd)
+    root_fd = ground.root_fd
+    if root_fd is None:
+        root_fd = ground.root.open_in_namespace(mounts.load_mountinfo(proc_fd), ours)
     with syscalls.failing("the container's mounts cannot be looked at"):
-        root_mount_id = syscalls.statx_mount_id(root_fd)
-
-        def allowed() -> AllowedMounts:
-            return allow_mounts(
-                mounts.load_mountinfo(proc_fd),
-                root_mount_id=root_mount_id,
-                tmpfs_mount_ids=declared,
-                foreign_devices=foreign,
-            )
-
+        allowed = _allowed_mounts(root_fd, proc_fd, ground, container, ours)
         before = allowed()
         uid, gid = container.uid_offset, container.gid_offset
-        destinations = [prepare_destination(root_fd, each, before, uid=uid, gid=gid) for each in parts]
+        destinations = [
+            prepare_destination(root_fd, each, before, uid=uid, gid=gid, host_root_fd=ground.host_root_fd)
+            for each in parts
+        ]
+        for each in parts:
+            verify_uncovered_beneath(root_fd, each, ground.covering)
         channel.send({"ready": len(destinations)})
         received = channel.receive()
         if received is None:
@@ -128,6 +134,29 @@ def _wait_in_namespace(
         syscalls.prctl_set_pdeathsig(0)
     _attach_all(received[1], destinations)
     return {"attached": len(destinations)}
+
+
+def _allowed_mounts(
+    root_fd: int, proc_fd: int, ground: Ground, container: ContainerView, ours: Sequence[mounts.Mount]
+) -> Callable[[], AllowedMounts]:
+    """What may carry a model, by the mounts at the moment of the call."""
+    root_mount_id = syscalls.statx_mount_id(root_fd)
+    # Where the sandbox makes them itself there are none to lie on.
+    tmpfs = {} if ground.covering else find_mounts(root_fd, container.tmpfs_destinations)
+    volumes = {} if ground.covering else find_mounts(root_fd, container.memory_volumes)
+    foreign = frozenset(mount.device for mount in ours)
+
+    def allowed() -> AllowedMounts:
+        return allow_mounts(
+            mounts.load_mountinfo(proc_fd),
+            root_mount_id=root_mount_id,
+            tmpfs_mount_ids=tmpfs.values(),
+            foreign_devices=foreign,
+            volumes=volumes,
+            private=ground.private,
+        )
+
+    return allowed
 
 
 def _attach_all(mount_fds: Sequence[int], destinations: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ from oci_hook.delivery.memory import (
     reserve_memory,
     verify_limits,
 )
+from oci_hook.delivery.recognise import hold
 from oci_hook.delivery.room import ModelDelivery, model_room
 from oci_hook.errors import WriterFailed
 from oci_hook.linux import mounts
@@ -107,17 +108,24 @@ class Delivery:
 
         Raises:
             HolderRefused: It is not recognised.
+            EngineUnsupported: The runtime would copy the model to the host's disk.
             HolderGone: It ended.
             SpecInvalid: `root.path` is no directory.
             SystemCallFailed: /proc cannot be read.
         """
-        self._holder = self._stack.enter_context(Holder(self._container))
+        self._holder = self._stack.enter_context(
+            hold(
+                self._container,
+                runtime_directory=self._settings.runtime_directory,
+                timeout_seconds=self._settings.timeout_seconds,
+            )
+        )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, value, traceback)
 
     @property
     def runtime(self) -> Runtime:
@@ -213,7 +221,9 @@ class Delivery:
             raise RuntimeError("only what was prepared and filled can be attached")
         self._held.verify_unchanged()
         by_destination = {target.model.destination: target for target in self._targets}
-        self._attachment.attach([by_destination[path].mount.fd for path in self._destinations])
+        fds = [by_destination[path].mount.fd for path in self._destinations]
+        with self._held.announcing(fds, self._destinations):
+            self._attachment.attach(fds)
         return tuple(
             Attached(
                 slot=target.model.slot,

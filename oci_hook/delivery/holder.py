@@ -1,18 +1,17 @@
-"""Whose mount namespace holds the container's root file system.
+"""Whose mount namespace holds the container's root file system: what is looked for, and what is found.
 
-Under runc and crun it is the container's init (`state.pid`), which waits while the hook runs: a child of the runtime,
-as the hook is, in a mount namespace of its own, where the root file system is the very directory that the hook sees at
-`root.path`. All of this is checked; what is not recognised is refused. gVisor's gofer and VM sandboxes are not here
-yet. `state.pid`'s own executable says nothing (it reads `/`).
+`hold` (delivery/recognise.py) finds it; each runtime's way is a module of its own: `container_init` (runc, crun),
+`gofer` (gVisor), `host_side` (containers of a gVisor pod). All of them give a `Holder`, whose `Ground` is what the
+rest of a delivery works on: it knows no runtime.
 
-This module opens and compares; it enters no namespace. Facts: docs/runtimes.md; runtime-spec 1.3, "State".
+This module compares; it enters no namespace. Facts: docs/runtimes.md; runtime-spec 1.3, "State".
 """
 
 from __future__ import annotations
 
 import os
-import re
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -20,12 +19,12 @@ from typing import Literal
 from oci_hook.documents import shown
 from oci_hook.errors import HolderGone, HolderRefused, SpecInvalid
 from oci_hook.linux import syscalls
-from oci_hook.linux.processes import HeldProcess, ancestors
+from oci_hook.linux.mounts import Mount
+from oci_hook.linux.processes import HeldProcess
 
-Runtime = Literal["runc", "crun"]
+Runtime = Literal["runc", "crun", "runsc"]
 
-_MOUNT_NAMESPACE = "ns/mnt"
-_RUNTIME = re.compile(r"(runc|crun)(?:[^a-z].*)?", re.DOTALL)
+MOUNT_NAMESPACE = "ns/mnt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,135 +67,62 @@ class RootIdentity:
     device: int
     inode: int
 
-    def open_in_namespace(self) -> int:
+    def is_at(self, fd: int) -> bool:
+        """Whether this descriptor refers to it."""
+        seen = os.fstat(fd)
+        return (seen.st_dev, seen.st_ino) == (self.device, self.inode)
+
+    def open_here(self) -> int:
+        """Open it where the hook sees it; the caller closes it.
+
+        Raises:
+            HolderRefused: Another directory is there by now.
+            SystemCallFailed: It cannot be opened.
+        """
+        with syscalls.failing("the container's root file system cannot be opened"):
+            fd = open_directory(self.path)
+        if not self.is_at(fd):
+            os.close(fd)
+            raise HolderRefused("the container's root file system was exchanged while the hook looked at it")
+        return fd
+
+    def open_in_namespace(self, theirs: Sequence[Mount], ours: Sequence[Mount]) -> int:
         """Open it from inside the holder's mount namespace; the caller closes it.
 
-        Before pivot_root it lies at the host's path; crun since 1.29 may have pivoted, then it is `/`.
+        Before pivot_root it lies at the host's path, where the runtime has mounted it onto itself: without that mount
+        it is a directory that config.json names by now, not the one that the container will run on. crun since 1.29
+        may have pivoted, then it is `/`.
+
+        Args:
+            theirs: The mounts of the holder's namespace.
+            ours: Those of the hook's own.
 
         Raises:
             HolderRefused: It lies at neither: this namespace is not the container's.
         """
-        for path in (self.path, "/"):
-            try:
-                fd = syscalls.openat2(
-                    syscalls.AT_FDCWD,
-                    path,
-                    os.O_PATH | os.O_DIRECTORY,
-                    resolve=syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_SYMLINKS,
-                )
-            except OSError:
-                continue
-            seen = os.fstat(fd)
-            if (seen.st_dev, seen.st_ino) == (self.device, self.inode):
-                return fd
-            os.close(fd)
+        added = _count(theirs, self.path) > _count(ours, self.path)
+        for path in (*((self.path,) if added else ()), "/"):
+            with suppress(OSError):
+                fd = open_directory(path)
+                if self.is_at(fd):
+                    return fd
+                os.close(fd)
         raise HolderRefused("the process's mount namespace does not hold the container's root file system")
 
 
-def recognise_runtime(executable_name: str) -> Runtime:
-    """The runtime whose executable has this name: `runc`, `crun`, or one followed by what is not a small letter.
-
-    Raises:
-        HolderRefused: It is neither.
-    """
-    found = _RUNTIME.fullmatch(executable_name)
-    if found is None:
-        raise HolderRefused(f"the runtime {shown(executable_name)} is not recognised")
-    return "runc" if found[1] == "runc" else "crun"
+def _count(mounts: Sequence[Mount], path: str) -> int:
+    return sum(mount.mount_point == path for mount in mounts)
 
 
-class Holder:
-    """The process that holds the root file system, held itself until the `with` block ends.
-
-    Attributes:
-        process: `state.pid`.
-        mount_namespace_fd: Its mount namespace.
-        root: What the root file system is.
-        runtime: Who started it.
-
-    Args:
-        container: The container.
-
-    Raises:
-        HolderRefused: A check below failed.
-        HolderGone: The process ended meanwhile.
-        SpecInvalid: `root.path` is no directory.
-        SystemCallFailed: Something in /proc cannot be read.
-    """
-
-    def __init__(self, container: ContainerView) -> None:
-        # 1. The container has a mount namespace of its own, not another's by path.
-        if container.mount_namespace_joined:
-            raise HolderRefused("config.json joins another mount namespace by path")
-        with ExitStack() as stack:
-            if container.pid <= 1:
-                raise HolderRefused(f"the state names process {container.pid}")
-            self.process = stack.enter_context(HeldProcess(container.pid))
-            # 2. The runtime that runs this hook is one whose ways are known.
-            runtime_pid = os.getppid()
-            with HeldProcess(runtime_pid) as runtime:
-                self.runtime: Runtime = recognise_runtime(runtime.executable_name())
-                # 3. It made the process: no other container's, no successor of a pid that was used before.
-                _verify_made_by(self.process, runtime, self.runtime)
-                foreign = _namespace_ids(runtime)
-            # 4. Its mount namespace is neither the runtime's, nor ours, nor the host's.
-            self.mount_namespace_fd = self.process.open(_MOUNT_NAMESPACE)
-            stack.callback(os.close, self.mount_namespace_fd)
-            self._namespace_id = _file_id(os.fstat(self.mount_namespace_fd))
-            if self._namespace_id in foreign:
-                raise HolderRefused("the container runs in the host's or the runtime's own mount namespace")
-            # 5. The root file system is a directory below the host's, not the host's own.
-            self.root = identify_root(container.bundle, container.root_path)
-            # 6. What was opened belongs to one process, which lives still. That the root file system lies in the
-            #    namespace is seen by the child that enters it (`RootIdentity.open_in_namespace`).
-            self.verify_unchanged()
-            self._descriptors = stack.pop_all()
-
-    def __enter__(self) -> Holder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._descriptors.close()
-
-    def verify_unchanged(self) -> None:
-        """Raise unless the process lives still, with the parent, start time and mount namespace that it had.
-
-        Raises:
-            HolderGone: It does not.
-        """
-        self.process.verify_same()
-        try:
-            now = _file_id(os.stat(_MOUNT_NAMESPACE, dir_fd=self.process.proc_fd))
-        except OSError as cause:
-            raise HolderGone(f"process {self.process.pid} ended") from cause
-        if now != self._namespace_id:
-            raise HolderGone(f"process {self.process.pid} is in another mount namespace now")
-
-
-def _verify_made_by(process: HeldProcess, runtime: HeldProcess, name: Runtime) -> None:
-    """Raise unless the runtime made the process.
-
-    It is the runtime's child. crun forks once more where a user namespace meets namespaces that exist already (podman's
-    `--uidmap` with a network namespace); the process in between has ended then, and an ancestor of the runtime that
-    reaps orphans (conmon, init) has adopted the container's.
-
-    Raises:
-        HolderRefused: It did not.
-        HolderGone: One of them ended.
-        SystemCallFailed: /proc cannot be read.
-    """
-    if process.parent_pid == runtime.pid:
-        return
-    younger = process.start_time >= runtime.start_time
-    if name == "crun" and younger and process.parent_pid in ancestors(runtime):
-        return
-    raise HolderRefused(f"process {process.pid} was not made by the runtime that started this hook")
+def open_directory(path: str) -> int:
+    """An O_PATH descriptor of the directory at an absolute path without any link in it."""
+    resolve = syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_SYMLINKS
+    return syscalls.openat2(syscalls.AT_FDCWD, path, os.O_PATH | os.O_DIRECTORY, resolve=resolve)
 
 
 def identify_root(bundle: str, root_path: str) -> RootIdentity:
-    """The root file system as the hook sees it.
+    """The root file system as the hook sees it. Symbolic links are followed, as runtimes do; what they lead to must
+    be what the holder has.
 
     Args:
         bundle: Absolute path of the OCI bundle.
@@ -218,19 +144,116 @@ def identify_root(bundle: str, root_path: str) -> RootIdentity:
     return RootIdentity(path, seen.st_dev, seen.st_ino)
 
 
-def _file_id(seen: os.stat_result) -> tuple[int, int]:
+def foreign_namespaces(runtime: HeldProcess) -> frozenset[tuple[int, int]]:
+    """The mount namespaces that are not a container's: the runtime's, this process's, the host's init's.
+
+    Raises:
+        HolderGone: The runtime ended.
+        SystemCallFailed: /proc cannot be read.
+    """
+    found = {runtime.identity(MOUNT_NAMESPACE), own_mount_namespace()}
+    # Hidden where init has more capabilities than we (a hook in a sandbox); a container reaches init's namespace
+    # only by path, which was refused, or through the runtime's, which is in the set.
+    with suppress(OSError):
+        seen = os.stat("/proc/1/ns/mnt")
+        found.add((seen.st_dev, seen.st_ino))
+    return frozenset(found)
+
+
+def own_mount_namespace() -> tuple[int, int]:
+    """Device and inode of the mount namespace that this process is in.
+
+    Raises:
+        SystemCallFailed: /proc cannot be read.
+    """
+    with syscalls.failing("our own mount namespace cannot be looked at"):
+        seen = os.stat("/proc/self/ns/mnt")
     return seen.st_dev, seen.st_ino
 
 
-def _namespace_ids(runtime: HeldProcess) -> frozenset[tuple[int, int]]:
-    """The mount namespaces that are not a container's: the runtime's, this process's, the host's init's."""
-    with syscalls.failing("our own mount namespaces cannot be looked at"):
-        found = {
-            _file_id(os.stat(_MOUNT_NAMESPACE, dir_fd=runtime.proc_fd)),
-            _file_id(os.stat("/proc/self/ns/mnt")),
-        }
-        # Hidden where init has more capabilities than we (a hook in a sandbox); a container reaches init's namespace
-        # only by path, which was refused, or through the runtime's, which is in the set.
-        with suppress(PermissionError):
-            found.add(_file_id(os.stat("/proc/1/ns/mnt")))
-        return frozenset(found)
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """Where models become visible, and what holds there. Descriptors are the holder's.
+
+    Attributes:
+        root: The root file system.
+        namespace_fd: The mount namespace to enter; None: the hook's own.
+        root_fd: The root file system as the holder has it; None: it is looked for after entering.
+        host_root_fd: The root file system as the hook's own namespace has it, if directories are to be made there.
+        private: What is attached must not propagate out of the namespace.
+        covering: Destinations of mounts that the sandbox will make over whatever lies there, the model too.
+        lock_fd: What must stay open, and so locked, until the models are attached.
+    """
+
+    root: RootIdentity
+    namespace_fd: int | None
+    root_fd: int | None = None
+    host_root_fd: int | None = None
+    private: bool = True
+    covering: tuple[str, ...] = ()
+    lock_fd: int | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All of them."""
+        found = (self.namespace_fd, self.root_fd, self.host_root_fd, self.lock_fd)
+        return tuple(fd for fd in found if fd is not None)
+
+
+class Holder:
+    """What holds the root file system, held itself until the `with` block ends.
+
+    Attributes:
+        runtime: Who started the container.
+        process: `state.pid`: it lives as long as the container does.
+        ground: Where to attach.
+
+    Args:
+        descriptors: Closed at the end of the block.
+    """
+
+    def __init__(self, runtime: Runtime, process: HeldProcess, ground: Ground, descriptors: ExitStack) -> None:
+        self.runtime: Runtime = runtime
+        self.process = process
+        self.ground = ground
+        self._descriptors = descriptors
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._descriptors.close()
+
+    def verify_unchanged(self) -> None:
+        """Raise unless what is held lives still and is what it was.
+
+        Raises:
+            HolderGone: It is not.
+        """
+        self.process.verify_same()
+
+    def announcing(
+        self,
+        mount_fds: Sequence[int],  # noqa: ARG002 - for holders that must remember them
+        destinations: Sequence[str],  # noqa: ARG002
+    ) -> AbstractContextManager[None]:
+        """Around the moment in which the mounts become visible; what must be remembered to remove them is on the disk.
+
+        Args:
+            mount_fds: Detached.
+            destinations: Of each, in the container.
+        """
+        return nullcontext()
+
+
+def verify_namespace_unchanged(process: HeldProcess, namespace: tuple[int, int]) -> None:
+    """Raise unless the process lives still, with the parent, start time and mount namespace that it had.
+
+    Raises:
+        HolderGone: It does not.
+    """
+    process.verify_same()
+    if process.identity(MOUNT_NAMESPACE) != namespace:
+        raise HolderGone(f"process {process.pid} is in another mount namespace now")

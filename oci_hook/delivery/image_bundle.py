@@ -31,10 +31,11 @@ def open_image_bundle(bundle: str, root_path: str, path: str) -> Layout:
     Raises:
         BundleInvalid: There is none, or a part of the path is a link, a mount or no directory.
         SpecInvalid: `root.path` is no directory.
-        HolderRefused: It is the host's own root.
+        HolderRefused: It is the host's own root, or changes meanwhile.
+        SystemCallFailed: The root file system cannot be opened.
         FileUnreadable: The system said no.
     """
-    root = identify_root(bundle, root_path).open_in_namespace()
+    root = identify_root(bundle, root_path).open_here()
     try:
         folder = syscalls.openat2(root, path.lstrip("/"), os.O_RDONLY | os.O_DIRECTORY, resolve=_WALK)
     except OSError as cause:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -58,6 +58,7 @@ class Mount:
         tags: The optional fields, such as `shared:1` and `master:2`.
         kind: The file system's type.
         super_options: The superblock's options.
+        source: The device, or the name that whoever mounted it gave.
     """
 
     mount_id: int
@@ -69,6 +70,7 @@ class Mount:
     tags: tuple[str, ...]
     kind: str
     super_options: frozenset[str]
+    source: str = ""
 
     @property
     def shared(self) -> bool:
@@ -105,6 +107,7 @@ def _parse_line(line: bytes) -> Mount:
         tags=tuple(os.fsdecode(tag) for tag in fields[6:]),
         kind=os.fsdecode(rest[0]),
         super_options=frozenset(os.fsdecode(rest[2]).split(",")),
+        source=_unescaped(rest[1]),
     )
 
 
@@ -231,6 +234,39 @@ def set_mount_flags(mount_fd: int) -> None:
     """
     with syscalls.failing("the model's mount cannot be made ro,nosuid,nodev,noexec,nosymfollow"):
         syscalls.mount_setattr(mount_fd, _MODEL_ATTRIBUTES)
+
+
+def erase(mount_fd: int) -> None:
+    """Empty every file of a sealed memory file system: nobody who still has a mount or a file of it reads them again.
+
+    The superblock becomes writable for that; the mounts that others see stay read-only. The one that writes has
+    no path.
+
+    Raises:
+        SystemCallFailed: The kernel refuses.
+    """
+    with syscalls.failing("the model's file system cannot be emptied"), ExitStack() as stack:
+        context = syscalls.fspick(mount_fd)
+        stack.callback(os.close, context)
+        syscalls.fsconfig_flag(context, "rw")
+        syscalls.fsconfig_reconfigure(context)
+        own = syscalls.open_tree(mount_fd, clone=True)
+        stack.callback(os.close, own)
+        syscalls.mount_setattr(own, 0, clear=syscalls.MOUNT_ATTR_RDONLY)
+        for _, _, files, directory in os.fwalk(".", dir_fd=own, follow_symlinks=False):
+            for name in files:
+                file = os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                os.close(file)
+
+
+def unmount(mount_fd: int) -> None:
+    """Take a mount away from where it is, by its descriptor; whoever has files of it open keeps them.
+
+    Raises:
+        SystemCallFailed: The kernel refuses.
+    """
+    with syscalls.failing("the model cannot be unmounted"):
+        syscalls.umount2(f"/proc/self/fd/{mount_fd}", syscalls.MNT_DETACH)
 
 
 def attach(mount_fd: int, destination_fd: int) -> None:

@@ -24,7 +24,8 @@ from oci_hook.linux import syscalls
 _MAX_ANCESTORS = 64
 _PROC = "/proc"
 _LIMIT_BYTES = 1 << 20
-_STAT = re.compile(rb"\d+ \(.*\) [A-Za-z] (\d{1,10})(?: -?\d+){17} (\d{1,20})(?: .*)?", re.DOTALL)
+_STAT = re.compile(rb"\d+ \(.*\) ([A-Za-z]) (\d{1,10})(?: -?\d+){17} (\d{1,20})(?: .*)?", re.DOTALL)
+_ENDED = re.compile(rb"\d+ \(.*\) [ZX] [-0-9 ]*\n?", re.DOTALL)
 
 
 def parse_stat(data: bytes) -> tuple[int, int]:
@@ -37,17 +38,21 @@ def parse_stat(data: bytes) -> tuple[int, int]:
     found = _STAT.fullmatch(data.rstrip(b"\n"))
     if found is None:
         raise SystemCallFailed("/proc/<pid>/stat cannot be read as proc(5) describes it")
-    return int(found[1]), int(found[2])
+    return int(found[2]), int(found[3])
 
 
 def process_start_time(pid: int) -> int | None:
-    """The start time of whatever has this pid now, in clock ticks since boot; None if nothing has it."""
+    """The start time of whatever has this pid now, in clock ticks since boot; None if nothing has it.
+
+    A process that ended but was not reaped yet has nothing any more: no memory, no mounts.
+    """
     try:
         fd = os.open(f"{_PROC}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError):
         return None
     try:
-        return parse_stat(os.read(fd, 4096))[1]
+        data = os.read(fd, 4096)
+        return None if _ENDED.fullmatch(data) else parse_stat(data)[1]
     except ProcessLookupError:
         return None
     finally:
@@ -121,6 +126,17 @@ class HeldProcess:
         with self._reading(name):
             return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc_fd)
 
+    def open_directory(self, name: str) -> int:
+        """An O_PATH descriptor of the directory that a link of its `/proc` directory leads to (`root`, `cwd`); the
+        caller closes it.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: It cannot be opened.
+        """
+        with self._reading(name):
+            return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.proc_fd)
+
     def read(self, name: str) -> bytes:
         """A file of its `/proc` directory, of at most 1 MiB.
 
@@ -138,6 +154,16 @@ class HeldProcess:
             self.verify_alive()  # of a process that is gone, its files are "not found"
             raise SystemCallFailed(f"/proc/{self.pid}/{name} cannot be opened: {cause.strerror}") from cause
 
+    def link(self, name: str) -> str:
+        """What a link of its `/proc` directory reads, seen from its root.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: It cannot be read.
+        """
+        with self._reading(name):
+            return os.readlink(name, dir_fd=self.proc_fd)
+
     def executable_name(self) -> str:
         """The last part of the path of what it runs.
 
@@ -148,11 +174,49 @@ class HeldProcess:
             HolderGone: The process ended.
             SystemCallFailed: The link cannot be read.
         """
-        with self._reading("exe"):
-            link = os.readlink("exe", dir_fd=self.proc_fd)
+        link = self.link("exe")
         if link == "/" or link.startswith("/memfd:"):
             link = os.fsdecode(self.read("cmdline").partition(b"\0")[0])
         return os.path.basename(link.removesuffix(" (deleted)"))
+
+    def arguments(self) -> tuple[str, ...]:
+        """Its command line; what it has written over it, if it has.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: It cannot be read.
+        """
+        return tuple(os.fsdecode(word) for word in self.read("cmdline").split(b"\0")[:-1])
+
+    def identity(self, name: str) -> tuple[int, int]:
+        """Device and inode of what a link of its `/proc` directory leads to: `exe`, `root`, `ns/mnt`.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: It cannot be looked at.
+        """
+        with self._reading(name):
+            seen = os.stat(name, dir_fd=self.proc_fd)
+        return seen.st_dev, seen.st_ino
+
+
+def children(parent: HeldProcess) -> tuple[int, ...]:
+    """The pids of a process's children, lowest first, at one look through /proc.
+
+    Raises:
+        HolderGone: The parent ended.
+        SystemCallFailed: /proc cannot be read.
+    """
+    found = []
+    with syscalls.failing("/proc cannot be read"):
+        pids = [int(name) for name in os.listdir(_PROC) if name.isdigit()]
+    for pid in sorted(pids):
+        with suppress(OSError, HolderGone):  # one that ended meanwhile
+            data = read_bounded(os.open(f"{_PROC}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC), "stat", 4096)
+            if parse_stat(data)[0] == parent.pid:
+                found.append(pid)
+    parent.verify_alive()
+    return tuple(found)
 
 
 def ancestors(process: HeldProcess) -> tuple[int, ...]:

@@ -196,9 +196,9 @@ def move_mount(mount_fd: int, destination_fd: int) -> None:
     _syscall(_NR_MOVE_MOUNT, "move_mount", f"fd {destination_fd}", mount_fd, b"", destination_fd, b"", flags)
 
 
-def mount_setattr(mount_fd: int, attributes: int) -> None:
-    """Set mount attributes (MOUNT_ATTR_…) on the mount that `mount_fd` refers to; none is cleared."""
-    value = _MountAttr(attr_set=attributes)
+def mount_setattr(mount_fd: int, attributes: int, *, clear: int = 0) -> None:
+    """Set and clear mount attributes (MOUNT_ATTR_…) on the mount that `mount_fd` refers to."""
+    value = _MountAttr(attr_set=attributes, attr_clr=clear)
     size = ctypes.sizeof(value)
     about = f"fd {mount_fd}"
     _syscall(_NR_MOUNT_SETATTR, "mount_setattr", about, mount_fd, b"", AT_EMPTY_PATH, _structure(value), size)

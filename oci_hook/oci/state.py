@@ -55,7 +55,8 @@ def parse_state(data: bytes) -> State:
     status = document.get("status")
     state = State(
         container_id=fields.string("id", pattern=CONTAINER_ID, limit=255),
-        pid=fields.integer("pid", low=0, high=_PID_HIGH) if fields.has("pid") else 0,
+        # runsc writes -1 for a container without a process, in poststop.
+        pid=max(0, fields.integer("pid", low=-1, high=_PID_HIGH)) if fields.has("pid") else 0,
         bundle=fields.string("bundle", pattern=ABSOLUTE_PATH, limit=PATH_LIMIT),
         status=status if isinstance(status, str) else "",
         annotations=parse_annotations(document.get("annotations"), what=what, error=StateInvalid),

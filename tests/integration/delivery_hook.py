@@ -1,16 +1,20 @@
 """A hook that drives `Delivery` alone: the key comes from a file instead of the TPM. Not part of the project.
 
-    python -I delivery_hook.py INSTRUCTIONS.json < state
+    python -I delivery_hook.py INSTRUCTIONS.json [poststop] < state
 
 It writes what happened to the instructions' `result` and ends with the error's exit code. `pause` names a point at
-which it writes `<result>.<point>` and waits to be killed, or for `<result>.go`.
+which it writes `<result>.<point>` and waits to be killed, or for `<result>.go`. `kill` names a function
+("after oci_hook.delivery.host_records HostRecords.write", or before) at which the hook kills itself. `in_sandbox` and
+`memory_volumes` stand for what an engine vouches for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from oci_hook.bundle.layout import open_layout, verify_bundle
 from oci_hook.bundle.manifest import model_document, parse_manifest, verify_manifest
 from oci_hook.bundle.segments import ContentKey
+from oci_hook.delivery import host_mounts
 from oci_hook.delivery.deliver import ContainerView, Delivery, DeliverySettings, ModelDelivery
 from oci_hook.errors import SczError
 from oci_hook.linux.mounts import MemoryFilesystem
@@ -28,7 +33,7 @@ from oci_hook.linux.processes import harden_process
 from oci_hook.trust import parse_owner
 
 
-def container_view(state: dict[str, Any]) -> ContainerView:
+def container_view(state: dict[str, Any], instructions: dict[str, Any]) -> ContainerView:
     """What the project's own parsers of state and config.json will give."""
     spec = json.loads((Path(state["bundle"]) / "config.json").read_text())
     linux = spec["linux"]
@@ -41,7 +46,27 @@ def container_view(state: dict[str, Any]) -> ContainerView:
         uid_offset=linux.get("uidMappings", [{"hostID": 0}])[0]["hostID"],
         gid_offset=linux.get("gidMappings", [{"hostID": 0}])[0]["hostID"],
         mount_namespace_joined=any(each["type"] == "mount" and "path" in each for each in linux["namespaces"]),
+        in_sandbox=instructions.get("in_sandbox", False),
+        mount_destinations=tuple(each["destination"] for each in spec["mounts"]),
+        memory_volumes=frozenset(instructions.get("memory_volumes", ())),
     )
+
+
+def kill_at(moment: str, module: str, place: str) -> None:
+    """Have this process kill itself before or after a function of the project's runs in it."""
+    name, _, method = place.partition(".")
+    owner: Any = importlib.import_module(module)
+    if method:
+        owner, name = getattr(owner, name), method
+    function, own = getattr(owner, name), os.getpid()
+
+    def deadly(*arguments: Any, **options: Any) -> Any:
+        value = function(*arguments, **options) if moment == "after" else None
+        if os.getpid() == own:
+            os.kill(own, signal.SIGKILL)
+        return value if moment == "after" else function(*arguments, **options)
+
+    setattr(owner, name, deadly)
 
 
 def main() -> int:
@@ -59,7 +84,12 @@ def main() -> int:
         Path(f"{result}.new").rename(result)
 
     state = json.load(sys.stdin)
+    if sys.argv[2:] == ["poststop"]:
+        host_mounts.close(instructions["runtime_directory"], state["id"], state["bundle"])
+        return 0
     Path(f"{result}.state").write_text(json.dumps(state))
+    if "kill" in instructions:
+        kill_at(*instructions["kill"].split())
     harden_process()
     settings = DeliverySettings(
         memory_reserve_bytes=instructions.get("reserve", 1 << 20),
@@ -71,7 +101,7 @@ def main() -> int:
     owner = parse_owner(Path(instructions["owner"]).read_bytes())
     try:
         with contextlib.ExitStack() as stack:
-            delivery = stack.enter_context(Delivery(container_view(state), settings, file_system=kind))
+            delivery = stack.enter_context(Delivery(container_view(state, instructions), settings, file_system=kind))
             delivery.prepare([each["destination"] for each in instructions["models"]])
             pause("prepared")
             models = []

@@ -14,10 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,126 +32,31 @@ from oci_hook.errors import (
     MemoryRefused,
     SczError,
 )
-from tests.models import AROUND_SEGMENTS, MIB, Files, PackedModel, TestOwner, noise
-from tests.runtimes import RUNTIMES, USERNS_OFFSET, Outcome, make_bundle, prestart, run_container, start_container
+from tests.models import AROUND_SEGMENTS, MIB, PackedModel, noise
+from tests.runtimes import RUNTIMES, USERNS_OFFSET, prestart, run_container, start_container
+from tests.workshop import (
+    HOOK,
+    SMALL,
+    SUMS,
+    Workshop,
+    delivered,
+    hooks_alive,
+    host_mounts,
+    is_dead,
+    open_workshop,
+    refuse,
+    resume,
+    sums,
+    wait_for_pause,
+    wait_until,
+)
 
-HOOK = Path(__file__).with_name("delivery_hook.py")
-
-
-@dataclass
-class Workshop:
-    """An owner, a folder for everything, and what must be as before when a test ends."""
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        self.owner = TestOwner(self.folder)
-        self.pack = self.owner.pack
-        self.runtime_directory = self.folder / "run"
-
-    def bundle(
-        self,
-        name: str,
-        models: Mapping[str, PackedModel],
-        args: Sequence[str],
-        *,
-        instructions: Mapping[str, Any] | None = None,
-        stage: str = "prestart",
-        hook_seconds: int = 30,
-        **options: Any,
-    ) -> Path:
-        """An OCI bundle whose hook delivers `models` (by destination)."""
-        orders = {
-            "result": str(self.result(name)),
-            "owner": str(self.owner.document),
-            "runtime_directory": str(self.runtime_directory),
-            "models": [
-                {"slot": str(slot), "destination": path, "bundle": str(model.bundle), "key": model.key.hex()}
-                for slot, (path, model) in enumerate(models.items())
-            ],
-        } | dict(instructions or {})
-        file = self.folder / f"{name}.instructions"
-        file.write_text(json.dumps(orders))
-        hooks = {stage: [prestart(sys.executable, "-I", HOOK, file, timeout_seconds=hook_seconds)]}
-        return make_bundle(self.folder / name, args=args, hooks=hooks, **options)
-
-    def result(self, name: str) -> Path:
-        """Where the hook of the container `name` says what happened."""
-        return self.folder / f"{name}.result"
-
-    def reported(self, name: str) -> dict[str, Any]:
-        """What it said."""
-        report: dict[str, Any] = json.loads(self.result(name).read_text())
-        return report
-
-
-def host_mounts(folder: Path) -> list[str]:
-    """The host's mounts that a test could have made: of models, or below its folder."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if line.split(" - ")[1].split()[1] == "scz-smm" or f" {folder}" in line]
-
-
-def hooks_alive(folder: Path) -> list[int]:
-    """Processes of the test's hooks: a forked child keeps its parent's command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if str(HOOK).encode() in command and str(folder).encode() in command:
-                found.append(int(entry.name))
-    return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for a condition that must come true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
 @pytest.fixture
 def workshop(tmp_path: Path) -> Iterator[Workshop]:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.is_relative_to("/tmp/pytest-of-root"):
-            parent.chmod(0o755)  # a user namespace's root walks to the root file system
-    before = host_mounts(tmp_path)
-    yield Workshop(tmp_path)
-    wait_until(lambda: hooks_alive(tmp_path) == [])
-    assert host_mounts(tmp_path) == before
-    reservations = tmp_path / "run/reservations"
-    assert not reservations.exists() or list(reservations.iterdir()) == []
-
-
-def refuse(workshop: Workshop, runtime: str, name: str, bundle: Path, error: type[SczError]) -> dict[str, Any]:
-    """Run a container that must be refused with `error`, before its workload runs; what the hook said."""
-    before = host_mounts(workshop.folder)
-    outcome = run_container(runtime, bundle)
-    report = workshop.reported(name)
-    assert report["error"] == error.__name__, report
-    assert outcome.returncode != 0
-    assert outcome.stdout == ""
-    assert host_mounts(workshop.folder) == before
-    return report
-
-
-def sums(files: Files) -> set[str]:
-    """What `sha256sum` prints of them."""
-    return {f"{hashlib.sha256(data).hexdigest()}  {path}" for path, data in files.items()}
-
-
-def delivered(outcome: Outcome) -> set[str]:
-    """What `SUMS` printed, without our own model.json."""
-    assert outcome.returncode == 0, outcome
-    return {line.replace("  ./", "  ") for line in outcome.stdout.splitlines() if not line.endswith("/model.json")}
-
-
-SUMS = ("sh", "-c", "cd /models && find . -type f -exec sha256sum {} +")
-SMALL = {"weights": noise(3 * MIB + 5), "config.json": b"{}"}
+    yield from open_workshop(tmp_path)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -258,6 +162,27 @@ class TestDelivered:
         assert "Read-only file system" in outcome.stderr
         assert outcome.stdout.splitlines()[-1].startswith(hashlib.sha256(b"{}").hexdigest())
 
+    def test_two_containers_of_one_bundle_at_once(self, workshop: Workshop, runtime: str) -> None:
+        model = workshop.pack("m", SMALL)
+        bundle = workshop.bundle("c", {"/models": model}, SUMS)
+        with ThreadPoolExecutor(2) as pool:
+            outcomes = list(pool.map(lambda _: run_container(runtime, bundle), range(2)))
+        assert [delivered(outcome) for outcome in outcomes] == [sums(SMALL)] * 2
+
+    def test_exactly_at_a_memory_backed_volume_of_the_pod(self, workshop: Workshop, runtime: str) -> None:
+        """Another container of the pod has the same volume; it sees what was there, not the model."""
+        model = workshop.pack("m", SMALL)
+        with memory_volume(workshop) as (memory, mount):
+            (memory / "shared file").write_text("of the pod")
+            instructions = {"memory_volumes": ["/models"]}
+            args = ("sh", "-c", "cd /models && ls && sha256sum weights config.json; echo x 2>/dev/null > new; ls")
+            bundle = workshop.bundle("c", {"/models": model}, args, mounts=[mount], instructions=instructions)
+            listing, digests = ["config.json", "model.json", "weights"], sums(SMALL)
+            printed = run_container(runtime, bundle).stdout.splitlines()
+            assert printed[:3] == printed[5:] == listing
+            assert set(printed[3:5]) == digests
+            assert os.listdir(memory) == ["shared file"]
+
     def test_eight_at_once(self, workshop: Workshop, runtime: str) -> None:
         files = {"weights": noise(8 * MIB), "more": noise(MIB)}
         model = workshop.pack("m", files)
@@ -279,6 +204,28 @@ class TestDelivered:
         assert 24 * MIB <= charged <= 40 * MIB
 
 
+def insert_hook(bundle: Path, hook: dict[str, Any]) -> None:
+    """Have a hook run before the project's."""
+    config = json.loads((bundle / "config.json").read_text())
+    config["hooks"]["prestart"].insert(0, hook)
+    (bundle / "config.json").write_text(json.dumps(config))
+
+
+@contextmanager
+def memory_volume(workshop: Workshop, *options: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A tmpfs of the host's, and the mount at /models that an engine makes of it in a container."""
+    memory = workshop.folder / "memory"
+    memory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "test", memory], check=True)
+    try:
+        yield (
+            memory,
+            {"destination": "/models", "type": "bind", "source": str(memory), "options": ["rbind", "rw", *options]},
+        )
+    finally:
+        subprocess.run(["umount", memory], check=True)
+
+
 def container_usage(pid: int) -> int:
     """What the memory control group of a container's process is charged with, in bytes."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
@@ -288,14 +235,6 @@ def container_usage(pid: int) -> int:
         if not controllers and (usage := Path(f"/sys/fs/cgroup{path}/memory.current")).exists():
             return int(usage.read_text())
     raise AssertionError("no memory control group")
-
-
-def is_dead(pid: int) -> bool:
-    """Whether a process ended, reaped or not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -359,6 +298,38 @@ class TestRefused:
         refuse(workshop, runtime, "c", bundle, DestinationInvalid)
         assert not (bundle / "rootfs/models").exists()
 
+    @pytest.mark.parametrize(
+        ("volumes", "destination", "propagation"),
+        [
+            ([], "/models", "rprivate"),
+            (["/models"], "/models/below", "rprivate"),
+            (["/models"], "/models", "rshared"),
+            (["/other"], "/models", "rprivate"),
+        ],
+        ids=["no engine vouches", "below it", "it propagates to the host", "another volume"],
+    )
+    def test_memory_backed_volumes(
+        self, workshop: Workshop, runtime: str, volumes: list[str], destination: str, propagation: str
+    ) -> None:
+        model = workshop.pack("m", SMALL)
+        with memory_volume(workshop, propagation) as (memory, mount):
+            subprocess.run(["mount", "--make-shared", memory], check=True)
+            instructions = {"memory_volumes": volumes}
+            bundle = workshop.bundle("c", {destination: model}, ("true",), mounts=[mount], instructions=instructions)
+            refuse(workshop, runtime, "c", bundle, DestinationRefused)
+            assert os.listdir(memory) == []
+
+    def test_a_root_that_was_exchanged_after_create_began(self, workshop: Workshop, runtime: str) -> None:
+        """The container will run on the directory that was there then; another hook puts one in its place."""
+        model = workshop.pack("m", SMALL)
+        bundle = workshop.bundle("c", {"/models": model}, ("true",))
+        (bundle / "other").mkdir()
+        swap = "mv rootfs was && mv other rootfs"
+        insert_hook(bundle, prestart("/bin/sh", "-c", f"cd {bundle} && {swap}"))
+        refuse(workshop, runtime, "c", bundle, HolderRefused)
+        assert os.listdir(bundle / "rootfs") == []
+        assert not (bundle / "was/models").exists()
+
     def test_a_root_that_cannot_be_written(self, workshop: Workshop, runtime: str) -> None:
         model = workshop.pack("m", SMALL)
         bundle = workshop.bundle("c", {"/models": model}, ("true",))
@@ -392,7 +363,8 @@ class TestRefused:
     def test_one_of_two_models_is_changed(self, workshop: Workshop, runtime: str) -> None:
         good, bad = workshop.pack("good", SMALL), workshop.pack("bad", SMALL)
         layer = bad.layer("config.json")
-        layer.write_bytes(layer.read_bytes()[:-1] + b"?")
+        data = layer.read_bytes()
+        layer.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         bundle = workshop.bundle("c", {"/good": good, "/bad": bad}, ("true",))
         refuse(workshop, runtime, "c", bundle, DecryptionRefused)
 
@@ -439,19 +411,44 @@ class TestRefused:
         assert workshop.reported("c")["error"] == HolderGone.__name__
 
 
-PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+class TestRootBehindLinks:
+    """crun follows symbolic links in `root.path`, and so does the hook; runc refuses every one before any hook runs."""
 
+    def linked(self, workshop: Workshop, target: Path) -> Path:
+        """A bundle `c` whose `root.path` leads through two links to `target`/rootfs, where its files are moved."""
+        model = workshop.pack("m", SMALL)
+        bundle = workshop.bundle("c", {"/models": model}, SUMS, root_path="first/rootfs")
+        target.mkdir()
+        (bundle / "rootfs").rename(target / "rootfs")
+        (bundle / "second").symlink_to(target)
+        (bundle / "first").symlink_to("second")
+        return bundle
 
-def wait_for_pause(workshop: Workshop, name: str, point: str) -> int:
-    """The pid of the hook, when it has come to a point."""
-    marker = Path(f"{workshop.result(name)}.{point}")
-    wait_until(lambda: marker.exists() and marker.read_text() != "")
-    return int(marker.read_text())
+    @pytest.mark.parametrize("where", ["c/folder", "elsewhere"], ids=["in the bundle", "out of it"])
+    def test_crun_follows_them(self, workshop: Workshop, where: str) -> None:
+        target = workshop.folder / where
+        assert delivered(run_container("crun", self.linked(workshop, target))) == sums(SMALL)
+        assert (target / "rootfs/models").is_dir()
 
+    def test_runc_does_not(self, workshop: Workshop) -> None:
+        outcome = run_container("runc", self.linked(workshop, workshop.folder / "elsewhere"))
+        assert outcome.returncode != 0
+        assert not workshop.result("c").exists()
 
-def resume(workshop: Workshop, name: str) -> None:
-    """Let a paused hook go on."""
-    Path(f"{workshop.result(name)}.go").touch()
+    @pytest.mark.parametrize("mounted", [False, True], ids=["a directory", "another container's root"])
+    def test_a_link_that_leads_elsewhere_by_the_time_of_the_hook(self, workshop: Workshop, mounted: bool) -> None:
+        bundle = self.linked(workshop, workshop.folder / "elsewhere")
+        other = bundle / "other/rootfs"
+        other.mkdir(parents=True)
+        insert_hook(bundle, prestart("/bin/ln", "-sfn", "other", bundle / "first"))
+        if mounted:
+            subprocess.run(["mount", "--bind", other, other], check=True)
+        try:
+            refuse(workshop, "crun", "c", bundle, HolderRefused)
+            assert os.listdir(other) == []
+        finally:
+            if mounted:
+                subprocess.run(["umount", other], check=True)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

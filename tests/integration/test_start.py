@@ -46,17 +46,23 @@ def hook_processes(scene: Scene) -> list[int]:
 def model_mounts(scene: Scene) -> list[str]:
     """Lines of any process's mountinfo that are a mount of a model of this scene; other scenes run meanwhile.
 
-    A container of this scene mounts something else from below the scene's folder (its root, its token). A model that
-    is mounted on the host itself lies below that folder.
+    A container of this scene mounts something else from below the scene's folder (its root, its token). Where the root
+    is the host's (the host itself, or a namespace that an engine runs in), a model of this scene lies below its folder.
     """
-    host, here, found = os.readlink("/proc/self/ns/mnt"), str(scene.directory), set()
+    here, found = str(scene.directory), set()
+    roots = {_root_of(Path("/proc/self/mountinfo").read_text()), "scz-open-root"}
     for path in Path("/proc").glob("[0-9]*/mountinfo"):
         with contextlib.suppress(OSError):
-            on_host = os.readlink(path.parent / "ns/mnt") == host
             text = path.read_text()
             lines = [line for line in text.splitlines() if " scz-smm " in line]
-            found |= {line for line in lines if here in (line if on_host else text)}
+            found |= {line for line in lines if here in (line if _root_of(text) in roots else text)}
     return sorted(found)
+
+
+def _root_of(mountinfo: str) -> str:
+    """What is mounted on `/`: its device and folder; or that it was put together by `tests.engines`."""
+    (line,) = [line for line in mountinfo.splitlines() if line.split()[4] == "/"][-1:] or [""]
+    return "scz-open-root" if " scz-open-root " in line else " ".join(line.split()[2:4])
 
 
 def mounts_below(scene: Scene) -> list[str]:

@@ -334,7 +334,7 @@ def test_zombie_is_dead() -> None:
         deadline = time.monotonic() + 5
         while is_process_alive(pid, start_time) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert process_start_time(pid) == start_time  # not reaped: still in /proc
+        assert os.path.exists(f"/proc/{pid}")  # not reaped
         assert not is_process_alive(pid, start_time)
 
 

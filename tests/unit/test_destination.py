@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from oci_hook.delivery.destination import (
     AllowedMounts,
     allow_mounts,
-    find_declared_tmpfs,
+    find_mounts,
     parse_destination,
     parse_destinations,
     prepare_destination,
+    verify_uncovered,
+    verify_uncovered_beneath,
 )
 from oci_hook.errors import DestinationInvalid, DestinationRefused
 from oci_hook.linux import mounts, syscalls
@@ -103,6 +105,39 @@ class TestAllowedMounts:
     def test_what_is_refused(self, other: Mount, declared: bool, foreign: frozenset[str]) -> None:
         with pytest.raises(DestinationRefused):
             self.allowed(other, declared=declared, foreign=foreign).verify(11, "/data")
+
+    @pytest.mark.parametrize(
+        ("volume", "message"),
+        [
+            (mount(11, tags=("master:3",)), None),
+            (mount(11, tags=("shared:3",)), "shared mount"),
+            (mount(11, kind="ext4"), "neither the root nor"),
+            (mount(11, root="/part"), "neither the root nor"),
+        ],
+        ids=["a tmpfs", "shared", "not a tmpfs", "a part of a tmpfs"],
+    )
+    def test_exactly_at_a_volume_of_the_pod(self, volume: Mount, message: str | None) -> None:
+        allowed = allow_mounts(
+            [ROOT, volume],
+            root_mount_id=10,
+            tmpfs_mount_ids=[],
+            foreign_devices=frozenset({"0:9"}),
+            volumes={"/data": 11},
+        )
+        for path, last in (("/data", False), ("/data/below", True), ("/other", True)):
+            with pytest.raises(DestinationRefused, match="neither the root nor"):
+                allowed.verify(11, path, last=last)
+        if message is None:
+            allowed.verify(11, "/data")
+        else:
+            with pytest.raises(DestinationRefused, match=message):
+                allowed.verify(11, "/data")
+
+    def test_the_hosts_side_may_be_shared(self) -> None:
+        shared = mount(10, kind="overlay", tags=("shared:1",))
+        allow_mounts([shared], root_mount_id=10, tmpfs_mount_ids=[], foreign_devices=frozenset(), private=False).verify(
+            10, "/models"
+        )
 
     def test_a_shared_root(self) -> None:
         shared = mount(10, kind="overlay", tags=("shared:1",))
@@ -202,8 +237,63 @@ def test_declared_tmpfs_are_found_where_the_runtime_put_them(tmp_path: Path) -> 
     host = os.open("/", os.O_PATH)
     proc = os.open("/proc", os.O_PATH)
     try:
-        found = find_declared_tmpfs(host, ["/proc", "/absent", "/etc/passwd", "/a\0b", "../../proc/", ""])
-        assert found == {syscalls.statx_mount_id(proc)}
+        found = find_mounts(host, ["/proc", "/absent", "/etc/passwd", "/a\0b", "../../proc/", ""])
+        assert found == dict.fromkeys(["/proc", "../../proc/"], syscalls.statx_mount_id(proc))
     finally:
         os.close(host)
         os.close(proc)
+
+
+class TestCovered:
+    @pytest.mark.parametrize("mounts_of", [["/models"], ["/a", "/models/deep"], ["/"], ["/models/deep/er"]])
+    def test_at_or_below_a_mount_that_the_sandbox_makes(self, mounts_of: list[str]) -> None:
+        with pytest.raises(DestinationRefused, match="at or below the mount"):
+            verify_uncovered(("models", "deep", "er"), mounts_of)
+
+    def test_beside_and_above_is_free(self) -> None:
+        verify_uncovered(("models", "deep"), ["/proc", "/model", "/models/deeper", "/models/deep/er", "/deep"])
+
+    @pytest.mark.parametrize("link", ["/link", "/link/", "/again", "/up/a", "/link/b"])
+    def test_through_links_of_the_image(self, tmp_path: Path, root: int, link: str) -> None:
+        (tmp_path / "a/b/c").mkdir(parents=True)
+        (tmp_path / "link").symlink_to("/a")
+        (tmp_path / "again").symlink_to("link/b")
+        (tmp_path / "up").symlink_to("../../..")
+        with pytest.raises(DestinationRefused, match="at or below the mount"):
+            verify_uncovered_beneath(root, ("a", "b"), ["/absent", link])
+        verify_uncovered_beneath(root, ("a", "b"), ["/absent", "/a/b/c", "/link/b/c", "/up"])
+
+    def test_a_way_that_is_gone(self, root: int) -> None:
+        with pytest.raises(DestinationInvalid):
+            verify_uncovered_beneath(root, ("a",), [])
+
+
+class TestBesideTheHost:
+    def test_directories_are_made_on_the_hosts_side(self, tmp_path: Path, root: int, here: AllowedMounts) -> None:
+        fd = prepare_destination(root, ("a", "b"), here, uid=7, gid=8, host_root_fd=root)
+        assert os.readlink(f"/proc/self/fd/{fd}") == str(tmp_path / "a/b")
+        os.close(fd)
+        assert (tmp_path / "a/b").stat().st_uid == 7
+
+    def test_another_directory_there_is_refused(self, tmp_path: Path, root: int, here: AllowedMounts) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "host/a").mkdir(parents=True)
+        host = os.open(tmp_path / "host", os.O_PATH)
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(DestinationRefused, match="not the same directory"):
+            prepare_destination(root, ("a", "b"), here, uid=0, gid=0, host_root_fd=host)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert os.listdir(tmp_path / "host/a") == []
+        os.close(host)
+
+    def test_a_mount_of_the_hosts_is_not_crossed(self, here: AllowedMounts) -> None:
+        host = os.open("/", os.O_PATH)
+        try:
+            with pytest.raises(DestinationRefused, match="a mount of the host's"):
+                prepare_destination(host, ("proc", "x"), allowed_at(host, here), uid=0, gid=0, host_root_fd=host)
+        finally:
+            os.close(host)
+
+
+def allowed_at(fd: int, here: AllowedMounts) -> AllowedMounts:
+    return AllowedMounts(here.mounts, frozenset({syscalls.statx_mount_id(fd)}))

@@ -10,21 +10,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci_hook.delivery.holder import ContainerView, Holder, RootIdentity, identify_root, recognise_runtime
+from oci_hook.delivery.holder import ContainerView, Holder, RootIdentity, identify_root
+from oci_hook.delivery.recognise import hold, recognise_runtime
 from oci_hook.errors import HolderGone, HolderRefused, SpecInvalid
+from oci_hook.linux.mounts import Mount
 
 
-@pytest.mark.parametrize("name", ["runc", "crun", "runc-1.3.6", "crun_cloned:", "runc.real", "crun\n"])
+@pytest.mark.parametrize("name", ["runc", "crun", "runsc", "runc-1.3.6", "crun_cloned:", "runc.real", "crun\n"])
 def test_runtimes_that_are_known(name: str) -> None:
-    assert recognise_runtime(name) == name[:4]
+    assert recognise_runtime(name) == ("runsc" if name == "runsc" else name[:4])
 
 
-@pytest.mark.parametrize("name", ["", "runsc", "runcx", "xrunc", "kata-runtime", "youki", "Runc", "bash"])
+@pytest.mark.parametrize(
+    "name", ["", "runscx", "runcx", "xrunc", "containerd-shim-runsc-v1", "kata-runtime", "youki", "Runc", "bash"]
+)
 def test_runtimes_that_are_not(name: str) -> None:
     with pytest.raises(HolderRefused):
         recognise_runtime(name)
@@ -60,50 +65,77 @@ class TestRoot:
             identify_root(bundle, root_path)
 
     def test_it_is_found_again(self, tmp_path: Path) -> None:
-        fd = identify_root(str(tmp_path), ".").open_in_namespace()
-        assert os.path.sameopenfile(fd, os.open(tmp_path, os.O_PATH))
-        os.close(fd)
+        root = identify_root(str(tmp_path), ".")
+        onto_itself = mounted_at(str(tmp_path))
+        for fd in (
+            root.open_here(),
+            root.open_in_namespace([onto_itself], []),
+            root.open_in_namespace([onto_itself, onto_itself], [onto_itself]),
+        ):
+            assert os.path.sameopenfile(fd, os.open(tmp_path, os.O_PATH))
+            os.close(fd)
+
+    def test_a_directory_that_the_runtime_has_not_mounted_is_not_it(self, tmp_path: Path) -> None:
+        root = identify_root(str(tmp_path), ".")
+        before = len(os.listdir("/proc/self/fd"))
+        for mounts in ([], [mounted_at(str(tmp_path))]):
+            with pytest.raises(HolderRefused):
+                root.open_in_namespace(mounts, mounts)
+        assert len(os.listdir("/proc/self/fd")) == before
 
     def test_another_directory_at_its_path_is_not_it(self, tmp_path: Path) -> None:
         root = identify_root(str(tmp_path), ".")
+        before = len(os.listdir("/proc/self/fd"))
         for other in (dataclasses.replace(root, inode=root.inode + 1), dataclasses.replace(root, device=1)):
             with pytest.raises(HolderRefused):
-                other.open_in_namespace()
+                other.open_in_namespace([mounted_at(str(tmp_path))], [])
+            with pytest.raises(HolderRefused):
+                other.open_here()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def mounted_at(path: str) -> Mount:
+    return Mount(1, 1, "0:1", "/", path, frozenset(), (), "ext4", frozenset())
 
 
 PR_SET_CHILD_SUBREAPER = 36
 VIEW = ContainerView("c", 1, "/", "tmp", frozenset(), 0, 0, mount_namespace_joined=False)
 
 
+def held(**changes: Any) -> Holder:
+    return hold(dataclasses.replace(VIEW, **changes), runtime_directory="/nonexistent", timeout_seconds=1)
+
+
 class TestHolder:
     @pytest.mark.parametrize("pid", [-1, 0, 1])
     def test_no_container_has_such_a_process(self, pid: int) -> None:
         with pytest.raises(HolderRefused):
-            Holder(dataclasses.replace(VIEW, pid=pid))
+            held(pid=pid)
 
     def test_a_process_that_is_gone(self) -> None:
         with pytest.raises(HolderGone):
-            Holder(dataclasses.replace(VIEW, pid=2**22 + 1))
+            held(pid=2**22 + 1)
 
     def test_a_namespace_that_was_joined_by_path(self) -> None:
         with pytest.raises(HolderRefused, match="by path"):
-            Holder(dataclasses.replace(VIEW, pid=os.getpid(), mount_namespace_joined=True))
+            held(pid=os.getpid(), mount_namespace_joined=True)
 
     def test_a_parent_that_is_no_runtime(self) -> None:
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(HolderRefused, match="is not recognised"):
-            Holder(dataclasses.replace(VIEW, pid=os.getpid()))
+            held(pid=os.getpid())
         assert len(os.listdir("/proc/self/fd")) == before
 
 
 HOLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from oci_hook.delivery.holder import ContainerView, Holder
+from oci_hook.delivery.holder import ContainerView
+from oci_hook.delivery.recognise import hold
 from oci_hook.errors import SczError
 view = ContainerView("c", int(sys.argv[2]), "/", "tmp", frozenset(), 0, 0, mount_namespace_joined=False)
 try:
-    with Holder(view) as held:
+    with hold(view, runtime_directory="/nonexistent", timeout_seconds=1) as held:
         held.verify_unchanged()
         print("held by", held.runtime)
 except SczError as refusal:

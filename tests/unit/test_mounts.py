@@ -35,6 +35,7 @@ class TestMountinfo:
                 tags=("master:1", "shared:7"),
                 kind="ext3",
                 super_options=frozenset({"rw", "errors=continue"}),
+                source="/dev/root",
             ),
         )
 
@@ -172,6 +173,28 @@ class TestSealing:
                 with pytest.raises(OSError) as caught:
                     attempt()
                 assert caught.value.errno == errno.EROFS
+
+
+class TestErasing:
+    @BOTH
+    def test_who_has_a_file_open_reads_nothing_any_more(self, kind: MemoryFilesystem) -> None:
+        with mounts.create_memory_filesystem(1 << 20, 9, kind) as mount:
+            os.mkdir("deep", dir_fd=mount.fd)
+            for name in ("file", "deep/file"):
+                with writable(mount, name) as fd:
+                    os.write(fd, b"model")
+                    os.fchmod(fd, 0o444)
+            mounts.seal_superblock(mount.fd)
+            mounts.set_mount_flags(mount.fd)
+            kept = [os.open(name, os.O_RDONLY, dir_fd=mount.fd) for name in ("file", "deep/file")]
+            assert [os.pread(fd, 9, 0) for fd in kept] == [b"model", b"model"]
+            before = len(os.listdir("/proc/self/fd"))
+            mounts.erase(mount.fd)
+            assert len(os.listdir("/proc/self/fd")) == before
+            assert [os.pread(fd, 9, 0) for fd in kept] == [b"", b""]
+            assert os.fstatvfs(mount.fd).f_flag & os.ST_RDONLY
+            for fd in kept:
+                os.close(fd)
 
 
 class TestAttaching:

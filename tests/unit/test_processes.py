@@ -63,6 +63,7 @@ class TestHeldProcess:
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             with pytest.raises(HolderGone):
                 held.verify_alive()
+            assert processes.process_start_time(process.pid) is None
         process.wait()
 
     @pytest.mark.parametrize("pid", [2**22 + 1, 2**31 - 1])
@@ -99,6 +100,40 @@ class TestHeldProcess:
             finally:
                 process.kill()
         assert name == "sleep"
+
+
+def test_children_are_those_that_live_now() -> None:
+    with HeldProcess(os.getpid()) as held, subprocess.Popen(["/bin/sleep", "60"]) as process:
+        try:
+            assert process.pid in processes.children(held)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.pid not in processes.children(held)
+
+
+def test_what_a_process_is_and_where() -> None:
+    with subprocess.Popen(["/bin/sleep", "60"]) as process, HeldProcess(process.pid) as held:
+        try:
+            while held.link("exe") != os.path.realpath("/bin/sleep"):
+                time.sleep(0.001)  # it is this test's copy still
+            seen, fd = os.stat("/"), held.open_directory("root")
+            assert held.arguments() == ("/bin/sleep", "60")
+            assert held.link("root") == "/"
+            assert held.identity("root") == (seen.st_dev, seen.st_ino)
+            assert (os.fstat(fd).st_dev, os.fstat(fd).st_ino) == held.identity("root")
+            os.close(fd)
+        finally:
+            process.kill()
+            process.wait()
+        for attempt in (
+            held.arguments,
+            lambda: held.identity("exe"),
+            lambda: held.link("exe"),
+            lambda: held.open_directory("root"),
+        ):
+            with pytest.raises(HolderGone):
+                attempt()
 
 
 def test_ancestors_lead_to_the_first_process() -> None:

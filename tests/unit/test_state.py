@@ -41,6 +41,7 @@ def test_state() -> None:
         ({"status": ..., "ociVersion": ...}, "status", ""),
         ({"status": 7, "ociVersion": []}, "status", ""),
         ({"pid": 0, "status": "stopped"}, "pid", 0),  # poststop
+        ({"pid": -1, "status": "stopped"}, "pid", 0),  # poststop of runsc
         ({"pid": ...}, "pid", 0),
         ({"annotations": None}, "annotations", {}),
         ({"annotations": ...}, "annotations", {}),
@@ -70,7 +71,7 @@ def test_state_of_other_runtimes(changes: dict[str, Any], attribute: str, value:
         {"id": "a\n"},
         {"id": "ä"},
         {"id": "a" * 256},
-        {"pid": -1},
+        {"pid": -2},
         {"pid": True},
         {"pid": 1.0},
         {"pid": "1"},

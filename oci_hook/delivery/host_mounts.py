@@ -1,0 +1,183 @@
+"""Models that are mounted on the host's side of a root file system: taken away when their container is gone.
+
+A mount is ours if its superblock's number *and* its `f_fsid` are those of the record; it is looked for among all mounts
+of this namespace, wherever its directory has been moved to. What else lies there is left alone, and said. The file
+system is emptied before its last record goes: whoever has a copy of the mount, or a file of it, in another namespace
+reads nothing any more.
+
+`close` is for poststop, `sweep` for every start and for a timer. Both wait for a hook that is about to attach.
+Specification: docs/design.md, "Delivery".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from oci_hook.delivery.holder import open_directory, own_mount_namespace
+from oci_hook.delivery.host_records import HostMount, HostRecord, HostRecords
+from oci_hook.errors import SczError
+from oci_hook.linux import mounts, syscalls
+from oci_hook.linux.mounts import Mount
+from oci_hook.records import ContainerRecords
+
+_LOCK_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What was done about one container.
+
+    Attributes:
+        container_id: The state's `id`.
+        bundle: The state's `bundle`.
+        paths: What was unmounted; empty if nothing was there any more.
+        left: What could not be, each with the reason; the record stays, and a later sweep tries again.
+    """
+
+    container_id: str
+    bundle: str
+    paths: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def close(
+    runtime_directory: str, container_id: str, bundle: str, *, timeout_seconds: float = _LOCK_SECONDS
+) -> Removed | None:
+    """Remove the models of one container, whose end the runtime tells.
+
+    Args:
+        runtime_directory: Root's own, such as /run/scz-smm.
+        container_id: The state's `id`.
+        bundle: The state's `bundle`.
+        timeout_seconds: For the lock.
+
+    Returns:
+        None if nothing of it was mounted on the host's side.
+
+    Raises:
+        FileUnreadable: The record cannot be read.
+        SystemCallFailed: The lock was held for too long, or our mounts cannot be read.
+    """
+    records = HostRecords(runtime_directory)
+    if not records.exist():
+        return None
+    with records.locked(timeout_seconds=timeout_seconds):
+        record = records.load(container_id, bundle)
+        return remove(records, record) if record is not None else None
+
+
+def sweep(runtime_directory: str, *, timeout_seconds: float = _LOCK_SECONDS) -> list[Removed]:
+    """Remove the models of every container that is known to be gone.
+
+    Args:
+        runtime_directory: Root's own, such as /run/scz-smm.
+        timeout_seconds: For the lock.
+
+    Returns:
+        The containers that were gone; at the end one without id and bundle for the records that cannot be read, if any.
+
+    Raises:
+        FileUnreadable: The lock or a record cannot be touched.
+        SystemCallFailed: The lock was held for too long, or our mounts cannot be read.
+    """
+    records = HostRecords(runtime_directory)
+    if not records.exist():
+        return []
+    with records.locked(timeout_seconds=timeout_seconds):
+        found, unreadable = records.all()
+        removed = [forget(records, record) for record in found if record.is_stale()]
+    return [*removed, Removed("", "", (), unreadable)] if unreadable else removed
+
+
+def forget(records: HostRecords, record: HostRecord) -> Removed:
+    """Remove the models of a container whose end was not told, and its run-time record. The caller holds the lock.
+
+    That record names the pod's sandbox, which may live on: it would say that a successor of the same name has its
+    models already.
+
+    Raises:
+        FileUnreadable: A record cannot be removed.
+        SystemCallFailed: Our mounts cannot be read.
+    """
+    removed = remove(records, record)
+    if not removed.left:
+        ContainerRecords(records.runtime_directory).close(record.container_id, record.bundle)
+    return removed
+
+
+def remove(records: HostRecords, record: HostRecord) -> Removed:
+    """Unmount one container's models and forget its record. The caller holds the lock.
+
+    Raises:
+        FileUnreadable: The record cannot be removed.
+        SystemCallFailed: Our mounts cannot be read.
+    """
+    paths: list[str] = []
+    left: list[str] = []
+    if record.namespace != own_mount_namespace():
+        if _namespace_lives(record.namespace):
+            left.append(f"{record.mounts[0].path}: in another mount namespace than this process's")
+    else:
+        others = [each for each in records.all()[0] if each != record]
+        for model in record.mounts:
+            shared = any(model.fsid == one.fsid for each in others for one in each.mounts)
+            _remove_model(model, paths, left, last=not shared)
+    if not left:
+        records.remove(record)
+    return Removed(record.container_id, record.bundle, tuple(paths), tuple(left))
+
+
+def _remove_model(model: HostMount, paths: list[str], left: list[str], *, last: bool) -> None:
+    """Unmount every mount of a model's file system in this namespace, the topmost first."""
+    for mount in reversed(_own_mounts()):
+        if mount.device != model.device or mount.source != mounts.SOURCE:
+            continue
+        try:
+            unknown = _unmount(mount, model, last=last)
+        except (SczError, OSError) as cause:
+            left.append(f"{mount.mount_point}: {cause}")
+            continue
+        if unknown is None:
+            paths.append(mount.mount_point)
+        elif unknown:
+            left.append(f"{mount.mount_point}: {unknown}")
+
+
+def _unmount(mount: Mount, model: HostMount, *, last: bool) -> str | None:
+    """Unmount one mount if it is the model's: None; or why not: empty if it is another's."""
+    fd = open_directory(mount.mount_point)
+    try:
+        if syscalls.statx_mount_id(fd) != mount.mount_id:
+            return "a mount that is not ours covers it"
+        if os.fstatvfs(fd).f_fsid != model.fsid:
+            return ""
+        if last:
+            mounts.erase(fd)
+        mounts.unmount(fd)
+        return None
+    finally:
+        os.close(fd)
+
+
+def _own_mounts() -> Sequence[Mount]:
+    with syscalls.failing("our own mounts cannot be looked at"):
+        proc_fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return mounts.load_mountinfo(proc_fd)
+    finally:
+        os.close(proc_fd)
+
+
+def _namespace_lives(namespace: tuple[int, int]) -> bool:
+    """Whether any process is in a mount namespace; with its last one, its mounts go."""
+    with syscalls.failing("/proc cannot be read"):
+        pids = [name for name in os.listdir("/proc") if name.isdigit()]
+    for pid in pids:
+        with suppress(OSError):
+            seen = os.stat(f"/proc/{pid}/ns/mnt")
+            if (seen.st_dev, seen.st_ino) == namespace:
+                return True
+    return False
