@@ -48,13 +48,14 @@ def _file(runtime_directory: str, container_id: str, bundle: str) -> str:
     return os.path.join(_folder(runtime_directory), f"{name}.json")
 
 
-def report_refusal(config_file: str, state: State | None, error: SczError) -> int:
+def report_refusal(config_file: str, state: State | None, error: SczError, *, program: str = "scz-hook") -> int:
     """Say it on stderr, in the journal, in the audit log and in the file for `sczctl why`.
 
     Args:
         config_file: The host's configuration, which says where; the defaults serve if it cannot be used.
         state: Whose start was refused; None if not even that is known.
         error: Why.
+        program: Who says so, on stderr.
 
     Returns:
         The exit code.
@@ -62,7 +63,7 @@ def report_refusal(config_file: str, state: State | None, error: SczError) -> in
     config, readable = reporting_config(config_file)
     container_id = state.container_id if state else "unknown"
     with contextlib.suppress(OSError):
-        print(f"scz-hook: {error.reason} ({error.code}): {error.message}; {error.advice}", file=sys.stderr, flush=True)
+        print(f"{program}: {error.reason} ({error.code}): {error.message}; {error.advice}", file=sys.stderr, flush=True)
     _journal(container_id, error)
     keep_refusal(config.runtime_directory, container_id, error, bundle=state.bundle if state else "")
     if readable and state is not None and state.pid:  # a poststop that fails refuses nothing

@@ -24,6 +24,8 @@ RUNTIMES = ("runc", "crun", "runsc", "kata", "process")
 
 _SLOTTED = re.compile(r"(model|path)(?:\.([a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?))?")
 _CONTAINER_WIDE = frozenset({"token", "containers", "require"})
+CONTAINER_WIDE_KEYS = frozenset(PREFIX + key for key in _CONTAINER_WIDE)
+"""What holds for a whole container, whatever it asks for."""
 _NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -188,7 +190,7 @@ def gather_requests(annotations: Mapping[str, str], given: Mapping[str, str], co
     for key in given:
         if not key.startswith(PREFIX):
             raise AnnotationInvalid(f"the hook's command line carries {shown(key)}, which is not ours")
-    wide = {key: text for key, text in annotations.items() if key.removeprefix(PREFIX) in _CONTAINER_WIDE}
+    wide = {key: text for key, text in annotations.items() if key in CONTAINER_WIDE_KEYS}
     only_wide = wide.keys() == {key for key in annotations if key.startswith(PREFIX)}
     asked = Requests((), ()) if given and only_wide else parse_requests(annotations)
     if not asked.concerns(container_name):
