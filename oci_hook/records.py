@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from oci_hook.documents import Fields, canonical, parse_object
@@ -133,18 +133,28 @@ class ContainerRecords:
 
     def live(self) -> Sequence[ContainerRecord]:
         """The records of processes that still run, oldest first; what a killed hook left is removed."""
+        self.sweep()
+        return sorted((r for _, r in self._all() if r.is_alive()), key=lambda record: record.seconds)
+
+    def sweep(self, *, dry_run: bool = False) -> list[ContainerRecord]:
+        """Remove the records of processes that ended without a word, or only name them."""
         found = []
+        for path, record in self._all():
+            if record.is_alive():
+                continue
+            found.append(record)
+            if not dry_run:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        return found
+
+    def _all(self) -> Iterator[tuple[str, ContainerRecord]]:
+        """Each record with its path; one that cannot be read is left out, and left alone."""
         for name in os.listdir(self._directory) if os.path.isdir(self._directory) else []:
             path = os.path.join(self._directory, name)
             if not name.endswith(".json"):
                 continue
-            try:
+            with contextlib.suppress(SczError):
                 record = self._load(path)
-            except SczError:
-                continue
-            if record is not None and record.is_alive():
-                found.append(record)
-            elif record is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-        return sorted(found, key=lambda record: record.seconds)
+                if record is not None:
+                    yield path, record

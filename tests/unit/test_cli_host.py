@@ -1,21 +1,16 @@
-"""`sczctl add`, `list`, `rm`, `install`, `uninstall`: the operator's commands, and that a refusal changes nothing."""
+"""`sczctl add`, `list`, `rm`: the operator's commands, and that a refusal changes nothing."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from oci_hook.bundle.layout import open_layout
-from oci_hook.cli.engines import hook_command
 from oci_hook.errors import (
     BundleInvalid,
     BundleMismatch,
-    ConfigInvalid,
     DeviceInvalid,
     FileUnreadable,
     GrantRefused,
@@ -202,126 +197,3 @@ def test_rm_of_what_is_no_model(house: Household, out: Path, model: str) -> None
 def test_rm_on_a_host_without_a_store(house: Household) -> None:
     refused(house.ctl("rm", "minilm:1"), ModelUnknown.code, "there are none")
     assert not house.store_folder.exists()
-
-
-# --- install, uninstall -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hooks(house: Household) -> Path:
-    return house.host / "hooks.d"
-
-
-def engine(house: Household, command: str, hooks: Path, *words: str) -> list[str | Path]:
-    return [command, "--engine", "podman", "--hooks-dir", hooks, *words]
-
-
-def test_install_writes_exactly_its_files(house: Household, hooks: Path) -> None:
-    before = snapshot(house.host)
-    told = done(house.ctl(*engine(house, "install", hooks)))
-    names = {"scz-smm-prestart.json", "scz-smm-poststop.json"}
-    assert {path.name for path in hooks.iterdir()} == names
-    assert snapshot(house.host).keys() - before.keys() == {str(hooks / name) for name in names}
-    assert sorted(told.out.splitlines()) == sorted(f"wrote {hooks / name}" for name in names)
-    assert {path.stat().st_mode & 0o777 for path in hooks.iterdir()} == {0o644}
-    assert done(house.ctl(*engine(house, "install", hooks))).code == 0  # again
-
-
-@pytest.mark.parametrize("stage", ["prestart", "poststop"])
-def test_each_file_is_valid_for_the_engines(house: Household, hooks: Path, stage: str) -> None:
-    done(house.ctl(*engine(house, "install", hooks, "--timeout", "42")))
-    document = json.loads((hooks / f"scz-smm-{stage}.json").read_text())
-    # oci-hooks(5), version 1.0.0: these keys and no others, and one stage, as all stages would get the same arguments.
-    assert set(document) == {"version", "hook", "when", "stages"}
-    assert (document["version"], document["stages"]) == ("1.0.0", [stage])
-    hook = document["hook"]
-    assert set(hook) == {"path", "args", "env", "timeout"}
-    assert hook["timeout"] == 42
-    assert hook["env"]
-    assert all(re.fullmatch("[A-Z_]+=.+", variable) for variable in hook["env"])
-    assert hook["path"] == hook["args"][0]
-    assert os.path.isabs(hook["path"])
-    assert os.access(hook["path"], os.X_OK)
-    assert {"-I", "-S"} <= set(hook["args"])
-    assert hook["args"][-1] == stage
-    assert hook["args"][hook["args"].index("--config") + 1] == str(house.config)
-    (key,) = document["when"]["annotations"]
-    assert re.search(key, "smm.scz/model.weights")
-    assert not re.search(key, "io.example.smm.scz/model")
-    assert not re.search(key, "smmxscz/model")
-
-
-def test_the_installed_command_is_the_hook(house: Household) -> None:
-    state = {"ociVersion": "1.0.2", "id": "c1", "status": "created", "pid": 1, "bundle": "/nowhere", "annotations": {}}
-    for words, code in (("{", 10), (json.dumps(state), 11)):  # no state; a state without a config.json
-        started = subprocess.run(
-            hook_command(str(house.config), "prestart"),
-            input=words,
-            env={},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert started.returncode == code, started.stderr
-        assert started.stderr.startswith("scz-hook: ")
-
-
-def test_a_dry_run_of_install_shows_the_files_and_writes_none(house: Household, hooks: Path) -> None:
-    before = snapshot(house.host)
-    told = done(house.ctl(*engine(house, "install", hooks, "--dry-run")))
-    assert f"would write {hooks / 'scz-smm-prestart.json'}" in told.out
-    assert '"timeout": 300' in told.out
-    shown = done(house.ctl(*engine(house, "install", hooks, "--dry-run", "--json"))).json
-    assert shown["dry_run"] is True
-    assert snapshot(house.host) == before
-    assert not hooks.exists()
-    written = done(house.ctl(*engine(house, "install", hooks, "--json"))).json
-    assert written["files"] == shown["files"] == {str(path): json.loads(path.read_text()) for path in hooks.iterdir()}
-
-
-def test_uninstall_takes_exactly_its_files_away(house: Household, hooks: Path) -> None:
-    hooks.mkdir()
-    (hooks / "other.json").write_bytes(b"{}")
-    before = snapshot(house.host)
-    nothing = done(house.ctl(*engine(house, "uninstall", hooks)))
-    assert (nothing.out, "nothing of ours" in nothing.err) == ("", True)
-    done(house.ctl(*engine(house, "install", hooks)))
-    installed = snapshot(house.host)
-    told = done(house.ctl(*engine(house, "uninstall", hooks, "--dry-run")))
-    assert told.out.count("would remove ") == 2
-    assert len(done(house.ctl(*engine(house, "uninstall", hooks, "--dry-run", "--json"))).json["files"]) == 2
-    assert snapshot(house.host) == installed
-    assert done(house.ctl(*engine(house, "uninstall", hooks))).out.count("removed ") == 2
-    assert snapshot(house.host) == before
-
-
-def test_uninstall_needs_no_configuration(house: Household, hooks: Path) -> None:
-    done(house.ctl(*engine(house, "install", hooks)))
-    house.config.unlink()
-    done(house.ctl(*engine(house, "uninstall", hooks)))
-    assert list(hooks.iterdir()) == []
-
-
-def test_install_refuses_an_engine_that_the_configuration_does_not_name(house: Household, hooks: Path) -> None:
-    house.config.write_text('engine = "cri-o"\n' + house.config.read_text())
-    before = snapshot(house.host)
-    refused(house.ctl(*engine(house, "install", hooks)), ConfigInvalid.code, "cri-o", 'engine = "podman"')
-    misused(house.ctl("install", "--engine", "docker", "--hooks-dir", hooks), "podman")
-    misused(house.ctl("install", "--hooks-dir", hooks), "--engine")
-    for timeout in ("9", "3601", "x"):
-        misused(house.ctl(*engine(house, "install", hooks, "--timeout", timeout)), "--timeout")
-    assert snapshot(house.host) == before
-    assert not hooks.exists()
-
-
-def test_a_folder_that_cannot_be_written(house: Household) -> None:
-    (house.host / "file").write_bytes(b"")
-    before = snapshot(house.host)
-    refused(house.ctl(*engine(house, "install", house.host / "file" / "hooks.d")), FileUnreadable.code, "file")
-    assert snapshot(house.host) == before
-
-
-def test_a_file_that_cannot_be_removed(house: Household, hooks: Path) -> None:
-    (hooks / "scz-smm-prestart.json").mkdir(parents=True)
-    refused(house.ctl(*engine(house, "uninstall", hooks)), FileUnreadable.code, "scz-smm-prestart.json")
-    assert (hooks / "scz-smm-prestart.json").is_dir()

@@ -1,0 +1,125 @@
+"""What `sczctl doctor` looks at around the host: runtimes, engines, and whether each engine calls this hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from oci_hook.cli.engines import ENGINES
+from oci_hook.cli.host_checks import Check, failed
+from oci_hook.engines import cdi
+from oci_hook.engines.plan import HostFiles, Settings
+from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
+from oci_hook.errors import SczError
+from oci_hook.invocation import parse_invocation
+from oci_hook.shim import shim_script
+from oci_hook.store import Store
+
+_OLDEST = {"runc": (1, 1), "crun": (1, 8)}  # docs/runtimes.md
+_PROGRAMS = {"podman": "podman", "cri-o": "crio", "containerd": "containerd", "docker": "dockerd"}
+_WAYS = {
+    "podman": "hooks.d",
+    "cri-o": "hooks.d",
+    "containerd": "shim (runtime handlers scz-…)",
+    "docker": "shim (runtimes scz-…)",
+}
+_DEVICES_SINCE = {"podman": (4, 1), "cri-o": (1, 23), "containerd": (1, 7), "docker": (25, 0)}
+"""The first version that reads CDI files; containerd and Docker have to be told to until 2.0 and 28.3."""
+_UNSUPPORTED = ("kata-runtime", "youki")
+
+
+def check_runtimes(files: HostFiles) -> Iterator[Check]:
+    """Each runtime that is here, with its version."""
+    found = find_runtimes(files)
+    for runtime in found:
+        version = program_version(files.real(runtime.path))
+        text = f"{runtime.path}, {version or 'version unknown'}"
+        oldest = _OLDEST.get(runtime.kind)
+        if version is None:
+            yield Check(f"runtime {runtime.kind}", "warning", f"{text}: it did not answer", f"{runtime.path} --version")
+        elif oldest is not None and (major_minor(version) or oldest) < oldest:
+            remedy = f"install {runtime.kind} {oldest[0]}.{oldest[1]} or later (docs/runtimes.md)"
+            yield Check(f"runtime {runtime.kind}", "warning", f"{text}: older than any that was tested", remedy)
+        else:
+            yield Check(f"runtime {runtime.kind}", "ok", text)
+    if not found:
+        yield Check("runtimes", "missing", "none of runc, crun and runsc is here", "install one of them")
+    for name in _UNSUPPORTED:
+        path = find_program(name, files)
+        if path is not None:
+            remedy = "use a runtime that docs/runtimes.md lists"
+            yield Check(f"runtime {name}", "warning", f"{path}: not supported, the hook refuses it", remedy)
+
+
+def check_engines(config_file: str, files: HostFiles) -> Iterator[Check]:
+    """Each engine that is here, the way that it takes, and whether that leads to this installation."""
+    base = Settings(config_file=config_file, runtimes=find_runtimes(files), script=shim_script)
+    ways, calling = 0, 0
+    for engine, program in _PROGRAMS.items():
+        path = find_program(program, files)
+        if path is None:
+            continue
+        version = program_version(files.real(path))
+        ways += 1
+        check = _check_engine(engine, f"{path}, {version or 'version unknown'}", version, base, files)
+        calling += check.status == "ok"
+        yield check
+    devices, checks = _check_devices(config_file, files)
+    yield from checks
+    if not ways:
+        yield Check("engines", "missing", "neither podman, CRI-O, containerd nor Docker is here", "install an engine")
+    elif not calling and not devices:
+        yield Check("engines", "missing", "no engine calls the hook", "`sczctl install --engine ENGINE`")
+
+
+def _check_engine(engine: str, what: str, version: str | None, base: Settings, files: HostFiles) -> Check:
+    settings = replace(base, engine_version=major_minor(version) if engine == "containerd" else None)
+    remedy = f"`sczctl install --engine {engine}`"
+    try:
+        state = ENGINES[engine].state(settings, files)
+    except SczError as error:
+        return failed(f"engine {engine}", error)
+    devices = (major_minor(version) or (0, 0)) >= _DEVICES_SINCE[engine]
+    way = f"{what}: {_WAYS[engine]}{' or CDI' if devices else ''}"
+    if state == "yes":
+        return Check(f"engine {engine}", "ok", f"{way}, installed")
+    if state == "no":
+        return Check(f"engine {engine}", "warning", f"{way}, not installed", remedy)
+    return Check(f"engine {engine}", "missing", f"{way}: {state}", f"{remedy}; it says what is left to do by hand")
+
+
+def _check_devices(config_file: str, files: HostFiles) -> tuple[int, list[Check]]:
+    """The CDI file, if there is one: how many devices of it work, and a line for each that does not."""
+    if not files.exists(cdi.DEFAULT_FILE):
+        return 0, []
+    devices = cdi.installed_devices(cdi.DEFAULT_FILE, files)
+    remedy = "`sczctl cdi generate --all`"
+    if devices is None:
+        return 0, [Check("CDI", "missing", f"{cdi.DEFAULT_FILE} is not a file of ours", remedy)]
+    checks = []
+    for name, command in devices.items():
+        invocation = parse_invocation(command[4:])
+        if invocation is None or invocation.command() != command or invocation.config_file != config_file:
+            message = f"{cdi.KIND}={name} calls another installation, or with another configuration"
+            checks.append(Check("CDI", "missing", message, remedy))
+    working = len(devices) - len(checks)
+    if working:
+        checks.insert(0, Check("CDI", "ok", f"{cdi.DEFAULT_FILE}: {working} devices"))
+    return working, checks
+
+
+def check_cdi_models(store_directory: str, files: HostFiles) -> Iterator[Check]:
+    """Devices whose model has left the store."""
+    try:
+        known = {f"{name}:{version}" for name, version in Store(store_directory).names()}
+    except SczError:
+        return  # the models' own check says it
+    names = {each.partition(":")[0] for each in known}
+    for device, command in (cdi.installed_devices(cdi.DEFAULT_FILE, files) or {}).items():
+        invocation = parse_invocation(command[4:])
+        model = invocation.requests.get("smm.scz/model", "") if invocation else ""
+        if model.startswith("rootfs:") or model in known or model.partition("@")[0] in names:
+            continue
+        yield Check(
+            "CDI", "warning", f"{cdi.KIND}={device}: {model} is not in the store", "`sczctl cdi generate --all`"
+        )
