@@ -1,6 +1,6 @@
 """The shim as a script of its own: what reaches the runtime, what is refused, and what it imports on the way.
 
-The runtime here is a program that writes down how it was started; real ones are in tests/integration/test_shim.py.
+The runtime here is a program that writes down how it was started; real ones are in tests/matrix/test_shim.py.
 """
 
 from __future__ import annotations

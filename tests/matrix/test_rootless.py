@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hook.cli.engines import hooks_d_documents
+from oci_hook.engines.hooks_directory import hooks_d_documents
 from oci_hook.errors import EngineUnsupported
 from tests.rootless import Rootless
 from tests.runtimes import make_bundle
@@ -39,7 +39,7 @@ def hooks(user: Rootless) -> Path:
 
 
 def write_hooks(user: Rootless, folder: Path) -> None:
-    for name, data in hooks_d_documents("/etc/scz-smm/config.toml", 60).items():
+    for name, data in hooks_d_documents("podman", "/etc/scz-smm/config.toml", 60).items():
         document = json.loads(data)
         words = document["hook"]["args"]
         document["hook"]["path"] = words[0] = str(user.interpreter)
