@@ -49,7 +49,7 @@ class ContainerInit(Holder):
             stack.callback(os.close, namespace_fd)
             seen = os.fstat(namespace_fd)
             self._namespace = (seen.st_dev, seen.st_ino)
-            if self._namespace in foreign_namespaces(runtime):
+            if self._namespace in foreign_namespaces():
                 raise HolderRefused("the container runs in the host's or the runtime's own mount namespace")
             # 3. The root file system is a directory below the host's, not the host's own. That it lies in the
             #    namespace is seen by the child that enters it (`RootIdentity.open_in_namespace`).

@@ -157,7 +157,7 @@ class Gofer(Holder):
             stack.callback(os.close, namespace_fd)
             seen = os.fstat(namespace_fd)
             self._namespace = (seen.st_dev, seen.st_ino)
-            if self._namespace in foreign_namespaces(runtime):
+            if self._namespace in foreign_namespaces():
                 raise HolderRefused("the gofer runs in the host's or the runtime's own mount namespace")
             # 4. Its root is the container's root file system: the directory that the host has at `root.path`.
             root = identify_root(container.bundle, container.root_path)

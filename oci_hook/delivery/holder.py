@@ -144,16 +144,18 @@ def identify_root(bundle: str, root_path: str) -> RootIdentity:
     return RootIdentity(path, seen.st_dev, seen.st_ino)
 
 
-def foreign_namespaces(runtime: HeldProcess) -> frozenset[tuple[int, int]]:
-    """The mount namespaces that are not a container's: the runtime's, this process's, the host's init's.
+def foreign_namespaces() -> frozenset[tuple[int, int]]:
+    """The mount namespaces that are not a container's: this process's, which is the runtime's, and the host's init's.
+
+    The runtime's own is not looked up by its pid: a thread of runc from 1.2 on is in the container's while hooks run,
+    and may be the one that /proc shows (libcontainer/process_linux.go, `goCreateMountSources`).
 
     Raises:
-        HolderGone: The runtime ended.
         SystemCallFailed: /proc cannot be read.
     """
-    found = {runtime.identity(MOUNT_NAMESPACE), own_mount_namespace()}
+    found = {own_mount_namespace()}
     # Hidden where init has more capabilities than we (a hook in a sandbox); a container reaches init's namespace
-    # only by path, which was refused, or through the runtime's, which is in the set.
+    # only by path, which was refused, or through the runtime's, which is ours.
     with suppress(OSError):
         seen = os.stat("/proc/1/ns/mnt")
         found.add((seen.st_dev, seen.st_ino))

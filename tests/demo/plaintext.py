@@ -6,6 +6,7 @@ through an ordinary tmpfs into the swap file and finds it there.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
@@ -34,15 +35,31 @@ def marker_of(path: Path) -> bytes:
 
 
 def contains(path: Path, marker: bytes) -> bool:
-    """Whether a file holds the marker; read in chunks, without keeping it in the page cache."""
+    """Whether a file on a disk holds the marker; read in chunks, without keeping it in the page cache, nor its holes."""
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        tail = b""
-        while chunk := file.read(_CHUNK_BYTES):
-            if marker in tail + chunk:
-                return True
-            tail = chunk[-len(marker) :]
+        end = 0
+        while (start := _next_data(file.fileno(), end)) is not None:
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            file.seek(start)
+            tail, left = b"", end - start
+            while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                if marker in tail + chunk:
+                    return True
+                tail, left = chunk[-len(marker) :], left - len(chunk)
+            if left:  # cut off meanwhile
+                return False
     return False
+
+
+def _next_data(descriptor: int, offset: int) -> int | None:
+    """Where the next data begin; None at the end (lseek(2), ENXIO)."""
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError as cause:
+        if cause.errno != errno.ENXIO:
+            raise
+        return None
 
 
 def files_below(*folders: Path) -> Iterator[Path]:
