@@ -35,7 +35,7 @@ def marker_of(path: Path) -> bytes:
 
 
 def contains(path: Path, marker: bytes) -> bool:
-    """Whether a file on a disk holds the marker; read in chunks, without keeping it in the page cache, nor its holes."""
+    """Whether a file on a disk holds the marker; read in chunks, without its holes, not kept in the page cache."""
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         end = 0
