@@ -23,6 +23,7 @@ from tests.integration.test_start import hook_processes
 from tests.scene import TOKEN_PATH, Scene
 from tests.shims import write_shim
 from tests.suites import program
+from tests.workshop import wait_until
 
 RUNTIMES = ("scz-runc", "scz-crun", "scz-runsc")
 CODES = {cls.__name__: code for code, cls in all_errors().items()}
@@ -267,7 +268,7 @@ def test_a_container_without_ours_is_unchanged(docker: Docker, scene: Scene, run
     assert "scz-smm" not in json.dumps(document)
     assert all("oci_hook" not in json.dumps(entry) for entry in (document.get("hooks") or {}).values())
     assert model_mounts(docker) == []
-    assert ran(scene)
+    wait_until(lambda: ran(scene))
 
 
 def test_the_shim_as_the_default_runtime(scene: Scene, shims: Shims) -> None:
