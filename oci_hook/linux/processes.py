@@ -25,7 +25,7 @@ _MAX_ANCESTORS = 64
 _PROC = "/proc"
 _LIMIT_BYTES = 1 << 20
 _STAT = re.compile(rb"\d+ \(.*\) ([A-Za-z]) (\d{1,10})(?: -?\d+){17} (\d{1,20})(?: .*)?", re.DOTALL)
-_ENDED = re.compile(rb"\d+ \(.*\) [ZX] [-0-9 ]*\n?", re.DOTALL)
+_ENDED = re.compile(rb"\d+ \(.*\) [ZXx](?: -?\d+){16} [01](?: .*)?", re.DOTALL)  # and no thread of it runs on
 
 
 def parse_stat(data: bytes) -> tuple[int, int]:

@@ -22,6 +22,7 @@ import pytest
 
 from oci_hook.delivery import host_mounts
 from oci_hook.errors import DestinationRefused, EngineUnsupported, HolderGone, HolderRefused
+from oci_hook.linux.processes import process_start_time
 from tests.integration.conftest import FILES as SOURCE_FILES
 from tests.integration.conftest import contents
 from tests.models import MIB, noise
@@ -407,7 +408,7 @@ class TestPod:
             pod.run("delete", "--force", "c")
         elif gone == "sandbox":
             os.kill(pod.sandbox_pid, signal.SIGKILL)
-            wait_until(lambda: argv(pod.sandbox_pid) == [""])
+            wait_until(lambda: process_start_time(pod.sandbox_pid) is None)
         else:
             bundle = bundle.rename(bundle.with_name("moved"))
             path = bundle / "rootfs/models"

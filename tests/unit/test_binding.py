@@ -357,6 +357,7 @@ def test_process_whose_first_thread_ended_is_alive() -> None:
                 time.sleep(0.02)
             assert "zombie" in status.read_text()
             assert is_process_alive(child.pid, start_time)
+            assert process_start_time(child.pid) == start_time
         finally:
             child.kill()
 
