@@ -35,14 +35,14 @@ from pathlib import Path
 from typing import IO
 
 from tests.engines import (
-    _PATH,
     BUSYBOX_IMAGE,
+    SYSTEM_PATH,
     EngineError,
     RuntimeNamespace,
-    _remove_cgroups,
-    _storage_driver,
-    _unmount_below,
-    _write_busybox,
+    remove_cgroups,
+    storage_driver,
+    unmount_below,
+    write_busybox,
 )
 
 __all__ = ["PAUSE_IMAGE", "Containerd", "EngineError", "write_shim"]
@@ -93,7 +93,7 @@ class Containerd:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of containerd and of every `ctr`; containerd finds its shim by PATH."""
-        return {"PATH": f"{self.programs}:{_PATH}", "LC_ALL": "C.UTF-8", "HOME": str(self.directory)}
+        return {"PATH": f"{self.programs}:{SYSTEM_PATH}", "LC_ALL": "C.UTF-8", "HOME": str(self.directory)}
 
     @property
     def version(self) -> tuple[int, int]:
@@ -159,7 +159,7 @@ class Containerd:
         (self.directory / _MARK).touch()
         for folder in ("state", "opt", "cni", "fifo", "runc", "temp"):
             (self.directory / folder).mkdir(mode=0o711)
-        self.snapshotter = {"overlay": "overlayfs", "vfs": "native"}[_storage_driver(self.directory)]
+        self.snapshotter = {"overlay": "overlayfs", "vfs": "native"}[storage_driver(self.directory)]
         (self.directory / "config.toml").write_text(self._configuration())
         self.namespace.start()
         atexit.register(self.stop)
@@ -255,8 +255,8 @@ class Containerd:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
         self._end_processes()
-        _unmount_below(self.directory)
-        _remove_cgroups(self.cgroup)
+        unmount_below(self.directory)
+        remove_cgroups(self.cgroup)
         for path in sockets:
             path.unlink(missing_ok=True)
         if self.directory.exists():
@@ -310,7 +310,7 @@ def _lines(values: Mapping[str, object]) -> str:
 def _write_oci_archive(stream: IO[bytes], tag: str, command: Sequence[str]) -> None:
     """An OCI image layout in a tar archive: busybox, as one layer (image-spec, "Image Layout")."""
     layer = io.BytesIO()
-    _write_busybox(layer)
+    write_busybox(layer)
     blobs: dict[str, bytes] = {}
 
     def add(data: bytes, media_type: str) -> dict[str, object]:
@@ -322,7 +322,7 @@ def _write_oci_archive(stream: IO[bytes], tag: str, command: Sequence[str]) -> N
     config = {
         "architecture": "amd64" if os.uname().machine == "x86_64" else "arm64",
         "os": "linux",
-        "config": {"Cmd": list(command), "Env": [f"PATH={_PATH}"]},
+        "config": {"Cmd": list(command), "Env": [f"PATH={SYSTEM_PATH}"]},
         "rootfs": {"type": "layers", "diff_ids": [tar["digest"]]},
     }
     image = add(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json")

@@ -30,11 +30,11 @@ from typing import Any
 from tests.engines import (
     EngineError,
     RuntimeNamespace,
-    _container_limits,
-    _remove_cgroups,
-    _storage_driver,
-    _unmount_below,
-    _write_busybox,
+    container_limits,
+    remove_cgroups,
+    storage_driver,
+    unmount_below,
+    write_busybox,
 )
 from tests.suites import program
 
@@ -141,7 +141,7 @@ class Docker:
     def busybox_image(self, *variables: str) -> str:
         """An image of busybox with its applets; `variables` are in its environment."""
         stream = io.BytesIO()
-        _write_busybox(stream)
+        write_busybox(stream)
         tag = BUSYBOX_IMAGE + "".join(f"-{index}{len(text)}" for index, text in enumerate(variables))
         changes = [f"--change=ENV {text}" for text in (f"PATH={_PATH}", *variables)]
         self.call("import", *changes, "-", tag, stdin=stream.getvalue())
@@ -188,11 +188,11 @@ class Docker:
 
     def _configuration(self) -> dict[str, Any]:
         limits = {}
-        for text in _container_limits():
+        for text in container_limits():
             name, _, value = text.partition("=")
             soft, _, hard = value.partition(":")
             limits[name] = {"Name": name, "Soft": int(soft), "Hard": int(hard)}
-        driver = _storage_driver(self.directory)
+        driver = storage_driver(self.directory)
         return {
             "data-root": f"{self.directory}/data",
             "exec-root": f"{self._run}/exec",
@@ -250,8 +250,8 @@ class Docker:
             time.sleep(0.02)
         for path in sockets:  # a shim that is killed leaves it
             path.unlink(missing_ok=True)
-        _unmount_below(self.directory, self._run)
-        _remove_cgroups(self._name)
+        unmount_below(self.directory, self._run)
+        remove_cgroups(self._name)
         for folder in (self._run, self.directory):
             if folder.exists():
                 shutil.rmtree(folder)

@@ -39,7 +39,7 @@ from typing import IO, Any
 RUNTIMES = ("runc", "crun")
 BUSYBOX_IMAGE = "localhost/busybox:test"
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _COMMAND_SECONDS = 120
 _END_SECONDS = 10
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -104,7 +104,7 @@ def _may_raise_limits() -> bool:
     return False
 
 
-def _container_limits() -> list[str]:
+def container_limits() -> list[str]:
     """`default_ulimits` for containers where podman's own would have to be raised and may not be; else none."""
     if _may_raise_limits():
         return []
@@ -116,14 +116,16 @@ def _container_limits() -> list[str]:
     return limits
 
 
-def _storage_driver(directory: Path) -> str:
+def storage_driver(directory: Path) -> str:
     """overlay if the kernel mounts one on this file system, else vfs."""
     with tempfile.TemporaryDirectory(dir=directory) as trial:
         for part in ("lower", "upper", "work", "merged"):
             (Path(trial) / part).mkdir()
         options = f"lowerdir={trial}/lower,upperdir={trial}/upper,workdir={trial}/work"
         command = ["unshare", "--mount", "mount", "-t", "overlay", "overlay", "-o", options, f"{trial}/merged"]
-        tried = subprocess.run(command, env={"PATH": _PATH}, capture_output=True, check=False, timeout=_END_SECONDS)
+        tried = subprocess.run(
+            command, env={"PATH": SYSTEM_PATH}, capture_output=True, check=False, timeout=_END_SECONDS
+        )
         return "overlay" if tried.returncode == 0 else "vfs"
 
 
@@ -159,7 +161,7 @@ class RuntimeNamespace:
         script = "\n".join(["set -e", *steps, *([_OPEN_ROOT] if closed else []), "echo ready", "exec cat"])
         command = ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", script]
         self._holder = subprocess.Popen(
-            command, env={"PATH": _PATH}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command, env={"PATH": SYSTEM_PATH}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         assert self._holder.stdout is not None
         if self._holder.stdout.readline() != b"ready\n":
@@ -222,7 +224,7 @@ class Podman:
     def environment(self) -> dict[str, str]:
         """The environment of every podman command here."""
         return {
-            "PATH": _PATH,
+            "PATH": SYSTEM_PATH,
             "LC_ALL": "C.UTF-8",
             "HOME": str(self.directory / "home"),
             "TMPDIR": str(self.directory / "spool"),
@@ -354,7 +356,7 @@ class Podman:
     def busybox_image(self) -> str:
         """An image of /bin/busybox with its applets and nothing else; imported once, 2 MB."""
         if self.call("image", "exists", BUSYBOX_IMAGE, check=False).returncode != 0:
-            self.import_image(_write_busybox, BUSYBOX_IMAGE, changes=['CMD ["/bin/sh"]', f"ENV PATH={_PATH}"])
+            self.import_image(write_busybox, BUSYBOX_IMAGE, changes=['CMD ["/bin/sh"]', f"ENV PATH={SYSTEM_PATH}"])
         return BUSYBOX_IMAGE
 
     # --- starting and stopping ----------------------------------------------------------------------------------------
@@ -368,7 +370,7 @@ class Podman:
         (self.directory / _MARK).touch()
         for folder in (self._run, self.directory / "home", self.directory / "spool", self.directory / "networks"):
             folder.mkdir(mode=0o711)
-        self._driver = self._driver or _storage_driver(self.directory)
+        self._driver = self._driver or storage_driver(self.directory)
         for name, text in self._configuration().items():
             (self.directory / name).write_text(text)
         (self.directory / "etc").mkdir(mode=0o755)
@@ -406,7 +408,7 @@ class Podman:
             "tmp_dir": f"{self._run}/tmp",
             "volume_path": f"{self.directory}/root/volumes",
         }
-        containers = {"default_ulimits": _container_limits(), "log_driver": "k8s-file"}
+        containers = {"default_ulimits": container_limits(), "log_driver": "k8s-file"}
         network = {"network_backend": "netavark", "network_config_dir": f"{self.directory}/networks"}
         sections: dict[str, Mapping[str, object]] = {"containers": containers, "engine": engine, "network": network}
         storage = {
@@ -427,8 +429,8 @@ class Podman:
             raise EngineError(f"{self.directory} is not an environment of these tests")
         ids = _container_ids(self.directory)
         _end_processes(self.directory, ids)
-        _unmount_below(self.directory, self._run)
-        _remove_cgroups(self._name)
+        unmount_below(self.directory, self._run)
+        remove_cgroups(self._name)
         states = [Path("/run") / runtime / one for runtime in (*RUNTIMES, "runsc") for one in ids]
         for folder in (*states, self._run, self.directory):
             if folder.exists():
@@ -440,7 +442,7 @@ def _section(name: str, values: Mapping[str, object]) -> str:
     return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
-def _write_busybox(stream: IO[bytes]) -> None:
+def write_busybox(stream: IO[bytes]) -> None:
     """The archive of the busybox image: the binary, a link for each applet, the directories that runtimes expect."""
     listed = subprocess.run(["/bin/busybox", "--list"], env={}, capture_output=True, text=True, check=True)
     with tarfile.open(fileobj=stream, mode="w|") as archive:
@@ -496,7 +498,7 @@ def _end_processes(directory: Path, ids: frozenset[str]) -> None:
         time.sleep(0.02)
 
 
-def _unmount_below(*directories: Path) -> None:
+def unmount_below(*directories: Path) -> None:
     umount2 = ctypes.CDLL(None, use_errno=True).umount2
     for point, _, _ in reversed(list(_mounts())):
         ours = any(point.is_relative_to(directory) for directory in directories)
@@ -504,7 +506,7 @@ def _unmount_below(*directories: Path) -> None:
             raise EngineError(f"{point} can not be unmounted: {os.strerror(ctypes.get_errno())}")
 
 
-def _remove_cgroups(name: str) -> None:
+def remove_cgroups(name: str) -> None:
     """The cgroups below `name`, lowest first, in every hierarchy."""
     for top in (_CGROUPS / name, *_CGROUPS.glob(f"*/{name}")):
         for folder, _, _ in os.walk(top, topdown=False):

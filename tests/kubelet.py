@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from oci_hook.jws import public_jwk, sign_token
-from tests.engines import _PATH
+from tests.engines import SYSTEM_PATH
 from tests.scene import AUDIENCE, Scene
 
 ISSUER = "https://kubernetes.default.svc"
@@ -91,8 +91,8 @@ class Kubelet:
         commands = [["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(volume)]]
         commands += [["mount", "--make-shared", str(volume)]]
         for command in commands:
-            subprocess.run([*prefix, *command], env={"PATH": _PATH}, check=True)
+            subprocess.run([*prefix, *command], env={"PATH": SYSTEM_PATH}, check=True)
         try:
             yield volume
         finally:
-            subprocess.run([*prefix, "umount", str(volume)], env={"PATH": _PATH}, check=True)
+            subprocess.run([*prefix, "umount", str(volume)], env={"PATH": SYSTEM_PATH}, check=True)

@@ -8,7 +8,7 @@ import os
 import click
 
 from oci_hook.cli import print_json
-from oci_hook.cli.options import DRY_RUN, JSON
+from oci_hook.cli.options import DRY_RUN, JSON, hook_timeout
 from oci_hook.config import load_config
 from oci_hook.engines.cdi import DEFAULT_FILE, KIND, device_file, installed_devices, model_device
 from oci_hook.engines.placing import carry_out
@@ -42,14 +42,7 @@ def cdi() -> None:
 )
 @click.option("--path", help="Where the model goes in the container (one MODEL only). [default: /models/NAME]")
 @click.option("--name", help="The device's name (one MODEL only). [default: the MODEL as given]")
-@click.option(
-    "--timeout",
-    "timeout_seconds",
-    type=click.IntRange(10, 3600),
-    default=300,
-    show_default=True,
-    help="Seconds after which the runtime ends the hook and the container.",
-)
+@hook_timeout()
 @DRY_RUN
 @JSON
 @click.pass_obj

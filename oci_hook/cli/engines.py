@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from oci_hook.cli import print_json
-from oci_hook.cli.options import DRY_RUN, JSON
+from oci_hook.cli.options import DRY_RUN, JSON, hook_timeout
 from oci_hook.config import load_config
 from oci_hook.engines import containerd, crio, docker, podman
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
@@ -137,14 +137,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     callback=_version,
     help="containerd: its version, which decides how drop-ins are read. [default: that of the containerd here]",
 )
-@click.option(
-    "--timeout",
-    "timeout_seconds",
-    type=click.IntRange(10, 3600),
-    default=300,
-    show_default=True,
-    help="podman, CRI-O: seconds after which the runtime ends the hook and the container.",
-)
+@hook_timeout("podman, CRI-O: seconds")
 @_with_options
 def install(
     config_file: str,

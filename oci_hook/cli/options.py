@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -74,6 +74,18 @@ PASSPHRASE_FILE = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+
+
+def hook_timeout(seconds: str = "Seconds") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--timeout` of what makes an engine call the hook; `seconds` begins its help."""
+    return click.option(
+        "--timeout",
+        "timeout_seconds",
+        type=click.IntRange(10, 3600),
+        default=300,
+        show_default=True,
+        help=f"{seconds} after which the runtime ends the hook and the container.",
+    )
 
 
 def verify_one_of(what: str, wanted: str, known: Sequence[str], error: type[SczError], *, remedy: str) -> None:
