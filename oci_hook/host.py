@@ -108,6 +108,7 @@ def container_view(state: State, spec: Spec, facts: EngineFacts) -> ContainerVie
         memory_volumes=frozenset(
             mount.destination for mount in spec.mounts if _is_empty_directory(mount, facts.pod_uid)
         ),
+        annotations=spec.annotations,
     )
 
 

@@ -246,9 +246,11 @@ class Pod:
     Args:
         runsc: The build.
         folder: For the sandbox's bundle, the runtime's state and what the containers print; made if missing.
+        readonly: Whether the sandbox's own root is read-only, as that of an engine's pause container is.
     """
 
-    def __init__(self, runsc: Runsc, folder: Path) -> None:
+    def __init__(self, runsc: Runsc, folder: Path, *, readonly: bool = False) -> None:
+        self._readonly = readonly
         self._folder = folder
         self.state = folder / "state"
         self._command = [str(runsc.program), "--root", str(self.state), *runsc.flags]
@@ -257,7 +259,9 @@ class Pod:
 
     def __enter__(self) -> Pod:
         annotations = {"io.kubernetes.cri.container-type": "sandbox"}
-        bundle = make_bundle(self._folder / "sandbox", args=["sleep", "600"], annotations=annotations)
+        bundle = make_bundle(
+            self._folder / "sandbox", args=["sleep", "600"], annotations=annotations, readonly=self._readonly
+        )
         try:
             self.run("create", "--bundle", str(bundle), self.sandbox_id)
             self.run("start", self.sandbox_id)

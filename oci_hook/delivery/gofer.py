@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from oci_hook.delivery.holder import (
@@ -31,6 +31,9 @@ from oci_hook.errors import EngineUnsupported, HolderGone, HolderRefused
 from oci_hook.linux.processes import HeldProcess, children
 
 GOFER, SANDBOX = "runsc-gofer", "runsc-sandbox"
+ROOT_ANNOTATIONS = "dev.gvisor.spec.rootfs."
+"""By these a container names another root file system, and where its writes go (runsc/boot/mount_hints.go)."""
+_FLAG_ANNOTATIONS = "dev.gvisor.flag.overlay"
 _GOFER_ROOT = "/root"
 _ROOT_SECONDS = 10.0  # from the gofer's start to its chroot; it waits for nobody there
 _ROOT_POLL_SECONDS = 0.002
@@ -46,14 +49,19 @@ def flag(arguments: Sequence[str], name: str) -> str | None:
     Raises:
         HolderRefused: It is there twice: then it is not runsc that wrote them.
     """
+    found = _values(arguments, name)
+    if len(found) > 1:
+        raise HolderRefused(f"a process of runsc's has the flag --{name} twice")
+    return found[0] if found else None
+
+
+def _values(arguments: Sequence[str], name: str) -> list[str]:
     found = []
     for index, word in enumerate(arguments):
         key, separator, value = word.partition("=")
         if key in (f"-{name}", f"--{name}"):
             found.append(value if separator else "".join(arguments[index + 1 : index + 2]))
-    if len(found) > 1:
-        raise HolderRefused(f"a process of runsc's has the flag --{name} twice")
-    return found[0] if found else None
+    return found
 
 
 def find_gofers(runtime: HeldProcess) -> tuple[int, ...]:
@@ -101,7 +109,7 @@ def verify_own_process(process: HeldProcess, runtime: HeldProcess, kind: str, bu
 
 
 def verify_writes_in_memory(arguments: Sequence[str]) -> None:
-    """Raise if a sandbox keeps what its containers write in a file on the host's disk.
+    """Raise if a sandbox keeps what its first container writes in a file on the host's disk.
 
     gVisor's overlay copies a whole file up when it is opened for writing, or when its owner or mode is changed, and
     asks nothing of a read-only file system below: `chown -R` in a container would put the model on the disk. Since
@@ -116,13 +124,50 @@ def verify_writes_in_memory(arguments: Sequence[str]) -> None:
     # Since 2023: "lisafs:self", one for each mount, the root's first. Before: the file's descriptor, -1 for none.
     confs, file_fd = flag(arguments, "gofer-mount-confs"), flag(arguments, "overlay-filestore-fd")
     upper = (confs or "").split(",")[0].split(":")[1:2]
-    in_memory = upper in (["none"], ["memory"]) if confs is not None else file_fd in (None, "-1")
+    in_memory = upper in (["none"], ["memory"]) if confs is not None else file_fd == "-1"
     if not in_memory:
+        raise _on_the_disk()
+
+
+def verify_joining_writes_in_memory(
+    sandbox: Sequence[str], runtime: Sequence[str], annotations: Mapping[str, str]
+) -> None:
+    """Raise if what a container that joins a pod writes would go to a file on the host's disk.
+
+    runsc decides that for each container when it starts it, by its own flag and by the container's annotations. What
+    the sandbox was told is only its first container's lot: a pause container has a read-only root, so none.
+
+    Args:
+        sandbox: The sandbox's command line, as runsc wrote it.
+        runtime: Of the runtime that creates the container.
+        annotations: Of the container.
+
+    Raises:
+        EngineUnsupported: It would, or in a way that is not known.
+    """
+    # 1. No annotation of the container's says something else of its root file system.
+    if any(key.startswith((ROOT_ANNOTATIONS, _FLAG_ANNOTATIONS)) for key in annotations):
         raise EngineUnsupported(
-            "runsc keeps what the container writes in a file on the host's disk (--overlay2=root:self, its default): "
-            "a model that the container opens for writing, or gives another owner, would be copied there",
-            remedy="run runsc with --overlay2=root:memory or --overlay2=none (containerd: in runsc.toml)",
+            "an annotation tells gVisor where the root file system comes from, or where its writes go",
+            remedy=f"remove the annotations {ROOT_ANNOTATIONS}* and {_FLAG_ANNOTATIONS}*",
         )
+    # 2. Nor did the sandbox's first container get a file.
+    verify_writes_in_memory(sandbox)
+    # 3. Since 2023 the flag must be there, as its default is the disk. Of a flag given twice the last counts.
+    if flag(sandbox, "gofer-mount-confs") is None:
+        return
+    for arguments in (sandbox, runtime):
+        said = "".join(_values(arguments, "overlay2")[-1:]).split(",")[0]
+        if said not in ("none", "root:memory", "all:memory"):
+            raise _on_the_disk()
+
+
+def _on_the_disk() -> EngineUnsupported:
+    return EngineUnsupported(
+        "runsc keeps what the container writes in a file on the host's disk (--overlay2=root:self, its default): "
+        "a model that the container opens for writing, or gives another owner, would be copied there",
+        remedy="run runsc with --overlay2=root:memory or --overlay2=none (containerd: in runsc.toml)",
+    )
 
 
 class Gofer(Holder):

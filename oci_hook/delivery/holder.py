@@ -10,9 +10,9 @@ This module compares; it enters no namespace. Facts: docs/runtimes.md; runtime-s
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
@@ -44,6 +44,7 @@ class ContainerView:
         mount_destinations: Of every mount in config.json, in its order.
         memory_volumes: Destinations of the pod's own memory-backed volumes (emptyDir), as the engine's kubelet names
             them.
+        annotations: All of config.json: a runtime may obey some of them.
     """
 
     container_id: str
@@ -57,6 +58,7 @@ class ContainerView:
     in_sandbox: bool = False
     mount_destinations: tuple[str, ...] = ()
     memory_volumes: frozenset[str] = frozenset()
+    annotations: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

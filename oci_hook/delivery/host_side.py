@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from oci_hook.delivery import host_mounts
-from oci_hook.delivery.gofer import SANDBOX, find_gofers, flag, verify_writes_in_memory
+from oci_hook.delivery.gofer import SANDBOX, find_gofers, flag, verify_joining_writes_in_memory
 from oci_hook.delivery.holder import (
     ContainerView,
     Ground,
@@ -68,7 +68,7 @@ class HostSide(Holder):
             # 2. `state.pid` is a sandbox that was there before, and the runtime's state puts the container into it.
             sandbox = stack.enter_context(HeldProcess(container.pid))
             self._runtime_root, self._sandbox_id = _identify_sandbox(sandbox, runtime, container.container_id)
-            verify_writes_in_memory(sandbox.arguments())
+            verify_joining_writes_in_memory(sandbox.arguments(), runtime.arguments(), container.annotations)
             # 3. The root file system is the container's own directory, below one that other users cannot enter.
             root = identify_root(container.bundle, container.root_path)
             verify_closed(root.path)

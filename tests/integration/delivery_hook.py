@@ -49,6 +49,7 @@ def container_view(state: dict[str, Any], instructions: dict[str, Any]) -> Conta
         in_sandbox=instructions.get("in_sandbox", False),
         mount_destinations=tuple(each["destination"] for each in spec["mounts"]),
         memory_volumes=frozenset(instructions.get("memory_volumes", ())),
+        annotations=spec["annotations"],
     )
 
 

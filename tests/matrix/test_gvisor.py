@@ -238,12 +238,24 @@ class TestRefused:
         refuse(workshop, runsc.with_flags(f"--overlay2={medium}"), "c", bundle, EngineUnsupported)
         assert not (bundle / "rootfs/models").exists()
 
-    def test_writes_of_a_pod_that_would_go_to_the_disk(self, workshop: Workshop, runsc: Runsc) -> None:
+    @pytest.mark.parametrize("readonly", [False, True], ids=["writable", "read-only"])
+    def test_writes_of_a_pod_that_would_go_to_the_disk(
+        self, workshop: Workshop, runsc: Runsc, *, readonly: bool
+    ) -> None:
         folder = workshop.folder / "writes"
         folder.mkdir()
         medium = f"root:{folder}" if runsc.year < 2023 else "root:self"
-        with Pod(runsc.with_flags(f"--overlay2={medium}"), closed(workshop)) as pod:
+        with Pod(runsc.with_flags(f"--overlay2={medium}"), closed(workshop), readonly=readonly) as pod:
             assert pod.create(joining(workshop, pod, "c"), "c", check=False) != 0
+        assert workshop.reported("closed/c")["error"] == EngineUnsupported.__name__
+        assert (mounts_on_host(workshop.folder), records(workshop)) == ([], [])
+
+    def test_writes_to_the_disk_by_an_annotation_of_a_pods_container(self, workshop: Workshop) -> None:
+        said = {"source": str(workshop.folder), "type": "bind", "overlay": "self"}
+        with Pod(newer_runsc(), closed(workshop), readonly=True) as pod:
+            hints = {f"dev.gvisor.spec.rootfs.{key}": value for key, value in said.items()}
+            bundle = joining(workshop, pod, "c", annotations=pod.annotations | hints)
+            assert pod.create(bundle, "c", check=False) != 0
         assert workshop.reported("closed/c")["error"] == EngineUnsupported.__name__
         assert (mounts_on_host(workshop.folder), records(workshop)) == ([], [])
 
@@ -369,6 +381,12 @@ def pod(workshop: Workshop, runsc: Runsc) -> Iterator[Pod]:
 
 
 class TestPod:
+    def test_beside_a_pause_container(self, workshop: Workshop, runsc: Runsc) -> None:
+        with Pod(runsc, closed(workshop), readonly=True) as pod:
+            pod.create(joining(workshop, pod, "c"), "c")
+            assert read_by(pod.finish("c")) == sums(FILES)
+        assert (mounts_on_host(workshop.folder), records(workshop)) == ([], [])
+
     @pytest.mark.parametrize("uid", [0, 1000])
     def test_a_container_that_joins(self, workshop: Workshop, pod: Pod, uid: int) -> None:
         bundle = joining(workshop, pod, "c", uid=uid)

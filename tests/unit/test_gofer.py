@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci_hook.delivery.gofer import flag, verify_writes_in_memory
+from oci_hook.delivery.gofer import flag, verify_joining_writes_in_memory, verify_writes_in_memory
 from oci_hook.errors import EngineUnsupported, HolderRefused
 
 
@@ -58,7 +58,6 @@ class TestWhereWritesGo:
     @pytest.mark.parametrize(
         "words",
         [
-            [],
             ["--overlay-filestore-fd=-1"],
             ["--gofer-mount-confs=lisafs:none"],
             ["--gofer-mount-confs=lisafs:memory,lisafs:self"],
@@ -71,7 +70,9 @@ class TestWhereWritesGo:
     @pytest.mark.parametrize(
         "words",
         [
+            [],
             ["--overlay-filestore-fd=4"],
+            ["--overlay-filestore-fds=9", "--overlay-mediums=self"],
             ["--gofer-mount-confs=lisafs:self"],
             ["--gofer-mount-confs=lisafs:anon,lisafs:none"],
             ["--gofer-mount-confs=lisafs:self", "--overlay-filestore-fd=-1"],
@@ -83,6 +84,48 @@ class TestWhereWritesGo:
     def test_to_the_disk_or_who_knows(self, words: list[str]) -> None:
         with pytest.raises(EngineUnsupported):
             verify_writes_in_memory(words)
+
+
+READ_ONLY = ("--gofer-mount-confs=lisafs:none",)
+"""What runsc says of a pause container's root."""
+
+
+class TestWhereWritesOfAPodGo:
+    @pytest.mark.parametrize(
+        ("sandbox", "runtime"),
+        [
+            (("--overlay-filestore-fd=-1",), ()),
+            *(
+                ((*READ_ONLY, f"--overlay2={said}"), ("runsc", f"--overlay2={said}", "create"))
+                for said in ("none", "root:memory", "all:memory", "root:memory,size=1g")
+            ),
+            ((*READ_ONLY, "--overlay2=none"), ("runsc", "--overlay2=root:self", "-overlay2", "none")),
+        ],
+    )
+    def test_to_memory_or_through_the_gofer(self, sandbox: tuple[str, ...], runtime: tuple[str, ...]) -> None:
+        verify_joining_writes_in_memory(sandbox, runtime, {"io.kubernetes.cri.container-type": "container"})
+
+    @pytest.mark.parametrize(
+        ("sandbox", "runtime"),
+        [
+            ((), ("--overlay2=none",)),
+            (READ_ONLY, ()),
+            (READ_ONLY, ("--overlay2=none",)),
+            ((*READ_ONLY, "--overlay2=none"), ()),
+            ((*READ_ONLY, "--overlay2=none"), ("--overlay2=root:self",)),
+            ((*READ_ONLY, "--overlay2=none"), ("--overlay2=none", "--overlay2=root:dir=/d")),
+            ((*READ_ONLY, "--overlay2=root:self"), ("--overlay2=root:self",)),
+        ],
+    )
+    def test_to_the_disk_or_who_knows(self, sandbox: tuple[str, ...], runtime: tuple[str, ...]) -> None:
+        with pytest.raises(EngineUnsupported, match="disk"):
+            verify_joining_writes_in_memory(sandbox, runtime, {})
+
+    @pytest.mark.parametrize("key", ["dev.gvisor.spec.rootfs.overlay", "dev.gvisor.flag.overlay2"])
+    def test_by_an_annotation(self, key: str) -> None:
+        words = (*READ_ONLY, "--overlay2=none")
+        with pytest.raises(EngineUnsupported, match="annotation"):
+            verify_joining_writes_in_memory(words, words, {key: "self"})
 
 
 RUNTIME = """
@@ -99,6 +142,7 @@ os.chroot(root); os.chdir("/")
 os.write(1, b"ready"); os.read(0, 1)
 '''
     words = [each["name"], "-c", child, each["bundle"], each["unshare"], each["root"]]
+    words += ["--gofer-mount-confs=lisafs:none"]
     process = subprocess.Popen(
         words, executable=each["executable"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
