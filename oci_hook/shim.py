@@ -112,7 +112,9 @@ def _prepare(command: Command, engine: str, config_file: str) -> None:
 def _read(command: Command, directory: int) -> tuple[bytes, os.stat_result]:
     """The file and what it was when it was read: a regular file, no link, at most 4 MiB."""
     try:
-        descriptor = os.open(command.config, _READ | os.O_NOFOLLOW, dir_fd=directory)
+        # crun looks for another file than the usual one before it goes into the bundle.
+        where = directory if command.config == "config.json" else None
+        descriptor = os.open(command.config, _READ | os.O_NOFOLLOW, dir_fd=where)
     except OSError as cause:
         if command.doubt:
             return b"", os.fstat(directory)
@@ -199,7 +201,8 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 def _shown(command: Command) -> str:
     from oci_hook.documents import shown
 
-    return shown(os.path.join(command.bundle, command.config), 200)
+    usual = command.config == "config.json"
+    return shown(os.path.join(command.bundle, command.config) if usual else command.config, 200)
 
 
 def _unusable(command: Command, problem: str | None) -> Exception:

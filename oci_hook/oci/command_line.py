@@ -58,7 +58,7 @@ class Command:
     Attributes:
         verb: The first word that is neither an option nor an option's value; empty if there is none.
         bundle: As given; empty: the working directory.
-        config: The file in the bundle; another than config.json under crun's `--config`.
+        config: config.json, in the bundle; under crun's `--config` another file, seen from the working directory.
         container_id: Empty if none is given.
         log: The runtime's log file, empty if none.
         log_format: `text` or `json`.

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from oci_hook.errors import AnnotationInvalid, SpecInvalid, TokenMissing
+from oci_hook.errors import AnnotationInvalid, EngineUnsupported, SpecInvalid, TokenMissing
 from oci_hook.oci.command_line import read_command
 from tests.engines import RuntimeNamespace
 from tests.integration.conftest import FILES, contents
@@ -247,6 +247,21 @@ def test_an_annotation_that_is_not_known(bare: Bare) -> None:
 
 
 # --- what passes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bare", ["crun"], indirect=True)
+@pytest.mark.parametrize("name", ["other.json", "./config.json"])
+def test_another_file_than_config_json(bare: Bare, name: str) -> None:
+    """crun looks for it before it goes into the bundle."""
+    plain, here = bare.bundle("true", model=False), bare.bundle("true")
+    for bundle in (plain, here):
+        (bundle / "other.json").write_bytes((bundle / "config.json").read_bytes())
+    prefix = bare.namespace.prefix  # begins at the root, whatever the working directory is
+    words = bare.command("run", "--bundle", str(plain), "--config", name, f"scz-shim-{uuid.uuid4().hex[:12]}")
+    for place, code, ran in ((here, EngineUnsupported.code, False), (plain, 0, True)):
+        command = [*prefix, "/usr/bin/env", f"--chdir={place}", *words[len(prefix) :]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, bare.ran) == (code, ran), done
 
 
 def test_a_container_without_an_annotation_of_ours(bare: Bare) -> None:

@@ -374,14 +374,19 @@ def test_an_option_that_may_have_a_value(bench: Bench) -> None:
     assert bench.call("--unheard-of=value", *words[2:]).ran
 
 
-def test_another_file_than_config_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["other.json", "./config.json"])
+def test_another_file_than_config_json(tmp_path: Path, name: str) -> None:
+    """crun looks for it before it goes into the bundle."""
     bench = Bench(tmp_path, runtime="crun")
     bench.spec({})
+    here = tmp_path / "here"
+    here.mkdir()
+    words = ("create", "--config", name, "-b", str(bench.bundle), "x")
+    (here / name).write_text(json.dumps(MODEL))
+    bench.refused(EngineUnsupported, *words, cwd=here)
+    (here / name).write_text("{}")
     (bench.bundle / "other.json").write_text(json.dumps(MODEL))
-    words = ("create", "--config", "other.json", "-b", str(bench.bundle), "x")
-    bench.refused(EngineUnsupported, *words)
-    (bench.bundle / "other.json").write_text("{}")
-    assert bench.call(*words).ran
+    assert bench.call(*words, cwd=here).ran
 
 
 def test_a_runtime_behind_a_link_is_read_as_what_it_is(tmp_path: Path) -> None:
