@@ -31,13 +31,13 @@ def parse_document(data: bytes) -> dict[str, Any]:
     """Parse a config.json strictly.
 
     Raises:
-        SpecInvalid: It is not one strict JSON object; or a member that we read is there in another case, too, which
-            Go's parser would take for it.
+        SpecInvalid: It is not one strict JSON object; or a member that we read is there in other letters, too, which
+            Go's parser folds into ours: capitals, a long s, the Kelvin sign.
     """
     document = parse_object(data, limit_bytes=MAX_SPEC_BYTES, what=_WHAT, error=SpecInvalid)
     for name in document:
-        if name.lower() in _READ_HERE and name not in _READ_HERE:
-            raise SpecInvalid(f"{_WHAT} has {shown(name)} in capital letters: runtimes differ in what they make of it")
+        if name.casefold() in _READ_HERE and name not in _READ_HERE:
+            raise SpecInvalid(f"{_WHAT} has {shown(name)} in other letters: runtimes differ in what they make of it")
     return document
 
 

@@ -150,6 +150,8 @@ def test_what_the_hook_would_refuse_is_refused_here(annotations: dict[str, str])
         {"hooks": {"prestart": [{"args": "words"}]}},
         {"Annotations": {}},
         {"HOOKS": {}},
+        {"annotation\u017f": {}},
+        {"hoo\u212as": {}},
     ],
 )
 def test_a_malformed_file_is_refused(change: dict[str, Any]) -> None:
