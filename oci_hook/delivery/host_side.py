@@ -134,7 +134,7 @@ class HostSide(Holder):
         try:
             # Whatever came after the record: the container will not run, so its models must not stay.
             if kind is not None and self._record is not None:
-                host_mounts.remove(self._records, self._record)
+                host_mounts.forget(self._records, self._record)
         finally:
             super().__exit__(kind, value, traceback)
 

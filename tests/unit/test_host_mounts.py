@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from oci_hook.delivery import host_mounts
 from oci_hook.delivery.holder import own_mount_namespace
 from oci_hook.delivery.host_mounts import Removed
 from oci_hook.delivery.host_records import HostMount, HostRecord, HostRecords
-from oci_hook.delivery.host_side import verify_closed
-from oci_hook.errors import FileUnreadable, HolderRefused, SystemCallFailed
+from oci_hook.delivery.host_side import HostSide, verify_closed
+from oci_hook.errors import FileUnreadable, HolderRefused, SystemCallFailed, Terminated
 from oci_hook.linux import mounts
 from oci_hook.linux.mounts import MemoryFilesystem
 from oci_hook.linux.processes import process_start_time
+from oci_hook.records import ContainerRecord, ContainerRecords
 
 GONE = (2**22 + 1, 7)
 
@@ -218,6 +220,22 @@ class TestRemoval:
         removed = host_mounts.sweep(records.runtime_directory)
         assert removed[0].paths == (mounted.mounts[0].path,)
         assert removed[1] == Removed("", "", (), (f"{bad} is not JSON in UTF-8",))
+
+
+def test_a_hook_that_fails_after_the_models_are_visible(records: HostRecords, mounted: HostRecord) -> None:
+    """The sandbox lives on, so its process must not vouch for models that are gone: a second try would get none."""
+    pid, started = myself()
+    lists = dict.fromkeys(("references", "models", "manifests"), ("m",))
+    delivered = ContainerRecord(
+        "c", mounted.bundle, pid, started, 1, **lists, destinations=("/m",), subject="s", size_bytes=6, delivered=True
+    )
+    ContainerRecords(records.runtime_directory).write(delivered)
+    records.write(mounted)
+    holder = HostSide.__new__(HostSide)
+    holder._records, holder._record, holder._descriptors = records, mounted, ExitStack()
+    holder.__exit__(Terminated, Terminated("now"), None)
+    assert not os.path.ismount(mounted.mounts[0].path)
+    assert ContainerRecords(records.runtime_directory).delivered("c", mounted.bundle, pid, started) is None
 
 
 class TestClosed:
