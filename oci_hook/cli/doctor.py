@@ -32,7 +32,8 @@ from oci_hook.engines.plan import HostFiles
     type=click.Path(file_okay=False),
     default="/",
     callback=absolute,
-    help="Look for runtimes and engines below this directory, that of an image being built.",
+    help="Look for runtimes and engines below this directory, that of an image being built: one whose programs you "
+    "would run, as each is asked for its version.",
 )
 @JSON
 @click.pass_obj

@@ -32,7 +32,7 @@ def check_runtimes(files: HostFiles) -> Iterator[Check]:
     """Each runtime that is here, with its version."""
     found = find_runtimes(files)
     for runtime in found:
-        version = program_version(files.real(runtime.path))
+        version = program_version(files.resolved(runtime.path))
         text = f"{runtime.path}, {version or 'version unknown'}"
         oldest = _OLDEST.get(runtime.kind)
         if version is None:
@@ -59,7 +59,7 @@ def check_engines(config_file: str, files: HostFiles) -> Iterator[Check]:
         path = find_program(program, files)
         if path is None:
             continue
-        version = program_version(files.real(path))
+        version = program_version(files.resolved(path))
         ways += 1
         check = _check_engine(engine, f"{path}, {version or 'version unknown'}", version, base, files)
         calling += check.status == "ok"

@@ -18,6 +18,7 @@ KINDS = ("runc", "crun", "runsc")
 """Runtimes that the shim goes before; also docs/runtimes.md."""
 SHIM_DIRECTORY = "/usr/local/libexec/scz-smm"
 _LIMIT_BYTES = 1 << 20
+_MAX_LINKS = 40  # of Linux (include/linux/namei.h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,40 @@ class HostFiles:
         self._root = root
 
     def real(self, path: str) -> str:
-        """Where a path of the host lies for us."""
-        return path if self._root == "/" else os.path.join(self._root, path.lstrip("/"))
+        """Where a path of the host lies for us; the links of a root's directories stay in it, as for chroot(2).
+
+        Raises:
+            FileUnreadable: Its links go round in a circle.
+        """
+        folder, name = os.path.split(path)
+        return path if self._root == "/" else os.path.join(self.resolved(folder), name)
+
+    def resolved(self, path: str) -> str:
+        """The same where the last part is a link, too: what it leads to.
+
+        Raises:
+            FileUnreadable: Its links go round in a circle.
+        """
+        if self._root == "/":
+            return os.path.realpath(path)
+        done: list[str] = []
+        left, links = path.split("/")[::-1], 0
+        while left:
+            part = left.pop()
+            if part in ("", ".", ".."):
+                done = done[:-1] if part == ".." else done
+                continue
+            real = os.path.join(self._root, *done, part)
+            if not os.path.islink(real):
+                done.append(part)
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise FileUnreadable(f"{os.path.join(self._root, path.lstrip('/'))}: too many symbolic links")
+            target = os.readlink(real)
+            done = [] if target.startswith("/") else done
+            left += target.split("/")[::-1]
+        return os.path.join(self._root, *done)
 
     def exists(self, path: str) -> bool:
         """Whether there is anything of that name."""
@@ -122,10 +155,9 @@ class HostFiles:
         Raises:
             FileUnreadable: It cannot be read, or is not such a file.
         """
-        real = self.real(path)
-        if not os.path.lexists(real):
+        if not self.exists(path):
             return None
-        return load_file(os.path.realpath(real), limit_bytes=_LIMIT_BYTES, error=FileUnreadable)
+        return load_file(self.resolved(path), limit_bytes=_LIMIT_BYTES, error=FileUnreadable)
 
     def read_toml(self, path: str) -> dict[str, Any] | None:
         """A TOML file; None if there is none.
@@ -147,7 +179,7 @@ class HostFiles:
             FileUnreadable: A directory cannot be read.
         """
         found = []
-        real = self.real(directory)
+        real = self.resolved(directory)
         try:
             names = sorted(os.listdir(real)) if os.path.isdir(real) else []
         except OSError as cause:

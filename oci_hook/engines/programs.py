@@ -18,7 +18,8 @@ def find_program(name: str, files: HostFiles) -> str | None:
     """Where a program lies; whatever PATH the caller has."""
     for folder in _FOLDERS:
         path = f"{folder}/{name}"
-        if os.path.isfile(files.real(path)) and os.access(files.real(path), os.X_OK):
+        real = files.resolved(path)
+        if os.path.isfile(real) and os.access(real, os.X_OK):
             return path
     return None
 

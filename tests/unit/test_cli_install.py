@@ -60,6 +60,39 @@ def root(tmp_path: Path) -> Root:
     return Root(tmp_path)
 
 
+# --- the links of a root ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leads", ["{outside}", "/var/elsewhere", "../../../../../../../../../var/elsewhere"])
+def test_links_of_a_root_stay_in_it(root: Root, tmp_path: Path, leads: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for each in (root / "etc", root / "var/elsewhere", root / str(outside).lstrip("/")):
+        each.mkdir(parents=True)
+    target = leads.format(outside=outside)
+    (root / "etc/docker").symlink_to(target)
+    done(root.install("docker"))
+    inside = root / ("var/elsewhere" if "elsewhere" in leads else str(outside).lstrip("/"))
+    assert os.listdir(inside) == ["daemon.json"]
+    assert os.listdir(outside) == []
+    done(root.run("uninstall", "docker"))
+    assert os.listdir(inside) == []
+
+
+def test_links_of_a_root_that_go_round(root: Root) -> None:
+    (root / "etc").mkdir()
+    (root / "etc/docker").symlink_to("docker")
+    refused(root.install("docker"), FileUnreadable.code, "too many symbolic links")
+
+
+def test_drop_ins_behind_a_link_of_a_root(root: Root) -> None:
+    root.write("data/10-a.conf", '[crio.runtime]\nhooks_dir = ["/right"]\n')
+    root.write("etc/crio/crio.conf", "")
+    (root / "etc/crio/crio.conf.d").symlink_to("/data")
+    done(root.install("cri-o"))
+    assert "/right" in (root / "data/50-scz-smm.conf").read_text()
+
+
 # --- every engine -----------------------------------------------------------------------------------------------------
 
 
