@@ -166,7 +166,8 @@ def _on_the_disk() -> EngineUnsupported:
     return EngineUnsupported(
         "runsc keeps what the container writes in a file on the host's disk (--overlay2=root:self, its default): "
         "a model that the container opens for writing, or gives another owner, would be copied there",
-        remedy="run runsc with --overlay2=root:memory or --overlay2=none (containerd: in runsc.toml)",
+        remedy="give runsc --overlay2=root:memory or --overlay2=none (Docker: runtimeArgs in daemon.json; containerd: "
+        "a script that adds it, `sczctl install --runtime SCRIPT`, or runsc.toml with gVisor's own shim)",
     )
 
 

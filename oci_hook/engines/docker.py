@@ -34,13 +34,14 @@ def plan_install(settings: Settings, files: HostFiles) -> Plan:
     data, document = _load(path, files)
     runtimes = _runtimes(document, files.real(path))
     for runtime in settings.runtimes:
-        wanted = {"path": settings.script_path("docker", runtime.handler)}
-        if runtime.handler in runtimes and not _is_ours(runtimes[runtime.handler], settings):
+        there = runtimes.get(runtime.handler, {})
+        if runtime.handler in runtimes and not _is_ours(there, settings):
             raise OutputExists(
                 f"{files.real(path)} has a runtime {runtime.handler} that is not ours",
                 remedy=f"rename it, or take it out of {files.real(path)}",
             )
-        runtimes[runtime.handler] = wanted
+        # What the administrator added stays, the runtime's own arguments (runtimeArgs) above all.
+        runtimes[runtime.handler] = {**there, "path": settings.script_path("docker", runtime.handler)}
     changes = settings.scripts("docker")
     new = _written(data, {**document, "runtimes": runtimes})
     if new != data:

@@ -458,6 +458,16 @@ def test_a_daemon_json_that_is_a_link_is_not_cut_off(root: Root) -> None:
     assert snapshot(root.path) == before
 
 
+def test_docker_installed_again_keeps_the_runtimes_arguments(root: Root) -> None:
+    done(root.install("docker"))
+    document = json.loads((root / DAEMON).read_text())
+    document["runtimes"]["scz-runc"] |= {"path": f"/{SHIMS}/docker/old", "runtimeArgs": ["--debug"]}
+    root.write(DAEMON, json.dumps(document))
+    done(root.install("docker"))
+    written = json.loads((root / DAEMON).read_text())["runtimes"]["scz-runc"]
+    assert written == {"path": f"/{SHIMS}/docker/scz-runc", "runtimeArgs": ["--debug"]}
+
+
 def test_docker_keeps_a_default_runtime_that_is_ours(root: Root) -> None:
     done(root.install("docker"))
     document = json.loads((root / DAEMON).read_text())
