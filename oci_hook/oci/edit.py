@@ -49,15 +49,20 @@ def requested_annotations(document: Mapping[str, Any], engine: str) -> Mapping[s
 
     Raises:
         SpecInvalid: The file is malformed.
-        AnnotationInvalid: One of them is unknown, malformed or there twice.
+        AnnotationInvalid: One of them is unknown, malformed or there twice; or variables narrow what a device asks for.
     """
     annotations = parse_annotations(document.get("annotations"), what=_WHAT, error=SpecInvalid)
-    ours = {key: text for key, text in annotations.items() if key.startswith(PREFIX)}
+    annotated = ours = {key: text for key, text in annotations.items() if key.startswith(PREFIX)}
     if not ours and engine == "docker":
         ours = _from_environment(document)
     if not has_ours(ours) or read_engine_facts(engine, annotations).is_sandbox:
         return {}
     if _has_device(document) and ours.keys() <= CONTAINER_WIDE_KEYS:
+        if not annotated:  # dropped in silence, a requirement would not hold
+            raise AnnotationInvalid(
+                f"a device's hook does not see the variables {VARIABLES}*",
+                remedy="give annotations beside a device (`docker run --annotation`), not variables",
+            )
         return {}  # a device's own hook delivers, and reads what holds for the container
     parse_requests(ours)  # the hook does the same; here the engine shows its user what is wrong
     return ours

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oci_hook.errors import AnnotationInvalid, SczError, SpecInvalid
-from oci_hook.invocation import ENVIRONMENT, NO_DIGEST, parse_invocation
+from oci_hook.invocation import ENVIRONMENT, NO_DIGEST, Invocation, parse_invocation
 from oci_hook.oci.edit import HOOK_SECONDS, add_hooks, parse_document, requested_annotations
 from oci_hook.oci.spec import verify_spec_digest
 
@@ -229,6 +229,17 @@ def test_an_annotation_comes_before_all_variables() -> None:
 def test_other_variables_of_ours_are_refused_like_unknown_annotations(variables: tuple[str, ...]) -> None:
     with pytest.raises(AnnotationInvalid):
         edit(with_variables(*variables), "docker")
+
+
+def test_variables_that_narrow_a_device_are_not_dropped_in_silence() -> None:
+    """The device's own hook reads annotations, and the shim adds none for it."""
+    command = Invocation("prestart", requests=MODEL).command()
+    hooks = {"prestart": [{"path": command[0], "args": command}]}
+    with pytest.raises(AnnotationInvalid, match="variables"):
+        edit({**with_variables("SMM_SCZ_REQUIRE=runtime=runsc"), "hooks": hooks}, "docker")
+    for annotated, variables in ((None, ()), ({"smm.scz/require": "runtime=runsc"}, ("SMM_SCZ_REQUIRE=noswap",))):
+        spec = {**with_variables(*variables, annotations=annotated), "hooks": hooks}
+        assert edit(spec, "docker") == json.dumps(spec).encode()
 
 
 @pytest.mark.parametrize("process", [[], {"env": "SMM_SCZ_MODEL=x"}, {"env": [1]}, {"env": None}, None])
