@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _isolate()
         state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
-        # Some runtimes pass no annotations: config.json has them.
-        if not state.annotations or has_ours(state.annotations) or invocation.requests:
+        # Some runtimes pass no annotations: config.json has them. A digest is looked at whatever is there by now.
+        if not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest:
             _RUN[invocation.stage](state, invocation)
     except SczError as error:
         return _refuse(invocation.config_file, state, error)

@@ -217,6 +217,21 @@ def test_config_json_changed_by_a_runtime_that_wraps_the_real_one(bare: Bare) ->
     assert bare.scene.why()["reason"] == SpecInvalid.__name__
 
 
+def test_our_annotations_taken_out_behind_the_shim(bare: Bare) -> None:
+    """The runtime then tells the hook of other annotations only: it still looks at the digest."""
+    bundle = bare.bundle("true", token=bare.scene.token(), annotations={"other": "x"})
+    file = bundle / "config.json"
+    wrapper = bare.folder / f"{bare.kind}-wrapped"
+    words = f"""case " $* " in *" run "*) sed -i 's,"smm.scz/model":"[^"]*",,; s/{{,/{{/; s/,}}/}}/' {file};; esac"""
+    wrapper.write_text(f'#!/bin/sh\n{words}\nexec {bare.real} "$@"\n')
+    wrapper.chmod(0o755)
+    bare.shim = bare.script(str(wrapper))
+    assert bare.run(bundle).returncode != 0
+    assert json.loads(file.read_text())["annotations"] == {"other": "x"}
+    assert not bare.ran
+    assert bare.scene.why()["reason"] == SpecInvalid.__name__
+
+
 @pytest.mark.parametrize("forged", ["digest", "zeros"])
 def test_a_forged_marker(bare: Bare, forged: str) -> None:
     bundle = bare.bundle("true", token=bare.scene.token())
