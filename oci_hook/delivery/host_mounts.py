@@ -131,9 +131,15 @@ def remove(records: HostRecords, record: HostRecord) -> Removed:
 
 
 def _remove_model(model: HostMount, paths: list[str], left: list[str], *, last: bool) -> None:
-    """Unmount every mount of a model's file system in this namespace, the topmost first."""
+    """Unmount every mount of a model's file system in this namespace, the topmost first.
+
+    Where another record names that file system, only what lies at this one's path: a ramfs has no number that is not
+    used again, so it may be another container's by now. What the last record finds goes wherever it is.
+    """
     for mount in reversed(_own_mounts()):
         if mount.device != model.device or mount.source != mounts.SOURCE:
+            continue
+        if not last and mount.mount_point != model.path:
             continue
         try:
             unknown = _unmount(mount, model, last=last)

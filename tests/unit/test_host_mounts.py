@@ -195,6 +195,18 @@ class TestRemoval:
             assert host_mounts.close(records.runtime_directory, "c", mounted.bundle) is not None
             assert kept.read() == b"secret"
 
+    def test_a_stale_record_whose_numbers_another_container_has_by_now(
+        self, records: HostRecords, mounted: HostRecord
+    ) -> None:
+        (model,) = mounted.mounts
+        elsewhere = dataclasses.replace(model, path="/another/rootfs/models")
+        records.write(dataclasses.replace(mounted, container_id="old", sandbox=GONE, mounts=(elsewhere,)))
+        records.write(mounted)
+        assert host_mounts.sweep(records.runtime_directory) == [Removed("old", mounted.bundle, (), ())]
+        with open(f"{model.path}/model", "rb") as kept:
+            assert kept.read() == b"secret"
+        assert records.all() == ((mounted,), ())
+
     def test_another_namespace(self, records: HostRecords, mounted: HostRecord) -> None:
         with subprocess.Popen(["unshare", "--mount", "cat"], stdin=subprocess.PIPE) as other:
             namespace = own_mount_namespace()
