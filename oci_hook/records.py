@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import FileUnreadable, SczError
 from oci_hook.linux.processes import process_start_time
-from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file
+from oci_hook.trusted_file import load_root_file, make_private_directory, remove_half_written, replace_file
 
 _LIMIT_BYTES = 256 << 10
 
@@ -139,6 +139,8 @@ class ContainerRecords:
     def sweep(self, *, dry_run: bool = False) -> list[ContainerRecord]:
         """Remove the records of processes that ended without a word, or only name them."""
         found = []
+        if not dry_run:
+            remove_half_written(self._directory)
         for path, record in self._all():
             if record.is_alive():
                 continue

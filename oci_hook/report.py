@@ -20,7 +20,7 @@ from oci_hook.config import Config, load_config
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, SczError, all_errors
 from oci_hook.oci.state import State
-from oci_hook.trusted_file import load_file, make_private_directory, replace_file
+from oci_hook.trusted_file import load_file, make_private_directory, remove_half_written, replace_file
 
 _KEPT = 256
 _LIMIT_BYTES = 16 << 10
@@ -125,6 +125,7 @@ def _by_age(runtime_directory: str) -> list[str]:
 
 
 def _prune(runtime_directory: str) -> None:
+    remove_half_written(_folder(runtime_directory))
     for path in _by_age(runtime_directory)[_KEPT:]:
         with contextlib.suppress(OSError):
             os.unlink(path)

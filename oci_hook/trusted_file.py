@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 
 from oci_hook.errors import FileUnreadable, SczError
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")
+_OLD_SECONDS = 600.0
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 
@@ -113,6 +117,17 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600) -> None:
         sync_directory(directory or ".")
     except OSError as cause:
         raise FileUnreadable(f"{path}: {cause.strerror}") from cause
+
+
+def remove_half_written(directory: str) -> None:
+    """Remove what writers that were killed inside `replace_file` left; one that writes still is never that old."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(directory):
+            if (
+                _TEMPORARY.fullmatch(entry.name)
+                and time.time() - entry.stat(follow_symlinks=False).st_mtime > _OLD_SECONDS
+            ):
+                os.unlink(entry.path)
 
 
 def sync_directory(path: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from oci_hook.errors import FileUnreadable
 from oci_hook.linux.processes import process_start_time
 from oci_hook.records import ContainerRecord, ContainerRecords
+from oci_hook.report import keep_refusal
 
 
 @pytest.fixture
@@ -78,3 +79,24 @@ def test_what_comes_by_a_second_way_joins_the_record(tmp_path: Path, record: Con
     assert found.destinations == ("/models/minilm", "/o")
     assert found.models == ("minilm:1", "minilm:1")  # one model at two places
     assert found.size_bytes == record.size_bytes + 5
+
+
+@pytest.mark.parametrize("folder", ["containers", "last"])
+def test_what_a_hook_left_that_was_killed_while_it_wrote(tmp_path: Path, record: ContainerRecord, folder: str) -> None:
+    run = tmp_path / "run"
+
+    def write() -> None:
+        if folder == "last":
+            keep_refusal(str(run), "c", FileUnreadable("x"))
+        else:
+            ContainerRecords(str(run)).write(record)
+
+    write()
+    (written,) = (run / folder).iterdir()
+    old, new, another = (run / folder / name for name in (f".{written.name}.0123456789ab", ".n.0123456789ab", ".mine"))
+    for file in (old, new, another):
+        file.touch()
+    for file in (old, another):
+        os.utime(file, (1, 1))
+    write()
+    assert set((run / folder).iterdir()) == {written, new, another}
