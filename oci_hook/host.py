@@ -73,6 +73,32 @@ def load_host(config: Config) -> Host:
     )
 
 
+def sweep_host_mounts(config: Config) -> list[host_mounts.Removed]:
+    """Remove the models on the host's side of containers that are gone, and say so in the audit log.
+
+    Raises:
+        FileUnreadable: A record cannot be touched.
+        CouldNotTell: The lock was held for too long, or the audit log cannot be written.
+    """
+    removed = host_mounts.sweep(config.runtime_directory)
+    for each in removed:
+        if each.models:
+            _audit_closed(config, each.container_id, each.models)
+    return removed
+
+
+def close_ended(config: Config) -> list[ContainerRecord]:
+    """Close the records of containers whose end nobody told, as poststop would have; returns them.
+
+    Raises:
+        CouldNotTell: The audit log cannot be written.
+    """
+    ended = ContainerRecords(config.runtime_directory).sweep()
+    for record in ended:
+        _audit_closed(config, record.container_id, record.models)
+    return ended
+
+
 def close_container(state: State, config_file: str) -> None:
     """poststop: forget the container's record and its token, and say so in the audit log.
 
@@ -87,9 +113,13 @@ def close_container(state: State, config_file: str) -> None:
     record = ContainerRecords(config.runtime_directory).close(state.container_id, state.bundle)
     _bindings(config).release(state.container_id, state.bundle)
     if record is not None:
-        AuditLog(config.audit_file).append("closed", container=state.container_id, model=", ".join(record.models))
+        _audit_closed(config, record.container_id, record.models)
     if removed is not None and removed.left:
         raise SystemCallFailed(f"a model stays mounted on the host: {'; '.join(removed.left)}")
+
+
+def _audit_closed(config: Config, container_id: str, models: Sequence[str]) -> None:
+    AuditLog(config.audit_file).append("closed", container=container_id, model=", ".join(models))
 
 
 def container_view(state: State, spec: Spec, facts: EngineFacts) -> ContainerView:

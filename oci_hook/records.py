@@ -115,7 +115,7 @@ class ContainerRecords:
         """Write or replace a container's record."""
         make_private_directory(self._runtime_directory)
         make_private_directory(self._directory)
-        self.live()  # whose poststop never ran
+        remove_half_written(self._directory)
         document = {name: getattr(record, name) for name in ContainerRecord.__slots__}
         replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
 
@@ -132,22 +132,27 @@ class ContainerRecords:
         return record
 
     def live(self) -> Sequence[ContainerRecord]:
-        """The records of processes that still run, oldest first; what a killed hook left is removed."""
-        self.sweep()
+        """The records of processes that still run, oldest first."""
         return sorted((r for _, r in self._all() if r.is_alive()), key=lambda record: record.seconds)
 
     def sweep(self, *, dry_run: bool = False) -> list[ContainerRecord]:
-        """Remove the records of processes that ended without a word, or only name them."""
+        """Remove the records of processes that ended without a word, or only name them.
+
+        Returns:
+            Those that this call removed: of two at once, each record is in one's answer.
+        """
         found = []
         if not dry_run:
             remove_half_written(self._directory)
         for path, record in self._all():
             if record.is_alive():
                 continue
-            found.append(record)
             if not dry_run:
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     os.unlink(path)
+                except FileNotFoundError:
+                    continue
+            found.append(record)
         return found
 
     def _all(self) -> Iterator[tuple[str, ContainerRecord]]:

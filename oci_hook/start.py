@@ -11,18 +11,19 @@ from contextlib import ExitStack, suppress
 
 from oci_hook.admission import Container, admit
 from oci_hook.config import Config
-from oci_hook.delivery import host_mounts
 from oci_hook.delivery.deliver import Delivery
 from oci_hook.errors import SystemCallFailed
 from oci_hook.host import (
     audit_grants,
     audit_outcome,
+    close_ended,
     container_view,
     delivery_settings,
     load_host,
     not_delivered,
     open_bundle,
     open_record,
+    sweep_host_mounts,
 )
 from oci_hook.identity.sources import load_token
 from oci_hook.oci.annotations import Requests
@@ -49,7 +50,8 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
     """
     host = load_host(config)
     with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
-        host_mounts.sweep(config.runtime_directory)
+        sweep_host_mounts(config)
+    close_ended(config)
     records = ContainerRecords(config.runtime_directory)
     with ExitStack() as bundles, Delivery(container_view(state, spec, facts), delivery_settings(config)) as delivery:
         earlier = records.delivered(state.container_id, state.bundle, state.pid, delivery.start_time)

@@ -2,17 +2,24 @@
 
 Each part's output is shown whole when that part has ended; the last line sums up. It fails if a test failed, if one was
 skipped or expected to fail (all are required: what cannot run has not been shown to work), or if a part had no tests.
+
+Where only root may enter the root directory (mode 0700, as a debootstrapped root can have), gVisor's processes, which
+are nobody's, cannot: the matrix then runs in a mount namespace with an open root, of the same directories.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
+
+from tests.engines import RuntimeNamespace, root_is_closed
 
 ROOT = Path(__file__).resolve().parent.parent
 _LIMIT_SECONDS = 45 * 60
@@ -28,8 +35,8 @@ class Part:
     results: Path
 
 
-def start(name: str) -> Part:
-    """Start pytest on tests/NAME."""
+def start(name: str, prefix: Sequence[str] = ()) -> Part:
+    """Start pytest on tests/NAME, behind `prefix`."""
     folder = ROOT / "build" / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     log, results = folder / f"{name}.log", folder / f"{name}.xml"
@@ -37,7 +44,9 @@ def start(name: str) -> Part:
     command = [sys.executable, "-m", "pytest", f"tests/{name}", f"--junit-xml={results}"]
     command += ["-o", f"cache_dir={folder}/{name}.cache"]  # one each: they write it at the same time
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            [*prefix, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
     print(f"{name}: started; its output so far is in {log.relative_to(ROOT)}", flush=True)
     return Part(name, process, log, results)
 
@@ -70,7 +79,20 @@ def finish(part: Part) -> tuple[Counter[str], list[str]]:
 def main(names: list[str]) -> int:
     """Run the parts; the exit code is 0 only if nothing is wrong with any."""
     deadline = time.monotonic() + _LIMIT_SECONDS
-    running = [start(name) for name in names]
+    with contextlib.ExitStack() as stack:
+        prefixes = {"matrix": open_root(stack)} if "matrix" in names and root_is_closed() else {}
+        return run([start(name, prefixes.get(name, ())) for name in names], deadline)
+
+
+def open_root(stack: contextlib.ExitStack) -> tuple[str, ...]:
+    """What enters a mount namespace with an open root, in which mounts propagate as on a host."""
+    namespace = stack.enter_context(RuntimeNamespace())
+    script = 'mount --make-rshared / && cd "$0" && exec "$@"'
+    return (*namespace.prefix, "sh", "-c", script, str(ROOT))
+
+
+def run(running: list[Part], deadline: float) -> int:
+    """Wait for the parts, and sum up."""
     total: Counter[str] = Counter(passed=0, failed=0, skipped=0)
     endings = []
     try:

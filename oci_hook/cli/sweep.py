@@ -28,11 +28,13 @@ def sweep(config_file: str, dry_run: bool, as_json: bool) -> int:
     Every start does the same. A timer (config/systemd) does it at boot and every few minutes, for the container after
     which none starts. The exit code is 1 if something could not be removed.
     """
-    from oci_hook.delivery.host_mounts import sweep as sweep_mounts
+    from oci_hook.host import close_ended, sweep_host_mounts
 
-    directory = load_config(config_file).runtime_directory
-    mounts = _stale_mounts(directory) if dry_run else sweep_mounts(directory)
-    records = [record.container_id for record in ContainerRecords(directory).sweep(dry_run=dry_run)]
+    config = load_config(config_file)
+    directory = config.runtime_directory
+    mounts = _stale_mounts(directory) if dry_run else sweep_host_mounts(config)
+    ended = ContainerRecords(directory).sweep(dry_run=True) if dry_run else close_ended(config)
+    records = [record.container_id for record in ended]
     if as_json:
         print_json({"dry_run": dry_run, "mounts": [dataclasses.asdict(each) for each in mounts], "records": records})
     else:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oci_hook.delivery.holder import open_directory, own_mount_namespace
 from oci_hook.delivery.host_records import HostMount, HostRecord, HostRecords
@@ -35,12 +34,14 @@ class Removed:
         bundle: The state's `bundle`.
         paths: What was unmounted; empty if nothing was there any more.
         left: What could not be, each with the reason; the record stays, and a later sweep tries again.
+        models: Of its run-time record, if that was closed, too; for the audit log.
     """
 
     container_id: str
     bundle: str
     paths: tuple[str, ...]
     left: tuple[str, ...]
+    models: tuple[str, ...] = ()
 
 
 def close(
@@ -103,9 +104,10 @@ def forget(records: HostRecords, record: HostRecord) -> Removed:
         SystemCallFailed: Our mounts cannot be read.
     """
     removed = remove(records, record)
-    if not removed.left:
-        ContainerRecords(records.runtime_directory).close(record.container_id, record.bundle)
-    return removed
+    if removed.left:
+        return removed
+    closed = ContainerRecords(records.runtime_directory).close(record.container_id, record.bundle)
+    return replace(removed, models=closed.models) if closed is not None else removed
 
 
 def remove(records: HostRecords, record: HostRecord) -> Removed:
@@ -118,7 +120,7 @@ def remove(records: HostRecords, record: HostRecord) -> Removed:
     paths: list[str] = []
     left: list[str] = []
     if record.namespace != own_mount_namespace():
-        if _namespace_lives(record.namespace):
+        if _holds(record.namespace, record):
             left.append(f"{record.mounts[0].path}: in another mount namespace than this process's")
     else:
         others = [each for each in records.all()[0] if each != record]
@@ -177,13 +179,28 @@ def _own_mounts() -> Sequence[Mount]:
         os.close(proc_fd)
 
 
-def _namespace_lives(namespace: tuple[int, int]) -> bool:
-    """Whether any process is in a mount namespace; with its last one, its mounts go."""
+def _holds(namespace: tuple[int, int], record: HostRecord) -> bool:
+    """Whether a mount namespace that is not ours has one of the record's mounts.
+
+    With its last process a namespace goes, and its mounts with it; its number may be another's by now.
+    """
     with syscalls.failing("/proc cannot be read"):
         pids = [name for name in os.listdir("/proc") if name.isdigit()]
+    devices = {model.device for model in record.mounts}
     for pid in pids:
-        with suppress(OSError):
+        try:
             seen = os.stat(f"/proc/{pid}/ns/mnt")
-            if (seen.st_dev, seen.st_ino) == namespace:
-                return True
+            if (seen.st_dev, seen.st_ino) != namespace:
+                continue
+            proc_fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            found = mounts.load_mountinfo(proc_fd)
+        except SczError:
+            continue  # it ended meanwhile; another process of its namespace says the same
+        finally:
+            os.close(proc_fd)
+        if any(mount.device in devices and mount.source == mounts.SOURCE for mount in found):
+            return True  # one that has another root does not see it, so each is asked
     return False

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from oci_hook.host import container_view, not_delivered
+from oci_hook.config import load_config
+from oci_hook.host import close_ended, container_view, not_delivered
 from oci_hook.oci.annotations import parse_requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import parse_spec
 from oci_hook.oci.state import State
-from oci_hook.records import ContainerRecord
+from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.store import Store
 from tests.commands import Household
 
@@ -91,3 +93,15 @@ def test_what_was_delivered_is_not_delivered_again(
 def test_a_name_that_means_nothing_any_more_was_not_delivered(tmp_path: Path) -> None:
     requests = parse_requests({"smm.scz/model": "minilm"}).models
     assert not_delivered(requests, GOT, Store(str(tmp_path))) == requests
+
+
+def test_what_ended_untold_is_closed_once_and_audited(tmp_path: Path) -> None:
+    house = Household(tmp_path)
+    config = load_config(str(house.config))
+    ended = record(("/models/minilm", "minilm", "minilm:1"))  # its pid 7 began at another time
+    ContainerRecords(config.runtime_directory).write(ended)
+    with ThreadPoolExecutor(4) as pool:
+        closed = [each for found in pool.map(close_ended, [config] * 4) for each in found]
+    assert closed == [ended]
+    (line,) = [json.loads(line) for line in Path(config.audit_file).read_text().splitlines()]
+    assert (line["event"], line["container"], line["model"]) == ("closed", "c", "minilm:1")

@@ -50,6 +50,9 @@ def test_live_drops_what_a_killed_hook_left(tmp_path: Path, record: ContainerRec
     records.write(record)
     records.write(replace(record, container_id="dead", start_time=record.start_time + 1))
     assert [found.container_id for found in records.live()] == ["c1"]
+    assert [found.container_id for found in records.sweep(dry_run=True)] == ["dead"]
+    assert [found.container_id for found in records.sweep()] == ["dead"]
+    assert records.sweep() == []
     assert len(os.listdir(tmp_path / "run" / "containers")) == 1
 
 
