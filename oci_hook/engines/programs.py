@@ -7,6 +7,7 @@ import re
 import subprocess
 
 from oci_hook.engines.plan import KINDS, HostFiles, Runtime
+from oci_hook.errors import FileUnreadable
 from oci_hook.invocation import ENVIRONMENT
 
 _FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
@@ -18,7 +19,10 @@ def find_program(name: str, files: HostFiles) -> str | None:
     """Where a program lies; whatever PATH the caller has."""
     for folder in _FOLDERS:
         path = f"{folder}/{name}"
-        real = files.resolved(path)
+        try:
+            real = files.resolved(path)
+        except FileUnreadable:  # links in a circle lead to no program
+            continue
         if os.path.isfile(real) and os.access(real, os.X_OK):
             return path
     return None

@@ -115,7 +115,7 @@ def test_children_are_those_that_live_now() -> None:
 def test_what_a_process_is_and_where() -> None:
     with subprocess.Popen(["/bin/sleep", "60"]) as process, HeldProcess(process.pid) as held:
         try:
-            while held.link("exe") != os.path.realpath("/bin/sleep"):
+            while held.link("exe") != os.path.realpath("/bin/sleep") or not held.arguments():
                 time.sleep(0.001)  # it is this test's copy still
             seen, fd = os.stat("/"), held.open_directory("root")
             assert held.arguments() == ("/bin/sleep", "60")
