@@ -9,17 +9,17 @@ LOCKS := requirements-build.lock requirements-dev.lock
 SOURCES := pyproject.toml $(shell find oci_hook -name __pycache__ -prune -o \( -name '*.py' -o -name py.typed -o -type d \) -print)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test unit integration matrix bench lint format lock clean help host host-tests
+.PHONY: install demo test unit integration matrix gvisor bench lint format lock clean help host host-tests
 
 install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
 
 demo: install  ## the main job from beginning to end, on a real model; about a minute
 	$(PYTHON) -m tests.demo
 
-test: host-tests install  ## every test; the three parts side by side
-	$(PYTHON) -m tests.side_by_side unit integration matrix
+test: host-tests install  ## every test; the parts side by side
+	$(PYTHON) -m tests.side_by_side unit integration matrix gvisor
 
-unit integration matrix: host-tests install  ## one part of the tests
+unit integration matrix gvisor: host-tests install  ## one part of the tests
 	$(PYTHON) -m tests.side_by_side $@
 
 bench: install  ## what the shim adds to a call of a runtime

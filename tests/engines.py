@@ -137,11 +137,15 @@ class RuntimeNamespace:
 
     `prefix` goes in front of a command, which then needs absolute paths: its working directory is the root. The
     namespace is held by a child that ends with this process, however this process ends.
+
+    Args:
+        etc: A folder with files that are seen in /etc, instead of its own or besides them.
+        hide: Whether version 2 of cgroups is hidden where crun needs it; else only a closed root directory is opened.
     """
 
-    def __init__(self, etc: Path | None = None) -> None:
-        """`etc`: a folder with files that are seen in /etc, instead of its own or besides them."""
+    def __init__(self, etc: Path | None = None, *, hide: bool = True) -> None:
         self._etc = etc
+        self._hide = hide
         self._holder: subprocess.Popen[bytes] | None = None
 
     @property
@@ -153,7 +157,7 @@ class RuntimeNamespace:
 
     def start(self) -> RuntimeNamespace:
         """Look at the machine's cgroups and root directory, and make the namespace if they need one."""
-        hidden, closed = unified_hierarchy_to_hide(), root_is_closed()
+        hidden, closed = unified_hierarchy_to_hide() if self._hide else None, root_is_closed()
         if self._holder is not None or (hidden is None and not closed and self._etc is None):
             return self
         steps = [f'umount "{hidden}"'] if hidden is not None else []

@@ -4,7 +4,7 @@ Each part's output is shown whole when that part has ended; the last line sums u
 skipped or expected to fail (all are required: what cannot run has not been shown to work), or if a part had no tests.
 
 Where only root may enter the root directory (mode 0700, as a debootstrapped root can have), gVisor's processes, which
-are nobody's, cannot: the matrix then runs in a mount namespace with an open root, of the same directories.
+are nobody's, cannot: its tests then run in a mount namespace with an open root, of the same directories.
 """
 
 from __future__ import annotations
@@ -80,15 +80,14 @@ def main(names: list[str]) -> int:
     """Run the parts; the exit code is 0 only if nothing is wrong with any."""
     deadline = time.monotonic() + _LIMIT_SECONDS
     with contextlib.ExitStack() as stack:
-        prefixes = {"matrix": open_root(stack)} if "matrix" in names and root_is_closed() else {}
+        prefixes = {"gvisor": open_root(stack)} if "gvisor" in names and root_is_closed() else {}
         return run([start(name, prefixes.get(name, ())) for name in names], deadline)
 
 
 def open_root(stack: contextlib.ExitStack) -> tuple[str, ...]:
-    """What enters a mount namespace with an open root, in which mounts propagate as on a host."""
-    namespace = stack.enter_context(RuntimeNamespace())
-    script = 'mount --make-rshared / && cd "$0" && exec "$@"'
-    return (*namespace.prefix, "sh", "-c", script, str(ROOT))
+    """What enters a mount namespace with an open root."""
+    namespace = stack.enter_context(RuntimeNamespace(hide=False))
+    return (*namespace.prefix, "env", f"--chdir={ROOT}")
 
 
 def run(running: list[Part], deadline: float) -> int:

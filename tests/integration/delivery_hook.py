@@ -81,8 +81,9 @@ def main() -> int:
             time.sleep(0.05)
 
     def write(report: str) -> None:
-        Path(f"{result}.new").write_text(report)
-        Path(f"{result}.new").rename(result)
+        new = Path(f"{result}.{os.getpid()}.new")  # two containers of one bundle may run at once
+        new.write_text(report)
+        new.rename(result)
 
     state = json.load(sys.stdin)
     if sys.argv[2:] == ["poststop"]:

@@ -66,9 +66,10 @@ def _root_of(mountinfo: str) -> str:
 
 
 def mounts_below(scene: Scene) -> list[str]:
-    """The host's mounts below the scene's folder; others' come and go meanwhile."""
+    """The host's mounts below the scene's folder, but podman's own of its images; others' come and go meanwhile."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if str(scene.directory) in line]
+    images = f"{scene.podman.directory}/root/overlay"
+    return [line for line in lines if str(scene.directory) in line and line.split()[4] != images]
 
 
 def tpm_handles(scene: Scene) -> str:

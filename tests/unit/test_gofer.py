@@ -1,7 +1,7 @@
 """gVisor's gofer: that no other process is ever taken for it.
 
 A copy of the interpreter under the name `runsc` is the runtime: it starts children with runsc's command lines, in
-namespaces and roots as a test wants them, and then a hook. Real sandboxes: tests/matrix/test_gvisor.py.
+namespaces and roots as a test wants them, and then a hook. Real sandboxes: tests/gvisor/test_gvisor.py.
 """
 
 from __future__ import annotations
