@@ -325,7 +325,7 @@ class TestRefused:
         bundle = workshop.bundle("c", {"/models": model}, ("true",))
         (bundle / "other").mkdir()
         swap = "mv rootfs was && mv other rootfs"
-        insert_hook(bundle, prestart("/bin/sh", "-c", f"cd {bundle} && {swap}"))
+        insert_hook(bundle, prestart("/bin/sh", "-c", f"cat > /dev/null; cd {bundle} && {swap}"))
         refuse(workshop, runtime, "c", bundle, HolderRefused)
         assert os.listdir(bundle / "rootfs") == []
         assert not (bundle / "was/models").exists()
@@ -440,7 +440,7 @@ class TestRootBehindLinks:
         bundle = self.linked(workshop, workshop.folder / "elsewhere")
         other = bundle / "other/rootfs"
         other.mkdir(parents=True)
-        insert_hook(bundle, prestart("/bin/ln", "-sfn", "other", bundle / "first"))
+        insert_hook(bundle, prestart("/bin/sh", "-c", f"cat > /dev/null; ln -sfn other {bundle}/first"))
         if mounted:
             subprocess.run(["mount", "--bind", other, other], check=True)
         try:
