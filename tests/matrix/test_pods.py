@@ -8,6 +8,7 @@ half is `tests/kubelet.py`. Under gVisor a script stands in for gVisor's own con
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from tests.kubelet import MODEL, Kubelet
 from tests.runsc_pods import write_runsc
 from tests.runtimes import newer_runsc, own_runsc
 from tests.scene import Scene
-from tests.suites import machine_suite, program
+from tests.suites import NotInSuite, machine_suite, program
 
 RUNTIMES = ("runc", "crun", "runsc")
 SUITES = ("own",) if machine_suite() == "trixie" else ("own", "trixie")
@@ -139,19 +140,26 @@ def engine(scene: Scene, suite: str) -> Iterator[Containerd]:
         yield containerd
 
 
-@pytest.fixture(scope="module", params=SUITES)
-def one_node(request: pytest.FixtureRequest, scene: Scene, kubelet: Kubelet) -> Iterator[Node]:
+@contextmanager
+def made_node(scene: Scene, kubelet: Kubelet, suite: str) -> Iterator[Node]:
     """A node with one suite's programs."""
-    trace = scene.host / f"trace-{request.param}"
+    trace = scene.host / f"trace-{suite}"
     trace.mkdir()
     with ExitStack() as stack:
-        containerd = stack.enter_context(engine(scene, request.param))
+        containerd = stack.enter_context(engine(scene, suite))
         cri = stack.enter_context(
             CriClient(containerd.socket, scene.host / "logs", cgroup_parent=f"/{containerd.cgroup}")
         )
-        print(f"{request.param}: {cri.version()}")
+        print(f"{suite}: {cri.version()}")
         image = cri.wait_for_image(containerd.busybox_image("k8s.io"))
         yield Node(scene, kubelet, containerd, cri, image, trace)
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def one_node(request: pytest.FixtureRequest, scene: Scene, kubelet: Kubelet) -> Iterator[Node]:
+    """The node of each suite that must be there."""
+    with made_node(scene, kubelet, request.param) as node:
+        yield node
 
 
 @pytest.fixture
@@ -282,3 +290,23 @@ def test_a_host_path_at_the_destination(node: Node, runtime: str) -> None:
         token = node.kubelet.project(pod.uid, node.kubelet.token(pod.uid))
         refused(node, "DestinationRefused", pod, "server", token, mounts=[bind(folder, DESTINATION)])
         assert list(folder.iterdir()) == []
+
+
+def test_sids_containerd(scene: Scene, kubelet: Kubelet) -> None:
+    """Whatever sid has today, 2.x now; that it has none is said by `test_what_sid_holds_today` of test_containerd."""
+    with ExitStack() as stack:
+        try:
+            node = stack.enter_context(made_node(scene, kubelet, "sid"))
+        except NotInSuite:
+            return
+        stack.callback(shutil.rmtree, node.trace)
+        for runtime in ("runc", "crun"):
+            with node.pod(runtime, {**node.annotations, "smm.scz/containers": "server"}) as pod:
+                token = node.kubelet.project(pod.uid, node.kubelet.token(pod.uid))
+                server, sidecar = node.run(pod, "server", token), node.run(pod, "sidecar", token)
+                assert DIGESTS.items() <= node.digests(server).items()
+                assert not node.has_model(sidecar)
+            with node.pod(runtime) as pod:
+                other = node.kubelet.project(pod.uid, node.kubelet.token("11111111-30f5-4dd8-9a2b-0b1f2f6c7d10"))
+                refused(node, "TokenBoundElsewhere", pod, "stolen", other)
+            node.clean()
