@@ -20,6 +20,7 @@ from oci_hook.errors import all_errors
 from tests.dockerd import Docker
 from tests.integration.conftest import FILES, contents
 from tests.integration.test_start import hook_processes
+from tests.runtimes import Runsc, newer_runsc, own_runsc
 from tests.scene import TOKEN_PATH, Scene
 from tests.shims import write_shim
 from tests.suites import program
@@ -31,30 +32,27 @@ SUMS = " ".join(f"/models/small/{name}" for name in FILES)
 EXPECTED = "".join(
     f"{hashlib.sha256(contents(name, size)).hexdigest()}  /models/small/{name}\n" for name, size in FILES.items()
 )
-ARGUMENTS = {"runsc": ["--platform=ptrace", "--network=none"]}
 NEWER = "trixie"
 Shims = Mapping[str, Mapping[str, object]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
-# Its default keeps what a container writes in a file on the disk; the hook refuses that.
-NEWER_ARGUMENTS = {"runsc": ["--platform=systrap", "--network=none", "--overlay2=root:memory"]}
 VARIABLE, ANNOTATION = "--env=SMM_SCZ_MODEL=small:1", "--annotation=smm.scz/model=small:1"
 
 
-def write_shims(scene: Scene, folder: Path, find: Callable[[str], str], arguments: Mapping[str, list[str]]) -> Shims:
+def write_shims(scene: Scene, folder: Path, find: Callable[[str], str], runsc: Runsc) -> Shims:
     """`runtimes` of daemon.json: a shim before each runtime."""
     folder.mkdir()
     made = {}
     for name in RUNTIMES:
         kind = name.removeprefix("scz-")
         path = write_shim(folder / name, runtime=find(kind), engine="docker", config_file=scene.config)
-        made[name] = {"path": str(path), "runtimeArgs": arguments.get(kind, [])}
+        made[name] = {"path": str(path), "runtimeArgs": list(runsc.flags) if kind == "runsc" else []}
     return made
 
 
 @pytest.fixture(scope="module")
 def shims(scene: Scene) -> Shims:
     """Before the machine's own runtimes."""
-    return write_shims(scene, scene.host / "shims", lambda kind: f"/usr/bin/{kind}", ARGUMENTS)
+    return write_shims(scene, scene.host / "shims", lambda kind: f"/usr/bin/{kind}", own_runsc())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def docker(scene: Scene, shims: Shims) -> Iterator[Docker]:
 @pytest.fixture(scope="module")
 def newer(scene: Scene) -> Iterator[Docker]:
     """The same of a newer suite: its Docker, its containerd, its runtimes."""
-    made_for = write_shims(scene, scene.host / "newer", lambda kind: str(program(NEWER, kind)), NEWER_ARGUMENTS)
+    made_for = write_shims(scene, scene.host / "newer", lambda kind: str(program(NEWER, kind)), newer_runsc())
     with Docker(scene.directory / "newer", runtimes=made_for, suite=NEWER) as made:
         yield made
     assert made.processes() == []

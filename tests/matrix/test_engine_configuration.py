@@ -127,7 +127,7 @@ def daemon(command: Sequence[str | Path], ask: Sequence[str | Path], log: Path) 
         until = time.monotonic() + START_SECONDS
         while True:
             asked = subprocess.run(ask, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
-            if asked.returncode == 0:
+            if asked.returncode == 0 and asked.stdout.strip() != "null":  # Docker's client, since 23, for none there
                 break
             assert started.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()

@@ -21,7 +21,7 @@ from oci_hook.errors import AnnotationInvalid, EngineUnsupported, SpecInvalid, T
 from oci_hook.oci.command_line import read_command
 from tests.engines import RuntimeNamespace
 from tests.integration.conftest import FILES, contents
-from tests.runtimes import make_bundle
+from tests.runtimes import make_bundle, own_runsc
 from tests.scene import TOKEN_PATH, Scene
 from tests.shims import write_shim
 from tests.suites import program
@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNTIMES = ("runc", "crun", "runsc")
 MODEL = {"smm.scz/model": "small:1"}
 SUMS = " ".join(f"/models/small/{name}" for name in FILES)
-GLOBAL = {"runc": (), "crun": (), "runsc": ("--platform=ptrace", "--network=none", "--ignore-cgroups")}
 # crun gives hooks no stderr of its own, so only the code is seen there
 SEES_STDERR = ("runc", "runsc")
 
@@ -43,6 +42,7 @@ class Bare:
         self.trace = folder / "trace"
         self.trace.mkdir()
         self.real = f"/usr/bin/{kind}"
+        self.flags = (*own_runsc().flags, "--ignore-cgroups") if kind == "runsc" else ()
         self.shim = self.script(self.real)
 
     def script(self, runtime: str) -> Path:
@@ -71,7 +71,7 @@ class Bare:
             str(self.shim),
             "--root",
             str(self.folder / "state"),
-            *GLOBAL[self.kind],
+            *self.flags,
             *words,
         ]
 
