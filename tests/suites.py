@@ -27,6 +27,7 @@ SUITES = ("trixie", "sid")
 #: The package of each program.
 PACKAGES = {
     "runc": "runc",
+    "kustomize": "kustomize",
     "crun": "crun",
     "runsc": "runsc",
     "containerd": "containerd",
