@@ -297,10 +297,16 @@ class Podman:
         check: bool = True,
         stdin: str | None = None,
         timeout_seconds: float = _COMMAND_SECONDS,
+        network: str = "none",
     ) -> subprocess.CompletedProcess[str]:
         """`podman run --network=none ARGS`: options, image, command. With `stdin`, ARGS need `--interactive`."""
         return self.call(
-            *self._new("run"), *args, runtime=runtime, check=check, stdin=stdin, timeout_seconds=timeout_seconds
+            *self._new("run", network),
+            *args,
+            runtime=runtime,
+            check=check,
+            stdin=stdin,
+            timeout_seconds=timeout_seconds,
         )
 
     def create(self, args: Sequence[str], *, runtime: str = "runc") -> str:
@@ -319,8 +325,8 @@ class Podman:
             errors="replace",
         )
 
-    def _new(self, verb: str) -> tuple[str, ...]:
-        return verb, "--network=none", f"--cgroup-parent=/{self._name}"
+    def _new(self, verb: str, network: str = "none") -> tuple[str, ...]:
+        return verb, f"--network={network}", f"--cgroup-parent=/{self._name}"
 
     def start_container(self, name: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`podman start NAME`."""
