@@ -17,6 +17,8 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 
+from tests.containerd import Containerd
+from tests.cri import CriClient
 from tests.engines import Podman
 from tests.kubernetes import CUSTOMIZATIONS, FOLDER, one, rendered
 from tests.nodes import ApiServer, Node, build_images, make_usr
@@ -209,6 +211,20 @@ def test_install_again_upgrade_and_remove(node: Node, images: Sequence[str]) -> 
     assert node.api.node["metadata"]["labels"] == {"zone": "a"}
 
 
+def test_containerd_says_which_script_runs_a_container(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the removal looks for: a real containerd and a real pod; the place is the installer's but for its root."""
+    folder = tmp_path_factory.mktemp("cd")
+    script = folder / "scz-runc"
+    script.write_text('#!/bin/sh\nexec runc "$@"\n')
+    script.chmod(0o755)
+    with Containerd(folder / "c", handlers={"scz-runc": script}) as engine:
+        client = CriClient(engine.socket, folder / "logs", cgroup_parent=f"/{engine.cgroup}")
+        with client as cri, cri.pod("shop", handler="scz-runc") as pod:
+            (bundle,) = folder.glob(f"c/state/io.containerd.runtime.v2.task/k8s.io/{pod.id}")
+            named = [name for name in ("config.json", "options.json", "runtime") if (bundle / name).exists()]
+            assert any(str(script) in (bundle / name).read_text() for name in named)
+
+
 def test_the_placed_files_run(node: Node, images: Sequence[str]) -> None:
     installed(node, images[0])
     for name in ("bin", "lib", "lib64", "sbin"):
@@ -249,7 +265,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-# A program of the image that stops for ever when it is called like $STOP_AT, so that the pod can be killed there. A copy
+# A program of the image that stops for ever when it is called like $STOP_AT, to be killed there. A copy
 # is half done then.
 STOPPER = """#!/bin/sh
 case "${0##*/} $*" in
