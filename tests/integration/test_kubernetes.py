@@ -20,7 +20,7 @@ import pytest
 from tests.containerd import Containerd
 from tests.cri import CriClient
 from tests.engines import Podman
-from tests.kubernetes import CUSTOMIZATIONS, FOLDER, one, rendered
+from tests.kubernetes import CUSTOMIZATIONS, FOLDER, Policy, Request, one, rendered
 from tests.nodes import ApiServer, Node, build_images, make_usr
 
 SHIM = "/usr/local/libexec/scz-smm/containerd/scz-runc"
@@ -54,6 +54,26 @@ def test_runtime_classes_are_the_engines_handlers(engine: str, prefix: str) -> N
     found = {each["metadata"]["name"]: (each["handler"], each["scheduling"]["nodeSelector"]) for each in classes}
     kinds = ("runc", "crun", "runsc")
     assert found == {f"scz-{kind}": (f"{prefix}{kind}", {f"smm.scz/scz-{kind}": "ready"}) for kind in kinds}
+
+
+def test_what_is_rendered_passes_the_policies_that_are_rendered() -> None:
+    found = (*rendered("containerd"), *rendered("example"))
+    labels = {each["metadata"]["name"]: each["metadata"]["labels"] for each in found if each["kind"] == "Namespace"}
+    settings = one(found, "ConfigMap", "scz-smm-models")
+    refused = {}
+    for kind, name in (("DaemonSet", "scz-smm-installer"), ("Deployment", "recommender")):
+        thing = one(found, kind, name)
+        asked = Request(
+            thing, namespace_labels=labels[thing["metadata"]["namespace"]], resource=("apps", f"{kind.lower()}s")
+        )
+        policies = [Policy(found, each) for each in ("scz-smm-annotations", "scz-smm-models")]
+        refused[kind] = [message for policy in policies for message in policy.refusals(asked, settings)]
+        settings["data"]["shop.recommender"] = "minilm:1"
+        assert not [message for policy in policies for message in policy.refusals(asked, settings)]
+        del settings["data"]["shop.recommender"]
+    assert refused["DaemonSet"] == []
+    (who,) = refused["Deployment"]  # until the administrator allows it, as docs/kubernetes.md says
+    assert who.startswith("no line <namespace>.<service account>")
 
 
 @pytest.mark.parametrize("engine", ["containerd", "cri-o"])

@@ -1,7 +1,7 @@
 """What scz-node needs JSON and HTTPS for; run by the node's own Python, standard library only.
 
-`settled`, `left RESTART` and `handlers ENGINE` read what `sczctl install --dry-run --json` says; `label HANDLER…` gives
-this node the label `smm.scz/HANDLER=ready` for each of them, and takes it away for the others.
+`settled` and `left RESTART` read what `sczctl install --dry-run --json` says; `handlers ENGINE` looks at the node;
+`label HANDLER…` gives the node the label `smm.scz/HANDLER=ready` for each of them, and takes it away for the others.
 """
 
 import http.client
@@ -11,6 +11,7 @@ import ssl
 import sys
 
 HANDLERS = ("scz-runc", "scz-crun", "scz-runsc")
+SCRIPTS = "/usr/local/libexec/scz-smm/containerd"
 ACCOUNT = "/run/scz-node-account"
 FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin")
 
@@ -28,14 +29,11 @@ def settled(plan):
     return not plan["removed"]
 
 
-def handlers(plan, engine):
+def handlers(engine):
     """The RuntimeClasses that this node serves: containerd's by their scripts, CRI-O's by its runtimes."""
     if engine == "containerd":
-        named = {os.path.basename(path) for path in plan["files"]}
-    else:
-        here = [name for name in HANDLERS for folder in FOLDERS if os.access(f"{folder}/{name[4:]}", os.X_OK)]
-        named = set(here)
-    return [name for name in HANDLERS if name in named]
+        return [name for name in HANDLERS if os.access(f"{SCRIPTS}/{name}", os.X_OK)]
+    return [name for name in HANDLERS if any(os.access(f"{folder}/{name[4:]}", os.X_OK) for folder in FOLDERS)]
 
 
 def label(names):
@@ -60,11 +58,13 @@ def main(verb, words):
     if verb == "label":
         label(words)
         return 0
+    if verb == "handlers":
+        print(" ".join(handlers(words[0])))
+        return 0
     plan = json.load(sys.stdin)
     if verb == "settled":
         return 0 if settled(plan) else 1
-    listed = handlers(plan, words[0]) if verb == "handlers" else [step for step in plan["next"] if step not in words]
-    print("; ".join(listed) if verb == "left" else " ".join(listed))
+    print("; ".join(step for step in plan["next"] if step not in words))
     return 0
 
 
