@@ -16,6 +16,8 @@ from oci_hook.errors import ConfigInvalid
 from oci_hook.trusted_file import load_root_file
 
 DEFAULT_CONFIG_FILE = "/etc/scz-smm/config.toml"
+VERSION = 1
+"""Of the configuration's form; a later one may mean something else by the same keys, so it is refused."""
 Engine = Literal["podman", "cri-o", "containerd", "docker"]
 _ENGINES = r"podman|cri-o|containerd|docker"
 _ABSOLUTE = r"/[^\x00-\x1f]{0,511}"
@@ -44,13 +46,14 @@ def parse_config(data: bytes) -> Config:
         data: TOML in UTF-8, at most 64 KiB.
 
     Raises:
-        ConfigInvalid: It is not TOML, or a key is unknown, of the wrong type or out of range.
+        ConfigInvalid: It is not TOML, of a newer version, or a key is unknown, of the wrong type or out of range.
     """
     try:
         document = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as cause:
         raise ConfigInvalid(f"the configuration is not TOML: {cause}") from cause
     top = Fields(document, what="configuration", error=ConfigInvalid)
+    _verify_version(top)
     default = Config()
 
     def section(name: str) -> Fields:
@@ -76,8 +79,27 @@ def parse_config(data: bytes) -> Config:
         audit_file=text(paths, "audit", default.audit_file, _ABSOLUTE),
     )
     for fields in (tpm, token, memory, paths, top):
-        fields.finish()
+        _finish(fields)
     return config
+
+
+def _verify_version(top: Fields) -> None:
+    version = top.integer("version", low=1, high=1 << 31) if top.has("version") else VERSION
+    if version > VERSION:
+        raise ConfigInvalid(
+            f"this configuration is of version {version}; this scz-smm reads version {VERSION}",
+            remedy="upgrade the package scz-smm, or write the configuration for the version that is installed",
+        )
+
+
+def _finish(fields: Fields) -> None:
+    try:
+        fields.finish()
+    except ConfigInvalid as cause:
+        raise ConfigInvalid(
+            f"{cause.message}; a newer scz-smm may know it",
+            remedy="correct the key (scz-smm.toml(5) lists them all), or upgrade the package scz-smm",
+        ) from cause
 
 
 def load_config(path: str = DEFAULT_CONFIG_FILE) -> Config:

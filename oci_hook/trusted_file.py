@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -25,10 +26,16 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 def _verify_owner(descriptor: int, path: str, error: type[SczError]) -> None:
     found = os.fstat(descriptor)
     if found.st_uid != 0:
-        raise error(f"{path} belongs to uid {found.st_uid}, not to root")
+        raise error(
+            f"{path} belongs to uid {found.st_uid}, not to root",
+            remedy=f"look at what it says, then `chown root: {shlex.quote(path)}`",
+        )
     sticky_directory = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
     if found.st_mode & 0o022 and not sticky_directory:
-        raise error(f"{path} is writable by others than root (mode {stat.S_IMODE(found.st_mode):04o})")
+        raise error(
+            f"{path} is writable by others than root (mode {stat.S_IMODE(found.st_mode):04o})",
+            remedy=f"look at what it says, then `chmod go-w {shlex.quote(path)}`",
+        )
 
 
 @contextlib.contextmanager

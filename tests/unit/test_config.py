@@ -47,6 +47,22 @@ def test_a_wrong_configuration_is_refused(text: str) -> None:
         parse_config(text.encode())
 
 
+def test_a_configuration_of_a_newer_version_is_refused_before_its_keys_are_read() -> None:
+    with pytest.raises(ConfigInvalid, match="of version 2; this scz-smm reads version 1") as caught:
+        parse_config(b'version = 2\nunheard_of = "x"\nengine = 7')
+    assert "upgrade the package" in caught.value.advice
+    assert parse_config(b"version = 1") == Config()
+    for text in (b"version = 0", b"version = '1'", b"version = true", b"version = -1"):
+        with pytest.raises(ConfigInvalid, match="whole number"):
+            parse_config(text)
+
+
+@pytest.mark.parametrize("text", ["unheard_of = 1", "[tpm]\nunheard_of = 1"])
+def test_an_unknown_key_may_be_a_newer_versions(text: str) -> None:
+    with pytest.raises(ConfigInvalid, match="'unheard_of' is not known here; a newer scz-smm may know it"):
+        parse_config(text.encode())
+
+
 @given(st.binary(max_size=100))
 def test_arbitrary_bytes_give_a_configuration_or_our_error(data: bytes) -> None:
     try:
@@ -60,12 +76,14 @@ def test_only_roots_own_file_is_read(tmp_path: Path) -> None:
     path.write_text('engine = "docker"')
     assert load_config(str(path)).engine == "docker"
     path.chmod(0o664)
-    with pytest.raises(ConfigInvalid, match="writable by others"):
+    with pytest.raises(ConfigInvalid, match="writable by others") as caught:
         load_config(str(path))
+    assert f"chmod go-w {path}" in caught.value.advice
     path.chmod(0o644)
     os.chown(path, 1000, 0)
-    with pytest.raises(ConfigInvalid, match="uid 1000"):
+    with pytest.raises(ConfigInvalid, match="uid 1000") as caught:
         load_config(str(path))
+    assert f"chown root: {path}" in caught.value.advice
 
 
 def test_a_folder_that_others_can_write_is_refused(tmp_path: Path) -> None:
