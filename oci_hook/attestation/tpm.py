@@ -33,6 +33,7 @@ from oci_hook.attestation.structures import Handle, NvPublic, ObjectAttributes, 
 from oci_hook.attestation.tpm_codes import Refusals, error_for
 from oci_hook.attestation.tpm_evidence import EvidenceCommands
 from oci_hook.attestation.tpm_lock import tpm_lock
+from oci_hook.attestation.tpm_properties import PropertyCommands
 from oci_hook.attestation.tpm_release import ReleaseCommands
 from oci_hook.errors import DeviceInvalid, KeyRefused, TpmFailed, TpmUnavailable
 
@@ -138,7 +139,7 @@ def _sweep(tcti: str) -> None:
         tpm.flush_left_overs()
 
 
-class Tpm(ReleaseCommands, EvidenceCommands, ProvisioningCommands):
+class Tpm(ReleaseCommands, EvidenceCommands, ProvisioningCommands, PropertyCommands):
     """An open TPM; made by `open_tpm` alone."""
 
     def __init__(self, esys: Any) -> None:
@@ -174,6 +175,11 @@ class Tpm(ReleaseCommands, EvidenceCommands, ProvisioningCommands):
         with _step("compute a Name"):
             return bytes(self._esys.tr_get_name(handle))
 
+    def _read_properties(self, first: int, count: int) -> dict[int, int]:
+        with _step("read the TPM's properties"):
+            _, found = self._esys.get_capability(tss.TPM2_CAP.TPM_PROPERTIES, first, count)
+        return {int(each.property): int(each.value) for each in found.data.tpmProperties}
+
     # --- for evidence -------------------------------------------------------------------------------------------------
 
     def _pcr_read(self, pcrs: Sequence[int]) -> list[bytes]:
@@ -183,15 +189,18 @@ class Tpm(ReleaseCommands, EvidenceCommands, ProvisioningCommands):
 
     def _quote(self, ak: Handle, pcrs: Sequence[int], qualifying_data: bytes) -> tuple[bytes, bytes]:
         with _step("quote PCRs"):
-            return _signed(self._esys.quote(ak, _selection(pcrs), qualifying_data))
+            attest, signature = self._esys.quote(ak, _selection(pcrs), qualifying_data)
+        return bytes(attest), bytes(signature.marshal())
 
     def _certify(self, ak: Handle, key: Handle, qualifying_data: bytes) -> tuple[bytes, bytes]:
         with _step("certify a key"):
-            return _signed(self._esys.certify(key, ak, qualifying_data, _OWN_SCHEME))
+            attest, signature = self._esys.certify(key, ak, qualifying_data, _OWN_SCHEME)
+        return bytes(attest), bytes(signature.marshal())
 
     def _nv_certify(self, ak: Handle, index: Handle, qualifying_data: bytes) -> tuple[bytes, bytes]:
         with _step("certify the counter"):
-            return _signed(self._esys.nv_certify(ak, index, qualifying_data, _OWN_SCHEME, size=COUNTER_BYTES))
+            attest, signature = self._esys.nv_certify(ak, index, qualifying_data, _OWN_SCHEME, size=COUNTER_BYTES)
+        return bytes(attest), bytes(signature.marshal())
 
     # --- for a release ------------------------------------------------------------------------------------------------
 
@@ -264,12 +273,7 @@ class Tpm(ReleaseCommands, EvidenceCommands, ProvisioningCommands):
             return certificate, public
 
     def activate_credential(self, device: HostDevice, id_object: bytes, encrypted_secret: bytes) -> bytes:
-        """Open an owner's challenge: TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET.
-
-        Raises:
-            EnrolmentRefused: It was made for another TPM or another AK.
-            DeviceInvalid: Malformed.
-        """
+        """Open an owner's challenge; EnrolmentRefused: for another TPM or another AK; DeviceInvalid: malformed."""
         blob = _unmarshal(tss.TPM2B_ID_OBJECT, id_object, "the challenge", DeviceInvalid)
         secret = _unmarshal(tss.TPM2B_ENCRYPTED_SECRET, encrypted_secret, "the challenge's secret", DeviceInvalid)
         ak = self._enrolled_key(device.ak_handle, device.ak.name, "attestation key")
@@ -340,10 +344,6 @@ class Tpm(ReleaseCommands, EvidenceCommands, ProvisioningCommands):
         with _step(f"read the counter at {index:#x}"):
             data = self._esys.nv_read(self._esys.tr_from_tpmpublic(index), COUNTER_BYTES)
         return int.from_bytes(bytes(data), "big")
-
-
-def _signed(result: tuple[Any, Any]) -> tuple[bytes, bytes]:
-    return bytes(result[0]), bytes(result[1].marshal())
 
 
 def _parsed(public: Any) -> Public:

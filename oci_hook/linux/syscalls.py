@@ -6,7 +6,7 @@ object that the call was about. It decides nothing: policy and the project's own
 
 Numbers 424 and above are the same on every architecture (Linux, include/uapi/asm-generic/unistd.h); the older calls go
 through libc. Sources: open_tree(2), move_mount(2), fsopen(2), fsconfig(2), fsmount(2), fspick(2), mount_setattr(2),
-openat2(2), statx(2), setns(2), unshare(2), prctl(2), umount2(2), mlockall(2).
+openat2(2), statx(2), setns(2), unshare(2), prctl(2), umount2(2), mlockall(2), adjtimex(2).
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ MCL_FUTURE: Final = 2
 MCL_ONFAULT: Final = 4
 
 _STATX_MNT_ID: Final = 0x1000
+_STA_UNSYNC: Final = 0x40  # linux/timex.h
+_TIMEX_LONGS: Final = 32  # struct timex is 208 bytes at most
 
 _NR_OPEN_TREE: Final = 428
 _NR_MOVE_MOUNT: Final = 429
@@ -82,6 +84,7 @@ _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_u
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.mlockall.argtypes = (ctypes.c_int,)
+_libc.adjtimex.argtypes = (ctypes.c_void_p,)
 _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
 
@@ -253,3 +256,12 @@ def prctl_set_dumpable(dumpable: bool) -> None:
 def mlockall(flags: int) -> None:
     """Keep this process's pages out of swap (MCL_…). Not inherited by fork."""
     _checked(_libc.mlockall(flags), "mlockall", hex(flags))
+
+
+def clock_is_synchronised() -> bool:
+    """Whether somebody keeps the clock right, by the kernel's word: adjtimex(2) with modes 0, which changes nothing."""
+    value = (ctypes.c_long * _TIMEX_LONGS)()
+    _checked(_libc.adjtimex(ctypes.cast(value, ctypes.c_void_p)), "adjtimex", "clock")
+    # modes (int, padded), offset, freq, maxerror, esterror, then the int status
+    status = ctypes.c_int.from_buffer(value, 5 * ctypes.sizeof(ctypes.c_long)).value
+    return not status & _STA_UNSYNC

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from oci_hook.cli.checks.check import Check, failed
+from oci_hook.cli.checks.hooks import (
+    ENGINES_OF_HOOKS,
+    HookFile,
+    check_files,
+    check_hooks,
+    check_unread,
+    timeout_of,
+)
+from oci_hook.cli.checks.models import StoredSize, judge_timeout
+from oci_hook.cli.checks.shims import check_nri, check_shims
 from oci_hook.cli.engines import ENGINES
-from oci_hook.cli.host_checks import Check, failed
 from oci_hook.engines import cdi
 from oci_hook.engines.plan import HostFiles, Settings
 from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
@@ -36,40 +46,63 @@ def check_runtimes(files: HostFiles) -> Iterator[Check]:
         text = f"{runtime.path}, {version or 'version unknown'}"
         oldest = _OLDEST.get(runtime.kind)
         if version is None:
-            yield Check(f"runtime {runtime.kind}", "warning", f"{text}: it did not answer", f"{runtime.path} --version")
+            yield Check(f"runtime {runtime.kind}", "warn", f"{text}: it did not answer", f"{runtime.path} --version")
         elif oldest is not None and (major_minor(version) or oldest) < oldest:
             remedy = f"install {runtime.kind} {oldest[0]}.{oldest[1]} or later (docs/runtimes.md)"
-            yield Check(f"runtime {runtime.kind}", "warning", f"{text}: older than any that was tested", remedy)
+            yield Check(f"runtime {runtime.kind}", "warn", f"{text}: older than any that was tested", remedy)
         else:
             yield Check(f"runtime {runtime.kind}", "ok", text)
     if not found:
-        yield Check("runtimes", "missing", "none of runc, crun and runsc is here", "install one of them")
+        yield Check("runtimes", "fail", "none of runc, crun and runsc is here", "install one of them")
     for name in _UNSUPPORTED:
         path = find_program(name, files)
         if path is not None:
             remedy = "use a runtime that docs/runtimes.md lists"
-            yield Check(f"runtime {name}", "warning", f"{path}: not supported, the hook refuses it", remedy)
+            yield Check(f"runtime {name}", "warn", f"{path}: not supported, the hook refuses it", remedy)
 
 
-def check_engines(config_file: str, files: HostFiles) -> Iterator[Check]:
-    """Each engine that is here, the way that it takes, and whether that leads to this installation."""
+def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None) -> Iterator[Check]:
+    """Each engine that is here, the way that it takes, and whether that leads to this installation.
+
+    Args:
+        largest: The largest model that is here, if any; the hook's time is measured by it.
+    """
     base = Settings(config_file=config_file, runtimes=find_runtimes(files), script=shim_script)
-    ways, calling = 0, 0
+    present: list[str] = []
+    calling = 0
     for engine, program in _PROGRAMS.items():
         path = find_program(program, files)
         if path is None:
             continue
         version = program_version(files.resolved(path))
-        ways += 1
+        present.append(engine)
         check = _check_engine(engine, f"{path}, {version or 'version unknown'}", version, base, files)
         calling += check.status == "ok"
         yield check
     devices, checks = _check_devices(config_file, files)
     yield from checks
-    if not ways:
-        yield Check("engines", "missing", "neither podman, CRI-O, containerd nor Docker is here", "install an engine")
+    yield from _check_hooks_directories([engine for engine in present if engine in ENGINES_OF_HOOKS], files, largest)
+    yield from check_shims(files)
+    if "containerd" in present:
+        yield from check_nri(files, largest)
+    if not present:
+        yield Check("engines", "fail", "neither podman, CRI-O, containerd nor Docker is here", "install an engine")
     elif not calling and not devices:
-        yield Check("engines", "missing", "no engine calls the hook", "`sczctl install --engine ENGINE`")
+        yield Check("engines", "fail", "no engine calls the hook", "`sczctl install --engine ENGINE`")
+
+
+def _check_hooks_directories(engines: Sequence[str], files: HostFiles, largest: StoredSize | None) -> Iterator[Check]:
+    """What each engine of hooks.d reads, and whether that is our hook, once, whole, and with time enough."""
+    read: list[HookFile] = []
+    for engine in engines:
+        hooks, checks = check_hooks(engine, files)
+        yield from checks
+        read += hooks
+        starts, seconds = timeout_of(hooks)
+        if starts:
+            yield judge_timeout(engine, seconds, largest)
+    yield from check_files(read, files)
+    yield from check_unread(engines, files)
 
 
 def _check_engine(engine: str, what: str, version: str | None, base: Settings, files: HostFiles) -> Check:
@@ -84,8 +117,8 @@ def _check_engine(engine: str, what: str, version: str | None, base: Settings, f
     if state == "yes":
         return Check(f"engine {engine}", "ok", f"{way}, installed")
     if state == "no":
-        return Check(f"engine {engine}", "warning", f"{way}, not installed", remedy)
-    return Check(f"engine {engine}", "missing", f"{way}: {state}", f"{remedy}; it says what is left to do by hand")
+        return Check(f"engine {engine}", "warn", f"{way}, not installed", remedy)
+    return Check(f"engine {engine}", "fail", f"{way}: {state}", f"{remedy}; it says what is left to do by hand")
 
 
 def _check_devices(config_file: str, files: HostFiles) -> tuple[int, list[Check]]:
@@ -95,13 +128,13 @@ def _check_devices(config_file: str, files: HostFiles) -> tuple[int, list[Check]
     devices = cdi.installed_devices(cdi.DEFAULT_FILE, files)
     remedy = "`sczctl cdi generate --all`"
     if devices is None:
-        return 0, [Check("CDI", "missing", f"{cdi.DEFAULT_FILE} is not a file of ours", remedy)]
+        return 0, [Check("CDI", "fail", f"{cdi.DEFAULT_FILE} is not a file of ours", remedy)]
     checks = []
     for name, command in devices.items():
         invocation = parse_invocation(command[4:])
         if invocation is None or invocation.command() != command or invocation.config_file != config_file:
             message = f"{cdi.KIND}={name} calls another installation, or with another configuration"
-            checks.append(Check("CDI", "missing", message, remedy))
+            checks.append(Check("CDI", "fail", message, remedy))
     working = len(devices) - len(checks)
     if working:
         checks.insert(0, Check("CDI", "ok", f"{cdi.DEFAULT_FILE}: {working} devices"))
@@ -120,6 +153,4 @@ def check_cdi_models(store_directory: str, files: HostFiles) -> Iterator[Check]:
         model = invocation.requests.get("smm.scz/model", "") if invocation else ""
         if model.startswith("rootfs:") or model in known or model.partition("@")[0] in names:
             continue
-        yield Check(
-            "CDI", "warning", f"{cdi.KIND}={device}: {model} is not in the store", "`sczctl cdi generate --all`"
-        )
+        yield Check("CDI", "warn", f"{cdi.KIND}={device}: {model} is not in the store", "`sczctl cdi generate --all`")

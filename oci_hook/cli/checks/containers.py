@@ -1,0 +1,214 @@
+"""The facts by which `grade` judges each running container: from its record, and from /proc of its process.
+
+Nothing here believes a container: its files are opened beneath its own root, without its links leading out, and a
+token's claims are read for its lifetime alone. Sources: proc(5), capabilities(7), user_namespaces(7), core(5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from oci_hook.cli.checks.grade import ContainerFacts, Grade, HostFacts, ModelMount, Reason, Sandbox, grade
+from oci_hook.documents import decode_base64url, parse_object
+from oci_hook.errors import FileUnreadable, HolderGone, SczError, TokenMalformed
+from oci_hook.linux.mounts import SOURCE, Mount, load_mountinfo
+from oci_hook.linux.processes import HeldProcess
+from oci_hook.linux.syscalls import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
+from oci_hook.records import ContainerRecord, ContainerRecords
+from oci_hook.trusted_file import load_file, read_regular
+
+_TOKEN_LIMIT_BYTES = 16 << 10
+_SPEC_LIMIT_BYTES = 4 << 20
+_MAX_CONTAINERS = 200
+_SANDBOXES: tuple[tuple[re.Pattern[str], Sandbox], ...] = (
+    (re.compile(r"runsc.*|exe"), "gvisor"),  # runsc runs itself again as /proc/self/exe
+    (re.compile(r"qemu.*|cloud-hypervisor|firecracker|stratovirt|containerd-shim-kata.*"), "vm"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GradedContainer:
+    """A line of doctor's: a container, its grade, the reasons for it; `unseen` says what could not be looked at."""
+
+    container_id: str
+    models: tuple[str, ...]
+    pid: int
+    sandbox: Sandbox | None
+    grade: Grade | None
+    reasons: tuple[Reason, ...]
+    unseen: tuple[str, ...]
+
+
+def grade_containers(runtime_directory: str, token_path: str, host: HostFacts) -> Iterator[GradedContainer]:
+    """Every running container that has a record, with its grade.
+
+    Args:
+        runtime_directory: Where the records are.
+        token_path: Where a container has its token if its annotation says nothing.
+        host: What they share.
+    """
+    for record in ContainerRecords(runtime_directory).live()[:_MAX_CONTAINERS]:
+        try:
+            facts, unseen = load_facts(record, token_path)
+        except HolderGone:
+            continue  # it ended meanwhile
+        except (SczError, OSError) as error:
+            why = error.message if isinstance(error, SczError) else str(error)
+            yield GradedContainer(record.container_id, record.models, record.pid, None, None, (), (why,))
+            continue
+        judged, reasons = grade(facts, host)
+        yield GradedContainer(
+            record.container_id, record.models, record.pid, facts.sandbox, judged, reasons, tuple(unseen)
+        )
+
+
+def load_facts(record: ContainerRecord, token_path: str) -> tuple[ContainerFacts, list[str]]:
+    """What is known of a container, and what could not be seen of it.
+
+    Raises:
+        HolderGone: Its process ended.
+        SystemCallFailed: /proc cannot be read.
+    """
+    unseen: list[str] = []
+    with HeldProcess(record.pid) as process:
+        if process.start_time != record.start_time:
+            raise HolderGone(f"process {record.pid} is another now")
+        status = parse_status(process.read("status").decode("utf-8", "replace"))
+        mounts = model_mounts(record.destinations, load_mountinfo(process.proc_fd))
+        # A container that calls its program like a runtime's sandbox has the model's mount; a sandbox has none.
+        sandbox = "none" if any(mount.present for mount in mounts) else _sandbox(process)
+        if sandbox != "none":
+            mounts = tuple(ModelMount(path, None) for path in record.destinations)
+            unseen.append("its mounts, capabilities and filters: they are inside the sandbox")
+        token_seconds = _token_seconds(process, record, token_path) if sandbox == "none" else None
+        if token_seconds is None:
+            unseen.append("its token's lifetime")
+        facts = ContainerFacts(
+            sandbox=sandbox,
+            user_namespace=process.identity("ns/user") != _identity("/proc/self/ns/user"),
+            host_uid=status.uid,
+            capabilities=status.capabilities,
+            shares_pids=process.identity("ns/pid") == _identity("/proc/self/ns/pid"),
+            seccomp=status.seccomp,
+            core_limit_bytes=parse_core_limit(process.read("limits").decode("utf-8", "replace")),
+            swapped_bytes=status.swapped_bytes,
+            mounts=mounts,
+            token_seconds=token_seconds,
+        )
+        process.verify_same()
+    return facts, unseen
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _sandbox(process: HeldProcess) -> Sandbox:
+    """What its executable says: only a runtime that root installed runs as the process of a record."""
+    name = os.path.basename(process.arguments()[0]) if process.arguments() else ""
+    executable = process.executable_name()
+    for pattern, kind in _SANDBOXES:
+        if pattern.fullmatch(executable) and (kind == "vm" or name.startswith("runsc")):
+            return kind
+    return "none"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """What is read of a `/proc/<pid>/status`."""
+
+    uid: int
+    capabilities: frozenset[int]
+    seccomp: bool
+    swapped_bytes: int
+
+
+def parse_status(text: str) -> ProcessStatus:
+    """Take a `/proc/<pid>/status` apart; what it does not say counts as the worst.
+
+    The bounding set is what counts for capabilities: a program with file capabilities, or root's own, gains those.
+    """
+    fields: Mapping[str, str] = {
+        name: value.strip() for name, colon, value in (line.partition(":") for line in text.splitlines()) if colon
+    }
+    masks = [int(fields.get(name, "0"), 16) for name in ("CapEff", "CapBnd", "CapPrm", "CapInh", "CapAmb")]
+    mask = 0
+    for each in masks:
+        mask |= each
+    swapped = re.match(r"([0-9]+) kB", fields.get("VmSwap", ""))
+    return ProcessStatus(
+        uid=int(fields.get("Uid", "0").split()[0]),
+        capabilities=frozenset(number for number in range(64) if mask >> number & 1),
+        seccomp=fields.get("Seccomp", "0") != "0",
+        swapped_bytes=int(swapped[1]) * 1024 if swapped else 0,
+    )
+
+
+def parse_core_limit(text: str) -> int | None:
+    """The hard limit for cores of a `/proc/<pid>/limits`, in bytes; None: without limit."""
+    found = re.search(r"^Max core file size +\S+ +([0-9]+)", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def model_mounts(destinations: Sequence[str], mounts: Sequence[Mount]) -> tuple[ModelMount, ...]:
+    """What lies at each destination: the last mount there is what the container sees."""
+    found = []
+    for path in destinations:
+        here = [mount for mount in mounts if mount.mount_point == os.path.normpath(path)]
+        if not here or here[-1].source != SOURCE:
+            found.append(ModelMount(path, False))
+            continue
+        top = here[-1]
+        read_only = "ro" in top.options and "ro" in top.super_options
+        found.append(ModelMount(path, True, read_only, top.kind, "noswap" in top.super_options))
+    return tuple(found)
+
+
+# --- the token --------------------------------------------------------------------------------------------------------
+
+
+def _token_seconds(process: HeldProcess, record: ContainerRecord, token_path: str) -> int | None:
+    """How long the token at its place in the container is valid; None if there is none that can be read."""
+    named = _annotations(record.bundle).get("smm.scz/token", token_path)
+    path = named if isinstance(named, str) and named.startswith("/") else token_path
+    with contextlib.suppress(OSError, SczError, ValueError):
+        root = process.open_directory("root")
+        try:
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+            descriptor = openat2(root, path, flags, resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+        finally:
+            os.close(root)
+        try:
+            data = read_regular(descriptor, path, limit_bytes=_TOKEN_LIMIT_BYTES, error=TokenMalformed)
+        finally:
+            os.close(descriptor)
+        return token_lifetime(data)
+    return None
+
+
+def _annotations(bundle: str) -> Mapping[str, Any]:
+    with contextlib.suppress(SczError):
+        path = os.path.join(bundle, "config.json")
+        data = load_file(path, limit_bytes=_SPEC_LIMIT_BYTES, error=FileUnreadable)
+        document = parse_object(data, limit_bytes=_SPEC_LIMIT_BYTES, what=path, error=FileUnreadable)
+        annotations = document.get("annotations")
+        return annotations if isinstance(annotations, dict) else {}
+    return {}
+
+
+def token_lifetime(token: bytes) -> int | None:
+    """`exp` - `iat` of a JWS in compact form, unverified: the hook has verified it; None if it does not say both."""
+    parts = token.decode("ascii", "replace").strip().split(".")
+    if len(parts) != 3:
+        return None
+    payload = decode_base64url(parts[1], what="token", error=TokenMalformed)
+    claims = parse_object(payload, limit_bytes=_TOKEN_LIMIT_BYTES, what="token", error=TokenMalformed)
+    issued, expires = claims.get("iat"), claims.get("exp")
+    numbers = type(issued) in (int, float) and type(expires) in (int, float)
+    return int(expires - issued) if numbers and issued is not None and expires is not None else None

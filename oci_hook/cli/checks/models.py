@@ -1,0 +1,161 @@
+"""The store: whether this device could open each model now, its files are whole, and memory and time suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.host_device import HostDevice
+from oci_hook.bundle.files import closing
+from oci_hook.bundle.grant import parse_grant, verify_grant
+from oci_hook.bundle.layout import Layout, verify_digests
+from oci_hook.bundle.manifest import Manifest
+from oci_hook.cli.checks.check import Check, failed, mib
+from oci_hook.config import Config
+from oci_hook.delivery.memory import load_available_memory
+from oci_hook.errors import BundleInvalid, BundleMismatch, FileUnreadable, SczError, StoreInvalid
+from oci_hook.provenance import verified_manifest, verify_device
+from oci_hook.store import Store
+from oci_hook.trust import Owner
+
+START_SECONDS, BYTES_PER_SECOND = 10, 100_000_000
+_FASTEST_BYTES_PER_SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSize:
+    """A model that is whole, and the plaintext bytes that it takes."""
+
+    name: str
+    size_bytes: int
+
+
+def needed_seconds(size_bytes: int) -> int:
+    """How long a hook may need for a model: 10 s for the TPM and the start, and a second for each 100 MB of it."""
+    return START_SECONDS - (-size_bytes // BYTES_PER_SECOND)
+
+
+def check_models(
+    config: Config,
+    owners: Sequence[Owner],
+    device: HostDevice | None,
+    pcrs: dict[int, bytes],
+    sizes: list[StoredSize],
+    *,
+    deep: bool,
+) -> Iterator[Check]:
+    """Each model: whether its files are whole, and this device could open it, so far as can be told without its key.
+
+    Args:
+        pcrs: As the TPM says; empty: not known.
+        sizes: The models that are whole are added to it.
+        deep: Hash every file, not only look at its size.
+    """
+    store = Store(config.store_directory)
+    try:
+        names = store.names()
+    except SczError as error:
+        yield failed("models", error)
+        return
+    if not names:
+        yield Check("models", "fail", "no model is in the store", "`sczctl add FOLDER`, as its owner sent it")
+    for name, version in names:
+        what = f"model {name}:{version}"
+        try:
+            with store.open_model(store.load_model(name, version)) as layout:
+                manifest, owner = verified_manifest(layout, owners)
+                _verify_whole(layout, manifest, deep=deep)
+            sizes.append(StoredSize(f"{name}:{version}", sum(file.size for file in manifest.files)))
+            policy = _verified_boot_policy(store, manifest, owner, device)
+        except (BundleInvalid, BundleMismatch, StoreInvalid, FileUnreadable) as error:
+            yield _damaged(what, name, version, error)
+            continue
+        except SczError as error:
+            yield failed(what, error)
+            continue
+        if pcrs and not any(all(pcrs.get(n) == v for n, v in form.pcrs.items()) for form in policy.forms if form.pcrs):
+            remedy = "boot an approved state, or send `sczctl boot-policy measure` to the owner"
+            yield Check(what, "fail", "the machine's boot state is none that its owner approved", remedy)
+            continue
+        whole = "every file hashed" if deep else "its files have their sizes"
+        yield Check(what, "ok", f"{whole}; granted, with a boot policy{' that this boot state meets' if pcrs else ''}")
+
+
+def _damaged(what: str, name: str, version: str, error: SczError) -> Check:
+    line = failed(what, error)
+    if line.status != "fail":
+        return line
+    remedy = f"`sczctl add FOLDER` again, as its owner sent it; if that refuses, `sczctl rm {name}:{version}` first"
+    return Check(what, "fail", f"damaged on disk: {error.message}", remedy)
+
+
+def _verify_whole(layout: Layout, manifest: Manifest, *, deep: bool) -> None:
+    """Check that each layer is there with its size, or with its digest.
+
+    Raises:
+        BundleInvalid: One is missing, a link or not a regular file.
+        BundleMismatch: One has another digest or size.
+        FileUnreadable: The system said no.
+    """
+    if deep:
+        verify_digests(layout, manifest, lambda _done: None)
+        return
+    for entry in manifest.files:
+        with closing(layout.open_blob(entry.layer_digest)):
+            pass
+
+
+def _verified_boot_policy(store: Store, manifest: Manifest, owner: Owner, device: HostDevice | None) -> BootPolicy:
+    grant = verify_grant(parse_grant(store.load_grant(manifest.digest)), owner=owner, manifest=manifest)
+    if device is not None:
+        verify_device(grant, device)
+    data = store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
+    return verify_boot_policy(
+        parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
+    )
+
+
+def check_room(config: Config, sizes: Sequence[StoredSize]) -> Iterator[Check]:
+    """Whether the models fit into what is available now, above the reserve."""
+    if not sizes:
+        return
+    try:
+        available = load_available_memory()
+    except SczError as error:
+        yield failed("memory for models", error)
+        return
+    largest = max(sizes, key=lambda model: model.size_bytes)
+    total = sum(model.size_bytes for model in sizes)
+    free = available - config.memory_reserve_bytes
+    have = f"{mib(max(0, free))} are available above the reserve"
+    if largest.size_bytes > free:
+        message = f"{largest.name} takes {mib(largest.size_bytes)}, but {have}: its start is refused (48) as it is now"
+        yield Check("memory for models", "warn", message, "free memory, or lower memory.reserve_bytes in config.toml")
+    elif total > free:
+        message = f"all models together take {mib(total)}, but {have}: not all of them can run at once"
+        yield Check("memory for models", "warn", message, "run fewer of them here at once, or add memory")
+    else:
+        yield Check("memory for models", "ok", f"the largest takes {mib(largest.size_bytes)}, all {mib(total)}; {have}")
+
+
+def judge_timeout(engine: str, seconds: int | None, largest: StoredSize | None) -> Check:
+    """Whether the time that an engine leaves the hook suffices for the largest model, by `needed_seconds`.
+
+    Args:
+        seconds: As its hook files say; None: they name none, so the hook may run for ever.
+        largest: None: no model is here.
+    """
+    name, remedy = f"hook timeout {engine}", "`sczctl install --engine {} --timeout {}`"
+    if seconds is None:
+        message = "the hook's file names none: a hook that hangs keeps its container waiting for ever"
+        return Check(name, "warn", message, remedy.format(engine, 300))
+    if largest is None:
+        return Check(name, "ok", f"{seconds} s")
+    needed = needed_seconds(largest.size_bytes)
+    formula = f"{largest.name} may need {needed} s (10 s + {mib(largest.size_bytes)} at 100 MB/s)"
+    if seconds >= needed:
+        return Check(name, "ok", f"{seconds} s; {formula}")
+    hopeless = seconds < START_SECONDS + largest.size_bytes / _FASTEST_BYTES_PER_SECOND
+    message = f"{seconds} s; {formula}: the runtime ends its start before it is done"
+    return Check(name, "fail" if hopeless else "warn", message, remedy.format(engine, min(3600, max(10, needed))))
