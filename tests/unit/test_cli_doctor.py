@@ -86,17 +86,26 @@ class Host(Household):
             found.setdefault(check["name"], []).append(check)
         return found
 
+    def lines(self, name: str, status: str) -> list[tuple[str, str]]:
+        """Message and remedy of each line of that name and status."""
+        return [(each["message"], each["remedy"]) for each in self.doctor().get(name, []) if each["status"] == status]
+
     def check(self, name: str) -> tuple[str, str, str]:
         (check,) = self.doctor()[name]
         return check["status"], check["message"], check["remedy"]
 
 
+def make_host(directory: Path) -> Host:
+    """A host without a TPM."""
+    made = Host(directory)
+    with made.config.open("a") as file:
+        file.write(f'[tpm]\ntcti = "device:{directory}/no-tpm"\n')
+    return made
+
+
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
-    made = Host(tmp_path)
-    with made.config.open("a") as file:
-        file.write(f'[tpm]\ntcti = "device:{tmp_path}/no-tpm"\n')
-    return made
+    return make_host(tmp_path)
 
 
 def statuses(host: Host) -> dict[str, str]:

@@ -156,6 +156,6 @@ def judge_timeout(engine: str, seconds: int | None, largest: StoredSize | None) 
     formula = f"{largest.name} may need {needed} s (10 s + {mib(largest.size_bytes)} at 100 MB/s)"
     if seconds >= needed:
         return Check(name, "ok", f"{seconds} s; {formula}")
-    hopeless = seconds < START_SECONDS + largest.size_bytes / _FASTEST_BYTES_PER_SECOND
+    hopeless = seconds * _FASTEST_BYTES_PER_SECOND < largest.size_bytes
     message = f"{seconds} s; {formula}: the runtime ends its start before it is done"
     return Check(name, "fail" if hopeless else "warn", message, remedy.format(engine, min(3600, max(10, needed))))
