@@ -1,15 +1,26 @@
-"""`sczctl doctor` on a whole host: software TPM, enrolment, model and podman; then as parts of it fail."""
+"""`sczctl doctor` on a whole host: software TPM, enrolment, model and podman, as parts of it fail; and the grades of
+real containers, for each reason that a container itself can give."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.scene import Scene
+from tests.engines import container_limits
+from tests.scene import AUDIENCE, ISSUER, SUBJECT, Scene
+from tests.software_tpm import SoftwareTpm
+
+USERNS = ("--uidmap", "0:200000:65536", "--gidmap", "0:200000:65536")
+NO_CORES = tuple(word for limit in ("core=0", *container_limits()) for word in ("--ulimit", limit))
+# What this machine's kernel and its software TPM add to every container's reasons.
+OF_THE_HOST = {"software-tpm", "core-dumps", "swap"}
 
 PROGRAMS = {"podman": "/usr/bin/podman", "runc": "/usr/sbin/runc", "crun": "/usr/bin/crun"}
 
@@ -23,30 +34,170 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# What this machine's kernel, its clock and its devices add; the rest of a host that is ready is ok.
+MACHINES = ("swap", "kdump", "hibernation", "core dumps", "suid_dumpable", "ptrace", "clock", "TPM access")
+
+
 def ask(scene: Scene, root: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     told = scene.sczctl("doctor", "--root", root, "--json", check=False)
     assert told.stderr == ""
     return told.returncode, {check["name"]: check for check in json.loads(told.stdout)["checks"]}
 
 
+@contextmanager
+def running(
+    scene: Scene, *options: str, runtime: str = "runc", model: str = "small:1", ttl_seconds: int = 600
+) -> Iterator[str]:
+    """A container that holds the model; its id. It is gone at the end."""
+    token = scene.token(f"token-{len(options)}-{ttl_seconds}", ttl_seconds=ttl_seconds)
+    words = ["--detach", *options]
+    started = scene.run(scene.image, ["sleep", "600"], model=model, token=token, runtime=runtime, options=words)
+    assert started.returncode == 0, started.stderr
+    container = started.stdout.strip()
+    try:
+        yield container
+    finally:
+        scene.podman.call("rm", "--force", "--time", "0", container)
+
+
+def graded(scene: Scene, root: Path, container: str, *, model: str = "small:1") -> tuple[str, dict[str, str]]:
+    """What doctor says of the one container: its grade, and its reasons with their weights."""
+    told = json.loads(scene.sczctl("doctor", "--root", root, "--json", check=False).stdout)
+    (found,) = told["containers"]
+    assert (found["container_id"], found["models"]) == (container, [model])
+    text = scene.sczctl("doctor", "--root", root, check=False).stdout
+    assert f"  {found['grade']:<9}{container[:12]} ({model})" in text.splitlines()
+    assert all(reason["remedy"] for reason in found["reasons"])
+    return found["grade"], {reason["name"]: reason["weight"] for reason in found["reasons"]}
+
+
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+@pytest.mark.parametrize(
+    ("options", "grade", "reasons"),
+    [
+        ((*NO_CORES, *USERNS), "weak", {}),
+        (NO_CORES, "weak", {"no-user-namespace": "weak"}),
+        (("--security-opt", "seccomp=unconfined", *USERNS), "weak", {"no-seccomp": "weak"}),
+        (("--cap-add", "SYS_PTRACE", *USERNS), "weak", {"ptrace": "weak"}),
+        (
+            ("--cap-add", "DAC_READ_SEARCH"),
+            "insecure",
+            {"privileged": "insecure", "no-user-namespace": "weak"},
+        ),
+        (
+            ("--privileged",),
+            "insecure",
+            {"privileged": "insecure", "no-user-namespace": "weak", "no-seccomp": "weak", "ptrace": "weak"},
+        ),
+        (
+            ("--pid", "host", "--cap-add", "SYS_PTRACE"),
+            "insecure",
+            {"host-pids": "insecure", "no-user-namespace": "weak"},
+        ),
+    ],
+)
+def test_each_container_is_graded(
+    scene: Scene, root: Path, runtime: str, options: Sequence[str], grade: str, reasons: dict[str, str]
+) -> None:
+    with running(scene, *options, runtime=runtime) as container:
+        judged, found = graded(scene, root, container)
+    assert judged == grade
+    assert {name: weight for name, weight in found.items() if name not in OF_THE_HOST} == reasons
+    assert found["software-tpm"] == "weak"
+    if options[: len(NO_CORES)] == NO_CORES:  # then only a program that the kernel starts whatever the limit says
+        assert "core-dumps" not in found or Path("/proc/sys/kernel/core_pattern").read_text().startswith("|")
+    told = json.loads(scene.sczctl("doctor", "--root", root, "--json", check=False).stdout)
+    assert told["containers"] == []
+
+
+def test_a_token_that_is_valid_for_long(scene: Scene, root: Path, model_source: Path) -> None:
+    access = scene.owner / "patient.json"
+    identity = {"issuer": ISSUER, "audience": AUDIENCE, "subjects": [SUBJECT]}
+    access.write_text(json.dumps({"identities": [identity], "token_age_seconds": 7 * 86400, "share": False}))
+    out = scene.usb / "patient"
+    out.mkdir()
+    scene.sczctl("pack", model_source, "-o", out / "bundle", "--keys", scene.owner / "keys", "--name", "patient",
+                 "--version", "1", "--access", access)  # fmt: skip
+    scene.grant(out, name="patient")
+    scene.add(out)
+    with running(scene, *USERNS, model="patient:1", ttl_seconds=3 * 86400) as container:
+        assert graded(scene, root, container, model="patient:1")[1]["long-token"] == "weak"
+    scene.sczctl("rm", "patient:1")
+
+
+def test_a_model_that_its_container_has_changed(scene: Scene, root: Path) -> None:
+    with running(scene, "--privileged") as container:
+        scene.podman.call("exec", container, "mount", "-o", "remount,rw", "/models/small")
+        judged, found = graded(scene, root, container)
+        assert (judged, found["mount-writable"]) == ("insecure", "insecure")
+        scene.podman.call("exec", container, "umount", "/models/small")
+        assert graded(scene, root, container)[1]["mount-gone"] == "weak"
+
+
+def test_a_gvisor_sandbox(scene: Scene, root: Path) -> None:
+    runsc = f"{shutil.which('runsc')} platform=ptrace network=none"
+    with running(scene, runtime=runsc) as container:
+        told = json.loads(scene.sczctl("doctor", "--root", root, "--json", check=False).stdout)
+        (found,) = told["containers"]
+    assert (found["container_id"], found["sandbox"]) == (container, "gvisor")
+    assert {reason["name"] for reason in found["reasons"]} <= OF_THE_HOST
+    assert "inside the sandbox" in found["unseen"][0]
+
+
+def tpm2(tpm: SoftwareTpm, *command: str) -> int:
+    """Run one of tpm2-tools; its exit code."""
+    environment = {"PATH": "/usr/bin:/bin", "TPM2TOOLS_TCTI": tpm.tcti}
+    return subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60).returncode
+
+
+def _fail_an_authorisation(tpm: SoftwareTpm) -> None:
+    """Use a key under dictionary-attack protection with a wrong password."""
+    key = tpm.directory / "protected.ctx"
+    assert tpm2(tpm, "tpm2_createprimary", "-Q", "-C", "o", "-p", "right", "-c", str(key)) == 0
+    assert tpm2(tpm, "tpm2_create", "-Q", "-C", str(key), "-P", "wrong", "-u", "/dev/null", "-r", "/dev/null") != 0
+    assert tpm2(tpm, "tpm2_flushcontext", "--transient-object") == 0
+
+
+def test_a_tpm_in_lockout(scene: Scene, root: Path) -> None:
+    """Its counter is said before, the lockout after as many failures as the TPM allows."""
+    _fail_an_authorisation(scene.tpm)
+    _, found = ask(scene, root)
+    assert (found["TPM lockout"]["status"], "1 of 3 failures" in found["TPM lockout"]["message"]) == ("warn", True)
+    _fail_an_authorisation(scene.tpm)
+    _fail_an_authorisation(scene.tpm)
+    _, found = ask(scene, root)
+    assert found["TPM lockout"]["message"].startswith("in dictionary-attack lockout (3 of 3 failures)")
+    assert "tpm2_dictionarylockout --clear-lockout" in found["TPM lockout"]["remedy"]
+    assert found["TPM"]["status"] == "ok"
+    assert tpm2(scene.tpm, "tpm2_dictionarylockout", "--clear-lockout") == 0
+    assert ask(scene, root)[1]["TPM lockout"]["status"] == "ok"
+
+
 def test_a_host_that_is_ready_and_one_that_no_longer_is(scene: Scene, root: Path) -> None:
     code, found = ask(scene, root)
     assert found["engines"]["remedy"] == "`sczctl install --engine ENGINE`"
     scene.sczctl("install", "--engine", "podman", "--root", root)
+    (root / "etc/logrotate.d").mkdir(parents=True)
+    (root / "etc/logrotate.d/scz-smm").write_text(f"{scene.audit} {{\n}}\n")
     code, found = ask(scene, root)
-    assert [check for check in found.values() if check["status"] != "ok"] == []
+    wrong = [check for check in found.values() if check["status"] != "ok" and not check["name"].startswith(MACHINES)]
+    assert [(check["name"], check["status"]) for check in wrong] == [("TPM kind", "warn")]
     assert code == 0
     assert "is the one that was enrolled" in found["TPM"]["message"]
+    assert "software TPM (IBM SW TPM" in found["TPM kind"]["message"]
+    assert found["TPM lockout"]["message"].startswith("none: 0 of ")
     assert "that this boot state meets" in found["model small:1"]["message"]
+    deep = json.loads(scene.sczctl("doctor", "--root", root, "--deep", "--json").stdout)
+    assert "every file hashed" in next(c for c in deep["checks"] if c["name"] == "model small:1")["message"]
 
     scene.tpm.extend(8, "another kernel")
     code, found = ask(scene, root)
-    missing = [name for name, check in found.items() if check["status"] == "missing"]
-    assert (code, missing) == (1, ["model other:1", "model small:1"])
+    failing = [name for name, check in found.items() if check["status"] == "fail"]
+    assert (code, failing) == (1, ["model other:1", "model small:1"])
     assert "boot-policy measure" in found["model small:1"]["remedy"]
 
     scene.tpm.stop()
     code, found = ask(scene, root)
-    missing = [name for name, check in found.items() if check["status"] == "missing"]
-    assert (code, missing) == (1, ["TPM"])
+    failing = [name for name, check in found.items() if check["status"] == "fail"]
+    assert (code, failing) == (1, ["TPM"])
     assert "tpm.tcti" in found["TPM"]["remedy"]
