@@ -194,6 +194,16 @@ def test_the_time_for_the_largest_model(host: Host) -> None:
     assert "for ever" in host.lines("hook timeout podman", "warn")[0][0]
 
 
+def test_the_time_of_devices_and_of_the_shim(host: Host) -> None:
+    host.has("dockerd")
+    host.install("docker")
+    done(host.ctl("add", host.prepared()))
+    assert host.check("hook timeout docker")[1].startswith("300 s; minilm:1 may need 11 s")
+    done(host.ctl("cdi", "generate", "--all", "--timeout", "10", "-o", host.root / "etc/cdi/scz-smm.json"))
+    status, message, remedy = host.check("hook timeout CDI")
+    assert (status, message[:5], remedy) == ("warn", "10 s;", "`sczctl cdi generate --all --timeout 11`")
+
+
 # --- the shim and NRI -------------------------------------------------------------------------------------------------
 
 

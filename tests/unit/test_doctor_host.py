@@ -115,13 +115,13 @@ def test_memory_against_the_models() -> None:
 
 def test_the_formula_for_the_hooks_time() -> None:
     assert [needed_seconds(size) for size in (0, 1, 100_000_000, 10 * GIB)] == [10, 11, 11, 118]
-    large = StoredSize("m:1", 10 * GIB)
-    assert judge_timeout("podman", 118, large).status == "ok"
-    found = judge_timeout("podman", 117, large)
+    large, command = StoredSize("m:1", 10 * GIB), "sczctl install --engine podman"
+    assert judge_timeout("podman", 118, large, command=command).status == "ok"
+    found = judge_timeout("podman", 117, large, command=command)
     assert (found.status, found.remedy) == ("warn", "`sczctl install --engine podman --timeout 118`")
-    assert judge_timeout("podman", 10, large).status == "fail"  # not even at 1 GB/s
-    assert judge_timeout("podman", None, large).status == "warn"
-    assert judge_timeout("podman", 10, None).status == "ok"
+    assert judge_timeout("podman", 10, large, command=command).status == "fail"  # not even at 1 GB/s
+    assert judge_timeout("podman", None, large, command=command).status == "warn"
+    assert judge_timeout("podman", 10, None, command=command).status == "ok"
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -22,6 +24,7 @@ from oci_hook.engines.plan import HostFiles, Settings
 from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
 from oci_hook.errors import SczError
 from oci_hook.invocation import parse_invocation
+from oci_hook.oci.edit import HOOK_SECONDS
 from oci_hook.shim import shim_script
 from oci_hook.store import Store
 
@@ -35,6 +38,7 @@ _WAYS = {
 }
 _DEVICES_SINCE = {"podman": (4, 1), "cri-o": (1, 23), "containerd": (1, 7), "docker": (25, 0)}
 """The first version that reads CDI files; containerd and Docker have to be told to until 2.0 and 28.3."""
+_GENERATE = "sczctl cdi generate --all"
 _UNSUPPORTED = ("kata-runtime", "youki")
 
 
@@ -79,7 +83,9 @@ def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None
         check = _check_engine(engine, f"{path}, {version or 'version unknown'}", version, base, files)
         calling += check.status == "ok"
         yield check
-    devices, checks = _check_devices(config_file, files)
+        if check.status == "ok" and engine not in ENGINES_OF_HOOKS:  # the shim's own time is fixed, a CDI device's not
+            yield judge_timeout(engine, HOOK_SECONDS, largest, command=_GENERATE)
+    devices, checks = _check_devices(config_file, files, largest)
     yield from checks
     yield from _check_hooks_directories([engine for engine in present if engine in ENGINES_OF_HOOKS], files, largest)
     yield from check_shims(files)
@@ -100,7 +106,7 @@ def _check_hooks_directories(engines: Sequence[str], files: HostFiles, largest: 
         read += hooks
         starts, seconds = timeout_of(hooks)
         if starts:
-            yield judge_timeout(engine, seconds, largest)
+            yield judge_timeout(engine, seconds, largest, command=f"sczctl install --engine {engine}")
     yield from check_files(read, files)
     yield from check_unread(engines, files)
 
@@ -121,12 +127,12 @@ def _check_engine(engine: str, what: str, version: str | None, base: Settings, f
     return Check(f"engine {engine}", "fail", f"{way}: {state}", f"{remedy}; it says what is left to do by hand")
 
 
-def _check_devices(config_file: str, files: HostFiles) -> tuple[int, list[Check]]:
+def _check_devices(config_file: str, files: HostFiles, largest: StoredSize | None) -> tuple[int, list[Check]]:
     """The CDI file, if there is one: how many devices of it work, and a line for each that does not."""
     if not files.exists(cdi.DEFAULT_FILE):
         return 0, []
     devices = cdi.installed_devices(cdi.DEFAULT_FILE, files)
-    remedy = "`sczctl cdi generate --all`"
+    remedy = f"`{_GENERATE}`"
     if devices is None:
         return 0, [Check("CDI", "fail", f"{cdi.DEFAULT_FILE} is not a file of ours", remedy)]
     checks = []
@@ -138,7 +144,18 @@ def _check_devices(config_file: str, files: HostFiles) -> tuple[int, list[Check]
     working = len(devices) - len(checks)
     if working:
         checks.insert(0, Check("CDI", "ok", f"{cdi.DEFAULT_FILE}: {working} devices"))
+        checks.append(judge_timeout("CDI", _shortest(files), largest, command=_GENERATE))
     return working, checks
+
+
+def _shortest(files: HostFiles) -> int | None:
+    """The shortest time that a hook of the CDI file has; None if one has no limit."""
+    with contextlib.suppress(SczError, ValueError, RecursionError, KeyError, TypeError):
+        document = json.loads(files.read(cdi.DEFAULT_FILE) or b"null")
+        found = [hook.get("timeout") for each in document["devices"] for hook in each["containerEdits"]["hooks"]]
+        if found and all(type(seconds) is int and seconds > 0 for seconds in found):
+            return int(min(found))
+    return None
 
 
 def check_cdi_models(store_directory: str, files: HostFiles) -> Iterator[Check]:
@@ -153,4 +170,4 @@ def check_cdi_models(store_directory: str, files: HostFiles) -> Iterator[Check]:
         model = invocation.requests.get("smm.scz/model", "") if invocation else ""
         if model.startswith("rootfs:") or model in known or model.partition("@")[0] in names:
             continue
-        yield Check("CDI", "warn", f"{cdi.KIND}={device}: {model} is not in the store", "`sczctl cdi generate --all`")
+        yield Check("CDI", "warn", f"{cdi.KIND}={device}: {model} is not in the store", f"`{_GENERATE}`")

@@ -21,6 +21,7 @@ from oci_hook.trust import Owner
 
 START_SECONDS, BYTES_PER_SECOND = 10, 100_000_000
 _FASTEST_BYTES_PER_SECOND = 1_000_000_000
+MOST_SECONDS = 3600  # of `--timeout`
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +140,19 @@ def check_room(config: Config, sizes: Sequence[StoredSize]) -> Iterator[Check]:
         yield Check("memory for models", "ok", f"the largest takes {mib(largest.size_bytes)}, all {mib(total)}; {have}")
 
 
-def judge_timeout(engine: str, seconds: int | None, largest: StoredSize | None) -> Check:
-    """Whether the time that an engine leaves the hook suffices for the largest model, by `needed_seconds`.
+def judge_timeout(way: str, seconds: int | None, largest: StoredSize | None, *, command: str) -> Check:
+    """Whether the time that is left to the hook suffices for the largest model, by `needed_seconds`.
 
     Args:
-        seconds: As its hook files say; None: they name none, so the hook may run for ever.
+        way: By which the hook is called.
+        seconds: As its files say; None: one names none, so the hook may run for ever.
         largest: None: no model is here.
+        command: What makes these files anew, with `--timeout`.
     """
-    name, remedy = f"hook timeout {engine}", "`sczctl install --engine {} --timeout {}`"
+    name = f"hook timeout {way}"
     if seconds is None:
         message = "the hook's file names none: a hook that hangs keeps its container waiting for ever"
-        return Check(name, "warn", message, remedy.format(engine, 300))
+        return Check(name, "warn", message, f"`{command} --timeout 300`")
     if largest is None:
         return Check(name, "ok", f"{seconds} s")
     needed = needed_seconds(largest.size_bytes)
@@ -158,4 +161,5 @@ def judge_timeout(engine: str, seconds: int | None, largest: StoredSize | None) 
         return Check(name, "ok", f"{seconds} s; {formula}")
     hopeless = seconds * _FASTEST_BYTES_PER_SECOND < largest.size_bytes
     message = f"{seconds} s; {formula}: the runtime ends its start before it is done"
-    return Check(name, "fail" if hopeless else "warn", message, remedy.format(engine, min(3600, max(10, needed))))
+    remedy = f"`{command} --timeout {min(MOST_SECONDS, max(10, needed))}`"
+    return Check(name, "fail" if hopeless else "warn", message, remedy)
