@@ -71,25 +71,28 @@ def graded(scene: Scene, root: Path, container: str, *, model: str = "small:1") 
     return found["grade"], {reason["name"]: reason["weight"] for reason in found["reasons"]}
 
 
-@pytest.mark.parametrize("runtime", ["runc", "crun"])
 @pytest.mark.parametrize(
-    ("options", "grade", "reasons"),
+    ("runtime", "options", "grade", "reasons"),
     [
-        ((*NO_CORES, *USERNS), "weak", {}),
-        (NO_CORES, "weak", {"no-user-namespace": "weak"}),
-        (("--security-opt", "seccomp=unconfined", *USERNS), "weak", {"no-seccomp": "weak"}),
-        (("--cap-add", "SYS_PTRACE", *USERNS), "weak", {"ptrace": "weak"}),
+        ("runc", (*NO_CORES, *USERNS), "weak", {}),
+        ("crun", (*NO_CORES, *USERNS), "weak", {}),
+        ("runc", NO_CORES, "weak", {"no-user-namespace": "weak"}),
+        ("crun", ("--security-opt", "seccomp=unconfined", *USERNS), "weak", {"no-seccomp": "weak"}),
+        ("runc", ("--cap-add", "SYS_PTRACE", *USERNS), "weak", {"ptrace": "weak"}),
         (
+            "crun",
             ("--cap-add", "DAC_READ_SEARCH"),
             "insecure",
             {"privileged": "insecure", "no-user-namespace": "weak"},
         ),
         (
+            "runc",
             ("--privileged",),
             "insecure",
             {"privileged": "insecure", "no-user-namespace": "weak", "no-seccomp": "weak", "ptrace": "weak"},
         ),
         (
+            "crun",
             ("--pid", "host", "--cap-add", "SYS_PTRACE"),
             "insecure",
             {"host-pids": "insecure", "no-user-namespace": "weak"},

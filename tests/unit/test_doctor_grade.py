@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oci_hook.cli.checks import containers
 from oci_hook.cli.checks.containers import (
     grade_containers,
     model_mounts,
@@ -267,6 +269,17 @@ def test_the_token_is_found_by_the_annotation_and_no_link_leads_out(
         assert len(list(grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST))) == 1
     (bundle / "config.json").write_text("{")
     assert len(list(grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST))) == 1
+
+
+def test_a_token_that_never_comes_is_left_behind(
+    process: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file system of the container's own (FUSE) can do it: the child that reads is ended."""
+    record(tmp_path / "run", process.pid, tmp_path / "bundle")
+    monkeypatch.setattr(containers, "_TOKEN_READ_SECONDS", 0.2)
+    monkeypatch.setattr(containers, "_read_lifetime", lambda *_: time.sleep(600))
+    (found,) = grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST)
+    assert "its token's lifetime" in found.unseen
 
 
 def test_a_process_that_ended_is_no_container(process: subprocess.Popen[bytes], tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from oci_hook.attestation.deadline import with_deadline
 from oci_hook.cli.checks.grade import ContainerFacts, Grade, HostFacts, ModelMount, Reason, Sandbox, grade
 from oci_hook.documents import decode_base64url, parse_object
 from oci_hook.errors import FileUnreadable, HolderGone, SczError, TokenMalformed
@@ -23,6 +25,7 @@ from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.trusted_file import load_file, read_regular
 
 _TOKEN_LIMIT_BYTES = 16 << 10
+_TOKEN_READ_SECONDS = 3.0
 _SPEC_LIMIT_BYTES = 4 << 20
 _MAX_CONTAINERS = 200
 _SANDBOXES: tuple[tuple[re.Pattern[str], Sandbox], ...] = (
@@ -57,7 +60,7 @@ def grade_containers(runtime_directory: str, token_path: str, host: HostFacts) -
             facts, unseen = load_facts(record, token_path)
         except HolderGone:
             continue  # it ended meanwhile
-        except (SczError, OSError) as error:
+        except (SczError, OSError, ValueError) as error:
             why = error.message if isinstance(error, SczError) else str(error)
             yield GradedContainer(record.container_id, record.models, record.pid, None, None, (), (why,))
             continue
@@ -183,21 +186,29 @@ def model_mounts(destinations: Sequence[str], mounts: Sequence[Mount]) -> tuple[
 
 
 def _token_seconds(process: HeldProcess, record: ContainerRecord, token_path: str) -> int | None:
-    """How long the token at its place in the container is valid; None if there is none that can be read."""
+    """How long the token at its place in the container is valid; None if there is none that can be read in time.
+
+    The container may have put a file system of its own there (FUSE), which never answers: a child waits for it.
+    """
     named = _annotations(record.bundle).get("smm.scz/token", token_path)
     path = named if isinstance(named, str) and named.startswith("/") else token_path
-    with contextlib.suppress(OSError, SczError, ValueError):
+    with contextlib.suppress(SczError):
+        found = with_deadline(lambda: str(_read_lifetime(process, path)).encode(), _TOKEN_READ_SECONDS)
+        return int(found) if found != b"None" else None
+    return None
+
+
+def _read_lifetime(process: HeldProcess, path: str) -> int | None:
+    with contextlib.suppress(OSError, SczError, ValueError), contextlib.ExitStack() as stack:
         root = process.open_directory("root")
-        try:
-            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
-            descriptor = openat2(root, path, flags, resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-        finally:
-            os.close(root)
-        try:
-            data = read_regular(descriptor, path, limit_bytes=_TOKEN_LIMIT_BYTES, error=TokenMalformed)
-        finally:
-            os.close(descriptor)
-        return token_lifetime(data)
+        stack.callback(os.close, root)
+        place = openat2(root, path, os.O_PATH, resolve=RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+        stack.callback(os.close, place)
+        # The kind is known before anything is opened: opening a device acts on it, opening a FIFO waits.
+        if stat.S_ISREG(os.fstat(place).st_mode):
+            file = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+            stack.callback(os.close, file)
+            return token_lifetime(read_regular(file, path, limit_bytes=_TOKEN_LIMIT_BYTES, error=TokenMalformed))
     return None
 
 
