@@ -58,6 +58,9 @@ def test_folders_and_trusted_files_that_others_can_write(host: Host) -> None:
     status, message, remedy = host.check("permissions")
     assert (status, str(owner) in message, remedy) == ("fail", True, f"chmod go-w {owner}")
     owner.chmod(0o644)
+    host.config.parent.chmod(0o1777)  # sticky, as /tmp: nobody else can rename root's files there
+    assert host.check("permissions")[0] == "ok"
+    host.config.parent.chmod(0o755)
     os.chown(trust, 1000, 0)
     assert host.check("permissions")[2] == f"chown root: {trust}"
 
@@ -97,6 +100,13 @@ def test_damage_that_leaves_the_size_is_found_by_hashing(host: Host) -> None:
     (found,) = (check for check in told.json["checks"] if check["name"] == "model minilm:1")
     assert (found["status"], "does not hash" in found["message"]) == ("fail", True)
     assert found["remedy"].startswith("`sczctl add FOLDER` again")
+
+
+def test_a_grant_whose_bundle_an_image_carries(host: Host) -> None:
+    out = host.prepared()
+    done(host.ctl("add", "--without-bundle", out / "grant.jwt", out / "boot-policy.json"))
+    status, message, _ = host.check("model minilm:1")
+    assert (status, message.startswith("its grant;")) == ("ok", True)
 
 
 def test_memory_against_the_models() -> None:

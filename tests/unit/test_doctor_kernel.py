@@ -108,8 +108,8 @@ def test_hibernation(tmp_path: Path, power: str, line_: str, swaps: str, status:
         ("|/usr/share/apport/apport -p%p", "warn", "apport keeps them"),
         ("|/opt/x %p", "warn", "may keep them"),
         ("|", "warn", "may keep"),
-        ("|/bin/false", "ok", "thrown away"),
-        ("| /usr/bin/false %p", "ok", "thrown away"),
+        ("|/bin/false", "ok", "not kept"),
+        ("| /usr/bin/false %p", "ok", "not kept"),
         ("", "ok", "writes none"),
     ],
 )
@@ -117,6 +117,26 @@ def test_where_cores_go(tmp_path: Path, pattern: str, status: str, word: str) ->
     found = leak(tmp_path, "core dumps", proc__sys__kernel__core_pattern=pattern)
     assert (found.status, word in found.message) == (status, True), found.message
     assert ("kernel.core_pattern=|/bin/false" in found.remedy) == (status == "warn")
+
+
+def test_a_collector_that_keeps_nothing(tmp_path: Path) -> None:
+    pattern = "|/lib/systemd/systemd-coredump %P"
+
+    def status() -> str:
+        return leak(tmp_path, "core dumps", proc__sys__kernel__core_pattern=pattern).status
+
+    conf = tmp_path / "etc/systemd/coredump.conf"
+    conf.parent.mkdir(parents=True)
+    conf.write_text("[Coredump]\n#Storage=none\n")
+    assert status() == "warn"
+    conf.write_text("[Coredump]\nStorage=none\n")
+    assert status() == "ok"
+    (tmp_path / "etc/systemd/coredump.conf.d").mkdir()
+    (tmp_path / "etc/systemd/coredump.conf.d/90.conf").write_text("[Coredump]\n Storage = external\n")
+    assert status() == "warn"
+    pattern = "|/opt/other"
+    conf.write_text("[Coredump]\nStorage=none\n")
+    assert status() == "warn"
 
 
 def test_dumpable_and_ptrace(tmp_path: Path) -> None:

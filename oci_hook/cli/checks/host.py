@@ -70,7 +70,8 @@ def _loose(path: str) -> tuple[str, str] | None:
     quoted = shlex.quote(path)
     if found.st_uid != 0:
         return f"{path} belongs to uid {found.st_uid}: it can change what root runs by", f"chown root: {quoted}"
-    if found.st_mode & 0o022:
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # nobody renames root's entries there
+    if found.st_mode & 0o022 and not sticky:
         mode = f"{stat.S_IMODE(found.st_mode):04o}"
         return f"{path} is writable by others than root (mode {mode})", f"chmod go-w {quoted}"
     return None

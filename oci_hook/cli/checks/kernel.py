@@ -6,6 +6,7 @@ Documentation/admin-guide/kdump, Documentation/admin-guide/LSM/Yama.rst, adjtime
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -41,6 +42,7 @@ class KernelState:
         no_filesystem: Why.
         crash_kernel: A kernel for kdump is loaded.
         sleeps: The kernel can hibernate (`disk` in /sys/power/state).
+        collector_keeps: systemd-coredump, if it is what gets the cores, stores them (coredump.conf(5)).
         resume: Where the command line says that an image is resumed from; empty: nowhere.
     """
 
@@ -53,6 +55,7 @@ class KernelState:
     sleeps: bool
     resume: str
     core_pattern: str
+    collector_keeps: bool
     suid_dumpable: str | None
     ptrace_scope: str | None
     huge_pages: str | None
@@ -65,7 +68,9 @@ class KernelState:
     @property
     def stores_cores(self) -> bool:
         """Whether the core of a process that crashes is kept anywhere, if its limit lets it be written."""
-        return bool(self.core_pattern) and not _DISCARDS.fullmatch(self.core_pattern)
+        if not self.core_pattern or _DISCARDS.fullmatch(self.core_pattern):
+            return False
+        return self.collector_keeps or "systemd-coredump" not in self.core_pattern
 
 
 def load_kernel_state(root: str = "/") -> KernelState:
@@ -95,6 +100,7 @@ def load_kernel_state(root: str = "/") -> KernelState:
         sleeps="disk" in (text("/sys/power/state") or "").split(),
         resume=resumed[-1] if resumed else "",
         core_pattern=text("/proc/sys/kernel/core_pattern") or "",
+        collector_keeps=_coredump_storage(root) != "none",
         suid_dumpable=text("/proc/sys/fs/suid_dumpable"),
         ptrace_scope=text("/proc/sys/kernel/yama/ptrace_scope"),
         huge_pages=text(_HUGE),
@@ -106,6 +112,22 @@ def _command_line(text: str) -> tuple[str, ...]:
         return tuple(shlex.split(text))
     except ValueError:  # an open quotation mark
         return tuple(text.split())
+
+
+def _coredump_storage(root: str) -> str:
+    """`Storage=` of systemd-coredump's configuration: the last that says it counts, drop-ins by name after the file."""
+    found: dict[str, str] = {}
+    for place in ("usr/lib", "run", "etc"):
+        folder = os.path.join(root, place, "systemd/coredump.conf.d")
+        with contextlib.suppress(OSError):
+            found |= {name: os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".conf")}
+    paths = [os.path.join(root, "etc/systemd/coredump.conf"), *(found[name] for name in sorted(found))]
+    said = [
+        value
+        for path in paths
+        for value in re.findall(r"^[ \t]*Storage[ \t]*=[ \t]*([a-z]+)", load_text(path) or "", re.MULTILINE)
+    ]
+    return said[-1] if said else "external"
 
 
 def parse_swaps(text: str, is_encrypted: Callable[[str], bool]) -> tuple[Swap, ...]:
@@ -223,7 +245,7 @@ def _cores(state: KernelState) -> Check:
     if not pattern:
         return Check("core dumps", "ok", "the kernel writes none")
     if not state.stores_cores:
-        return Check("core dumps", "ok", f"thrown away (kernel.core_pattern is {pattern})")
+        return Check("core dumps", "ok", f"not kept (kernel.core_pattern is {pattern})")
     if pattern.startswith("|"):
         program = pattern[1:].split()[0] if pattern[1:].split() else pattern
         kept = "keeps" if _COLLECTORS.search(os.path.basename(program)) else "may keep"
@@ -235,8 +257,8 @@ def _cores(state: KernelState) -> Check:
 
 
 MEND_CORES = (
-    "`sysctl 'kernel.core_pattern=|/bin/false'` (for all of this host), or `--ulimit core=0` / LimitCORE=0 for the "
-    "containers with models"
+    "`sysctl -w 'kernel.core_pattern=|/bin/false'` (and in /etc/sysctl.d: for all of this host), or `--ulimit core=0` "
+    "(LimitCORE=0) for the containers with models"
 )
 
 

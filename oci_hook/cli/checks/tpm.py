@@ -57,6 +57,9 @@ def ask_tpm(config: Config, device: HostDevice | None) -> tuple[TpmAnswer | None
     properties = TpmProperties(**json.loads(data[32 * len(_PCRS) :]))
     proven = ", and is the one that was enrolled" if device else ""
     checks = [Check("TPM", "ok", f"{config.tpm_tcti} answers{proven}"), *check_properties(properties)]
+    if config.tpm_tcti.startswith("device:/dev/tpm0"):
+        message = "tpm.tcti is /dev/tpm0, without the kernel's resource manager: others are kept from the TPM meanwhile"
+        checks.append(Check("TPM manager", "warn", message, 'set tcti = "device:/dev/tpmrm0" in config.toml'))
     return TpmAnswer(pcrs, properties), checks
 
 
