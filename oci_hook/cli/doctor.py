@@ -129,7 +129,7 @@ class _Examination:
         yield from check_cdi_models(self._config.store_directory, self._files())
 
     def _containers(self) -> Iterator[Check]:
-        from oci_hook.cli.checks.containers import grade_containers
+        from oci_hook.cli.checks.containers import MOST_CONTAINERS, grade_containers
         from oci_hook.cli.checks.grade import HostFacts
         from oci_hook.cli.checks.kernel import load_kernel_state
 
@@ -137,7 +137,8 @@ class _Examination:
         software = self._tpm.properties.is_software if self._tpm is not None else None
         host = HostFacts.of(kernel, software)
         self.containers += grade_containers(self._config.runtime_directory, self._config.token_path, host)
-        return iter(())
+        if len(self.containers) >= MOST_CONTAINERS:
+            yield Check("containers", "warn", f"only the {MOST_CONTAINERS} oldest were graded", "`sczctl ps` has all")
 
 
 def _importing(group: str, look: Callable[[], Iterable[Check]]) -> Callable[[], Iterator[Check]]:

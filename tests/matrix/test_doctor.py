@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.engines import container_limits
+from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
+from tests.commands import done, sczctl
+from tests.engines import Podman, container_limits
 from tests.scene import AUDIENCE, ISSUER, SUBJECT, Scene
 from tests.software_tpm import SoftwareTpm
 from tests.suites import version
@@ -43,6 +46,32 @@ def ask(scene: Scene, root: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     told = scene.sczctl("doctor", "--root", root, "--json", check=False)
     assert told.stderr == ""
     return told.returncode, {check["name"]: check for check in json.loads(told.stdout)["checks"]}
+
+
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+def test_a_second_copy_of_the_hook_does_run_twice(tmp_path: Path, root: Path, runtime: str) -> None:
+    """What doctor says of two files is what podman does with them."""
+    trace, script = tmp_path / "trace", tmp_path / "hook"
+    script.write_text(f'#!/bin/sh\ncat > /dev/null\necho "$*" >> {trace}\n')
+    script.chmod(0o755)
+    done(sczctl("install", "--engine", "podman", "--root", root))
+    folder = root / DEFAULT_DIRECTORY.lstrip("/")
+    for file in folder.iterdir():
+        document = json.loads(file.read_text())
+        document["hook"]["path"] = str(script)  # the arguments stay
+        file.write_text(json.dumps(document))
+    shutil.copy(folder / "scz-smm-prestart.json", folder / "second.json")
+    told = sczctl("doctor", "--root", root, "--json").json
+    (warning,) = (check for check in told["checks"] if (check["name"], check["status"]) == ("hooks podman", "warn"))
+    assert "both call the hook at prestart: it runs twice" in warning["message"]
+    assert warning["remedy"] == f"rm {DEFAULT_DIRECTORY}/second.json"
+    with (
+        tempfile.TemporaryDirectory(prefix="scz-hooks.", dir="/var/tmp") as made,
+        Podman(f"{made}/podman", hooks_directories=[folder]) as podman,
+    ):
+        image = podman.busybox_image()
+        podman.run(["--rm", "--annotation", "smm.scz/model=x", image, "true"], runtime=runtime)
+    assert [line.split()[-1] for line in trace.read_text().splitlines()] == ["prestart", "prestart", "poststop"]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from oci_hook.trusted_file import load_file, read_regular
 _TOKEN_LIMIT_BYTES = 16 << 10
 _TOKEN_READ_SECONDS = 3.0
 _SPEC_LIMIT_BYTES = 4 << 20
-_MAX_CONTAINERS = 200
+MOST_CONTAINERS = 1000
 _SANDBOXES: tuple[tuple[re.Pattern[str], Sandbox], ...] = (
     (re.compile(r"runsc.*|exe"), "gvisor"),  # runsc runs itself again as /proc/self/exe
     (re.compile(r"qemu.*|cloud-hypervisor|firecracker|stratovirt|containerd-shim-kata.*"), "vm"),
@@ -48,14 +48,14 @@ class GradedContainer:
 
 
 def grade_containers(runtime_directory: str, token_path: str, host: HostFacts) -> Iterator[GradedContainer]:
-    """Every running container that has a record, with its grade.
+    """Every running container that has a record, with its grade; the thousand oldest of more.
 
     Args:
         runtime_directory: Where the records are.
         token_path: Where a container has its token if its annotation says nothing.
         host: What they share.
     """
-    for record in ContainerRecords(runtime_directory).live()[:_MAX_CONTAINERS]:
+    for record in ContainerRecords(runtime_directory).live()[:MOST_CONTAINERS]:
         try:
             facts, unseen = load_facts(record, token_path)
         except HolderGone:
