@@ -135,6 +135,14 @@ def test_two_engines_with_different_directories(host: Host) -> None:
         assert "sczctl install --engine podman" in remedy
 
 
+def test_a_directory_of_the_administrators_choice(host: Host) -> None:
+    host.install("podman", "--hooks-dir", OVERRIDE)
+    assert host.check("engine podman")[0] == "warn"
+    write(host, "/etc/containers/containers.conf.d/50.conf", f'[engine]\nhooks_dir = ["{OVERRIDE}"]')
+    assert host.check("engine podman")[0] == "ok"
+    assert "engines" not in host.doctor()
+
+
 def test_a_file_that_leads_nowhere_or_elsewhere(host: Host, tmp_path: Path) -> None:
     host.install("podman")
     path = f"{DEFAULT_DIRECTORY}/scz-smm-prestart.json"

@@ -14,6 +14,7 @@ from oci_hook.cli.checks.hooks import (
     check_files,
     check_hooks,
     check_unread,
+    directory_in_use,
     timeout_of,
 )
 from oci_hook.cli.checks.models import StoredSize, judge_timeout
@@ -115,6 +116,8 @@ def _check_engine(engine: str, what: str, version: str | None, base: Settings, f
     settings = replace(base, engine_version=major_minor(version) if engine == "containerd" else None)
     remedy = f"`sczctl install --engine {engine}`"
     try:
+        if engine in ENGINES_OF_HOOKS:
+            settings = replace(settings, hooks_directory=directory_in_use(engine, files))
         state = ENGINES[engine].state(settings, files)
     except SczError as error:
         return failed(f"engine {engine}", error)

@@ -1,7 +1,7 @@
 """hooks.d: the directories that each engine really reads, and every file there that calls our hook.
 
-podman up to 6 reads by itself /usr/share/containers/oci/hooks.d alone (not /etc/containers/oci/hooks.d); CRI-O the same
-until its configuration names others. Where files of one name lie in two directories that an engine reads, the last
+podman (4.3 to 5.8) reads by itself /usr/share/containers/oci/hooks.d alone, not /etc/containers/oci/hooks.d; CRI-O the
+same until its configuration names others. Where files of one name lie in two directories that an engine reads, the last
 directory's is the hook; two of different names are two hooks. Sources: oci-hooks(5), containers.conf(5), crio.conf(5).
 """
 
@@ -75,6 +75,19 @@ def read_directories(engine: str, files: HostFiles) -> list[str]:
             kept = found if _appends(named) else []
             found = list(dict.fromkeys([*kept, *(os.path.normpath(each) for each in strings(named))]))
     return found
+
+
+def directory_in_use(engine: str, files: HostFiles) -> str | None:
+    """The last directory that an engine reads and where our files for it lie; None: where `install` puts them.
+
+    Raises:
+        ConfigInvalid: A file of the engine's configuration is not TOML.
+        FileUnreadable: One cannot be read.
+    """
+    for directory in reversed(read_directories(engine, files)):
+        if any(_is_own_name(hook) and hook.engine == engine for hook in our_hooks(directory, files)[0]):
+            return directory
+    return None
 
 
 def _appends(named: list[Any]) -> bool:
