@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from oci_hook.cli.checks.hooks import read_directories
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
+from oci_hook.engines.plan import HostFiles
 from tests.commands import done, sczctl
 from tests.engines import Podman, container_limits
 from tests.scene import AUDIENCE, ISSUER, SUBJECT, Scene
@@ -72,6 +74,46 @@ def test_a_second_copy_of_the_hook_does_run_twice(tmp_path: Path, root: Path, ru
         image = podman.busybox_image()
         podman.run(["--rm", "--annotation", "smm.scz/model=x", image, "true"], runtime=runtime)
     assert [line.split()[-1] for line in trace.read_text().splitlines()] == ["prestart", "prestart", "poststop"]
+
+
+def test_podman_reads_what_doctor_says(tmp_path: Path) -> None:
+    """podman's own files below /etc/containers, in a mount namespace: the last file that names `hooks_dir` counts."""
+    containers = tmp_path / "root/etc/containers"
+    (containers / "containers.conf.d").mkdir(parents=True)
+    trace = tmp_path / "trace"
+    for name in ("main", "first", "last", "no-drop-in"):
+        folder = tmp_path / name
+        folder.mkdir()
+        script = f"#!/bin/sh\ncat > /dev/null\necho {name} >> {trace}\n"
+        (folder / "hook").write_text(script)
+        (folder / "hook").chmod(0o755)
+        hook = {"path": str(folder / "hook"), "env": ["PATH=/bin"], "timeout": 10}
+        when = {"annotations": {"^x$": "yes"}}
+        document = {"version": "1.0.0", "hook": hook, "when": when, "stages": ["prestart"]}
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    with (
+        tempfile.TemporaryDirectory(prefix="scz-hooks.", dir="/var/tmp") as made,
+        Podman(f"{made}/podman") as podman,
+    ):
+        image = podman.busybox_image()
+        own = Path(podman.environment["CONTAINERS_CONF"]).read_text()
+        (containers / "containers.conf").write_text(
+            own.replace("[engine]", f'[engine]\nhooks_dir = ["{tmp_path}/main"]')
+        )
+        for file, name in (("10.conf", "first"), ("20.conf", "last"), ("30.toml", "no-drop-in")):
+            text = f'[engine]\nhooks_dir = ["{tmp_path}/{name}"]\n'
+            (containers / "containers.conf.d" / file).write_text(text)
+        bind = f'mount --bind {containers} /etc/containers && exec "$@"'
+        words = podman.command(*podman._new("run"), "--rm", "--annotation", "x=yes", image, "true")
+        prefix = podman.namespace.prefix
+        environment = {name: value for name, value in podman.environment.items() if name != "CONTAINERS_CONF"}
+        ran = subprocess.run(
+            [*prefix, "unshare", "--mount", "sh", "-c", bind, "sh", *words[len(prefix) :]],
+            env=environment, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+    assert trace.read_text().split() == ["last"]
+    assert read_directories("podman", HostFiles(str(tmp_path / "root"))) == [f"{tmp_path}/last"]
 
 
 @contextmanager
