@@ -9,7 +9,7 @@ LOCKS := requirements-build.lock requirements-dev.lock
 SOURCES := pyproject.toml $(shell find oci_hook -name __pycache__ -prune -o \( -name '*.py' -o -name py.typed -o -type d \) -print)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test unit integration matrix gvisor bench lint format lock clean help host host-tests
+.PHONY: install demo test unit integration matrix gvisor bench lint format man lock clean help host host-tests
 
 install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
 
@@ -33,6 +33,9 @@ lint: install  ## ruff and mypy --strict
 format: install  ## let ruff rewrite the sources
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+
+man: install  ## manual pages and the shells' completions, into build/man and build/completions
+	$(PYTHON) packaging/manual.py build
 
 host:
 	@packaging/prepare-host

@@ -1,0 +1,36 @@
+"""`packaging/manual.py` for the tests, and what its hand-written pages say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scz_manual", ROOT / "packaging" / "manual.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+manual = _load()
+"""The module `packaging/manual.py`."""
+
+
+def source(name: str) -> str:
+    """A hand-written page without mdoc's escapes."""
+    return (ROOT / "docs" / "man" / name).read_text().replace("\\&", "").replace("\\-", "-")
+
+
+def items(text: str, macro: str) -> dict[str, str]:
+    """Tag and text of each item of the page's lists whose tag is set in a macro."""
+    found = re.findall(rf"^\.It {macro} (.+?)$\n(.*?)(?=^\.It {macro} |^\.S[sh] |\Z)", text, re.MULTILINE | re.DOTALL)
+    return {tag.replace(" Ns Ar ", ""): body for tag, body in found}
