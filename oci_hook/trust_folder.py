@@ -28,7 +28,13 @@ class Trust:
         """Where the file of an owner (`owners`) or issuer (`issuers`) lies."""
         return os.path.join(self._directory, kind, f"{name}.json")
 
-    def _names(self, kind: str) -> Iterator[str]:
+    def names(self, kind: str) -> Iterator[str]:
+        """The names of what is trusted of a kind (`owners`, `issuers`), sorted; the files are not looked into.
+
+        Raises:
+            TrustInvalid: There are more than 256.
+            FileUnreadable: The folder cannot be read.
+        """
         directory = os.path.join(self._directory, kind)
         names = [name for name in entries(directory) if name.endswith(".json")]
         if len(names) > _MAX_TRUSTED:
@@ -68,11 +74,11 @@ class Trust:
         Raises:
             TrustInvalid: One of the files cannot be used: none is skipped in silence.
         """
-        return tuple(self.load_owner(name) for name in self._names("owners"))
+        return tuple(self.load_owner(name) for name in self.names("owners"))
 
     def issuers(self) -> tuple[Issuer, ...]:
         """The trusted issuers of identity tokens; raises as `owners` does."""
-        return tuple(self.load_issuer(name) for name in self._names("issuers"))
+        return tuple(self.load_issuer(name) for name in self.names("issuers"))
 
     def add(self, kind: str, name: str, document: bytes) -> str:
         """Write one file; returns its path.

@@ -70,7 +70,7 @@ class LazyGroup(click.Group):
     type=click.Path(dir_okay=False),
     default=DEFAULT_CONFIG_FILE,
     show_default=True,
-    help="The host's configuration (host commands only).",
+    help="The host's configuration, for the commands that read it; stands before the command.",
 )
 @click.pass_context
 def cli(context: click.Context, config_file: str) -> None:
@@ -79,8 +79,8 @@ def cli(context: click.Context, config_file: str) -> None:
     The model's OWNER packs, grants and signs boot policies. The host's OPERATOR enrols the host, adds models and
     installs the hook. `sczctl why` tells anybody why a container did not start.
 
-    Exit codes: 0 done, 1 nothing is known, 2 wrong usage, 10 to 79 an error (`sczctl why CODE` explains it),
-    130 interrupted.
+    Exit codes: 0 done, 1 something is missing, left over or not known, 2 wrong usage, 10 to 79 an error
+    (`sczctl why CODE` explains it), 130 interrupted.
     """
     context.obj = os.path.abspath(config_file)
 

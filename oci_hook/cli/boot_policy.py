@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from oci_hook.cli import print_json
+from oci_hook.cli.completion import complete_devices, complete_model_lines
 from oci_hook.cli.options import (
     JSON,
     KEYS,
@@ -39,7 +40,9 @@ def boot_policy() -> None:
 
 
 @boot_policy.command()
-@click.option("--device", required=True, callback=name_of, help="This device's name, as it was enrolled.")
+@click.option(
+    "--device", metavar="NAME", required=True, callback=name_of, help="This device's name, as it was enrolled."
+)
 @OUTPUT
 @click.pass_obj
 def measure(config_file: str, device: str, output: str) -> None:
@@ -109,18 +112,35 @@ def _verify_forms(forms: list[dict[int, bytes]]) -> None:
 
 @boot_policy.command()
 @KEYS
-@click.option("--model", required=True, callback=name_of, help="The model line (its name); all its versions.")
 @click.option(
-    "--class", "device_class", callback=name_of, help="The device class; default: that of the devices that are named."
+    "--model",
+    metavar="NAME",
+    required=True,
+    callback=name_of,
+    shell_complete=complete_model_lines,
+    help="The model line (its name); all its versions.",
 )
 @click.option(
-    "--device", "devices", multiple=True, callback=names_of, help="Approve the state that this device was enrolled in."
+    "--class",
+    "device_class",
+    metavar="NAME",
+    callback=name_of,
+    help="The device class; default: that of the devices that are named.",
+)
+@click.option(
+    "--device",
+    "devices",
+    metavar="NAME",
+    multiple=True,
+    callback=names_of,
+    shell_complete=complete_devices,
+    help="Approve the state that this device was enrolled in; repeat it for more.",
 )
 @click.option(
     "--measured",
     multiple=True,
     type=click.Path(dir_okay=False),
-    help="Approve the state of a measurement (`sczctl boot-policy measure`) by an enrolled device.",
+    help="Approve the state of a measurement (`sczctl boot-policy measure`) by an enrolled device; repeat it for more.",
 )
 @click.option(
     "--pcr",
@@ -146,7 +166,7 @@ def sign(
 ) -> None:
     """OWNER: sign the approved states; the policy must cover kernel, initrd and command line.
 
-    All of --device and --measured, which may be repeated, stand beside each other: a host may be in any one of them.
+    All states that --device and --measured name stand beside each other: a host may be in any one of them.
     """
     from oci_hook.attestation.boot_policy import sign_boot_policy
     from oci_hook.owner.keyring import open_keyring

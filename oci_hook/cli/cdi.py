@@ -8,6 +8,7 @@ import os
 import click
 
 from oci_hook.cli import print_json
+from oci_hook.cli.completion import complete_files, complete_models
 from oci_hook.cli.options import DRY_RUN, JSON, hook_timeout
 from oci_hook.config import load_config
 from oci_hook.engines.cdi import DEFAULT_FILE, KIND, device_file, installed_devices, model_device
@@ -22,6 +23,7 @@ _OUTPUT = click.option(
     "-o",
     "--output",
     metavar="FILE",
+    shell_complete=complete_files,
     default=DEFAULT_FILE,
     show_default=True,
     help="The file; engines read all of /etc/cdi and /run/cdi, or what their configuration says.",
@@ -34,14 +36,16 @@ def cdi() -> None:
 
 
 @cdi.command()
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=complete_models)
 @click.option("--all", "all_models", is_flag=True, help="Every model in this host's store.")
 @_OUTPUT
 @click.option(
     "--engine", type=click.Choice(ENGINES), help="Who will read the file; default: as the configuration says."
 )
-@click.option("--path", help="Where the model goes in the container (one MODEL only). [default: /models/NAME]")
-@click.option("--name", help="The device's name (one MODEL only). [default: the MODEL as given]")
+@click.option(
+    "--path", metavar="PATH", help="Where the model goes in the container (one MODEL only). [default: /models/NAME]"
+)
+@click.option("--name", metavar="NAME", help="The device's name (one MODEL only). [default: the MODEL as given]")
 @hook_timeout()
 @DRY_RUN
 @JSON

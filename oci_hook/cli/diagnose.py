@@ -12,6 +12,7 @@ import click
 
 from oci_hook.audit import EMPTY_HEAD, AuditHead, AuditLog, format_time, text_line
 from oci_hook.cli import print_json, printable
+from oci_hook.cli.completion import complete_refused
 from oci_hook.config import load_config
 from oci_hook.errors import all_errors
 from oci_hook.report import Refusal, explain, load_refusals, reporting_config
@@ -24,7 +25,7 @@ _RAISED_BY_RUNTIMES = {
 
 
 @click.command()
-@click.argument("what", required=False)
+@click.argument("what", required=False, shell_complete=complete_refused)
 @click.option("--codes", is_flag=True, help="List every exit code of the hook.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj

@@ -80,7 +80,7 @@ def _verify_meant(engine: str) -> None:
 
 
 _OPTIONS = (
-    click.option("--engine", type=click.Choice(list(ENGINES)), required=True, help="The engine to prepare."),
+    click.option("--engine", type=click.Choice(list(ENGINES)), required=True, help="The engine that is meant."),
     click.option(
         "--hooks-dir",
         "hooks_directory",
@@ -134,6 +134,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--engine-version",
+    metavar="VERSION",
     callback=_version,
     help="containerd: its version, which decides how drop-ins are read. [default: that of the containerd here]",
 )

@@ -18,6 +18,7 @@ from oci_hook.cli.options import (
     EK_ROOTS,
     KEYS,
     OUTPUT,
+    GroupInOrder,
     load_authorities,
     name_of,
     read_input,
@@ -81,14 +82,14 @@ def _verify_same_tpm(records: OwnerRecords, device: str, ek_sha256: str, replace
     )
 
 
-@click.group()
+@click.group(cls=GroupInOrder)
 def enroll() -> None:
     """Enrol a host with a model's owner: request (host), challenge (owner), answer (host), accept (owner)."""
 
 
 @enroll.command()
 @click.option("--owner", "owner_file", type=click.Path(dir_okay=False), required=True, help="The owner's owner.json.")
-@click.option("--device", callback=name_of, help="Name of this device; default: the host's name.")
+@click.option("--device", metavar="NAME", callback=name_of, help="Name of this device; default: the host's name.")
 @OUTPUT
 @click.pass_obj
 def request(config_file: str, owner_file: str, device: str | None, output: str) -> None:
@@ -198,6 +199,7 @@ def answer(config_file: str, challenge_file: str, output: str) -> None:
 @click.option(
     "--class",
     "device_class",
+    metavar="NAME",
     callback=name_of,
     help="The device class: devices of one class share a boot policy. Default: as before, or `default`.",
 )

@@ -8,6 +8,7 @@ import click
 
 from oci_hook.audit import format_time
 from oci_hook.cli import print_json
+from oci_hook.cli.completion import complete_models
 from oci_hook.cli.options import DRY_RUN, JSON, model_of, show_progress, verify_one_of
 from oci_hook.config import load_config
 from oci_hook.errors import DeviceNotEnrolled, ModelUnknown, SczError
@@ -140,7 +141,7 @@ def _list_grants(keys: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model", metavar="NAME:VERSION", callback=model_of)
+@click.argument("model", metavar="NAME:VERSION", callback=model_of, shell_complete=complete_models)
 @DRY_RUN
 @JSON
 @click.pass_obj

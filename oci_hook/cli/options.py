@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from oci_hook.bundle.model import VERSION
+from oci_hook.cli.completion import complete_files
 from oci_hook.documents import shown
 from oci_hook.errors import FileUnreadable, KeyInvalid, OutputExists, SczError
 from oci_hook.trust import NAME, NAME_LIMIT
@@ -57,10 +58,25 @@ def model_of(context: click.Context, parameter: click.Parameter, value: str) -> 
     return name, version_of(context, parameter, version)
 
 
+class GroupInOrder(click.Group):
+    """Lists its commands in the order of the work, which is that of the module, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """All commands."""
+        return list(self.commands)
+
+
 KEYS = click.option(
     "--keys", type=click.Path(file_okay=False), required=True, help="The owner's folder (`sczctl keygen`)."
 )
-OUTPUT = click.option("-o", "--output", metavar="FILE", required=True, help="File to write; nothing is overwritten.")
+OUTPUT = click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    required=True,
+    shell_complete=complete_files,
+    help="File to write; nothing is overwritten.",
+)
 EK_ROOTS = click.option(
     "--ek-roots",
     type=click.Path(file_okay=False),
@@ -82,6 +98,7 @@ def hook_timeout(seconds: str = "Seconds") -> Callable[[Callable[..., Any]], Cal
         "--timeout",
         "timeout_seconds",
         type=click.IntRange(10, 3600),
+        metavar="SECONDS",
         default=300,
         show_default=True,
         help=f"{seconds} after which the runtime ends the hook and the container.",

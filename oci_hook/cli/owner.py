@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from oci_hook.cli import print_json
+from oci_hook.cli.completion import complete_devices, complete_packed
 from oci_hook.cli.options import (
     JSON,
     KEYS,
@@ -29,7 +30,13 @@ from oci_hook.errors import BundleInvalid, DeviceInvalid, KeyInvalid, TrustInval
 
 @click.command()
 @click.option("--keys", metavar="DIRECTORY", required=True, help="Folder to make.")
-@click.option("--name", required=True, callback=name_of, help="The owner's name: lower-case letters, digits, . _ -")
+@click.option(
+    "--name",
+    metavar="NAME",
+    required=True,
+    callback=name_of,
+    help="The owner's name: lower-case letters and digits, with . _ - between them.",
+)
 @PASSPHRASE_FILE
 @click.option("--no-passphrase", is_flag=True, help="Leave the private keys unencrypted, for another vault to guard.")
 def keygen(keys: str, name: str, passphrase_file: str | None, no_passphrase: bool) -> None:
@@ -50,12 +57,20 @@ def keygen(keys: str, name: str, passphrase_file: str | None, no_passphrase: boo
 
 
 @click.command()
-@click.argument("model", metavar="NAME:VERSION", callback=model_of)
+@click.argument("model", metavar="NAME:VERSION", callback=model_of, shell_complete=complete_packed)
 @KEYS
-@click.option("--device", required=True, callback=name_of, help="The device, as it was enrolled.")
+@click.option(
+    "--device",
+    metavar="NAME",
+    required=True,
+    callback=name_of,
+    shell_complete=complete_devices,
+    help="The device, as it was enrolled.",
+)
 @click.option(
     "--maximum",
     type=click.IntRange(0, (1 << 63) - 1),
+    metavar="NUMBER",
     default=None,
     help="Opens while the device's counter is at most this; default: its value at enrolment.",
 )

@@ -58,27 +58,49 @@ def _access_document(
 @click.argument("source", type=click.Path(file_okay=False))
 @click.option("-o", "--output", metavar="DIRECTORY", required=True, help="Bundle to make (an OCI layout).")
 @KEYS
-@click.option("--name", required=True, callback=name_of, help="The model's name.")
-@click.option("--version", required=True, callback=version_of, help="Its version, an OCI tag; each is packed once.")
+@click.option("--name", metavar="NAME", required=True, callback=name_of, help="The model's name.")
+@click.option(
+    "--version",
+    metavar="VERSION",
+    required=True,
+    callback=version_of,
+    help="Its version, an OCI tag; each is packed once.",
+)
 @click.option(
     "--generation",
     type=click.IntRange(1, (1 << 63) - 1),
+    metavar="NUMBER",
     default=1,
     show_default=True,
-    help="The owner's count of what the model line replaced.",
+    help="A number to raise with each version that replaces an earlier one.",
 )
 @click.option("--access", "access_file", type=click.Path(dir_okay=False), help="The access policy (JSON).")
-@click.option("--issuer", help="Instead of --access: accept tokens of this issuer.")
-@click.option("--audience", default="scz-smm", show_default=True, help="With --issuer: for this audience.")
-@click.option("--subject", "subjects", multiple=True, help="With --issuer: of this workload; repeat for more.")
-@click.option("--issuer-key", "issuer_keys", multiple=True, help="With --issuer: by a key of this RFC 7638 thumbprint.")
+@click.option("--issuer", metavar="URL", help="Instead of --access: accept tokens of this issuer.")
+@click.option(
+    "--audience", metavar="AUDIENCE", default="scz-smm", show_default=True, help="With --issuer: for this audience."
+)
+@click.option(
+    "--subject",
+    "subjects",
+    metavar="SUBJECT",
+    multiple=True,
+    help="With --issuer: of this workload; repeat it for more.",
+)
+@click.option(
+    "--issuer-key",
+    "issuer_keys",
+    metavar="THUMBPRINT",
+    multiple=True,
+    help="With --issuer: signed by the key of this RFC 7638 thumbprint, and no other; repeat it for more.",
+)
 @click.option(
     "--token-age",
     "token_age_seconds",
     type=click.IntRange(60, 31_622_400),
     default=3600,
     show_default=True,
-    help="With --issuer: tokens that live, and are, at most so many seconds old.",
+    metavar="SECONDS",
+    help="With --issuer: tokens that are valid for at most so long, and at most so old.",
 )
 @click.option(
     "--fields",

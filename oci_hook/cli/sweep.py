@@ -25,8 +25,8 @@ _LOCK_SECONDS = 60.0
 def sweep(config_file: str, dry_run: bool, as_json: bool) -> int:
     """Remove models mounted on the host's side, and records, of containers that are gone.
 
-    Every start does the same. A timer (config/systemd) does it at boot and every few minutes, for the container after
-    which none starts. The exit code is 1 if something could not be removed.
+    Every start does the same. The timer scz-smm-sweep.timer does it at boot and every few minutes, for the container
+    after which none starts. The exit code is 1 if something could not be removed.
     """
     from oci_hook.host import close_ended, sweep_host_mounts
 

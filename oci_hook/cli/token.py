@@ -49,9 +49,14 @@ def _load_key(path: str) -> ec.EllipticCurvePrivateKey:
 
 
 @token.command()
-@click.option("--issuer", required=True, help="The `iss` claim, for example https://host.example/scz.")
+@click.option("--issuer", metavar="URL", required=True, help="The `iss` claim, for example https://host.example/scz.")
 @click.option(
-    "--name", default="local", show_default=True, callback=name_of, help="Name of the issuer in the trust folder."
+    "--name",
+    metavar="NAME",
+    default="local",
+    show_default=True,
+    callback=name_of,
+    help="Name of the issuer in the trust folder.",
 )
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Also write the issuer's public file here.")
 @click.pass_obj
@@ -89,15 +94,18 @@ def init(config_file: str, issuer: str, name: str, output: str | None) -> None:
 
 
 @token.command()
-@click.option("--subject", required=True, help="The workload, as the model's access policy names it.")
-@click.option("--audience", default="scz-smm", show_default=True, help="The `aud` claim.")
+@click.option(
+    "--subject", metavar="SUBJECT", required=True, help="The workload, as the model's access policy names it."
+)
+@click.option("--audience", metavar="AUDIENCE", default="scz-smm", show_default=True, help="The `aud` claim.")
 @click.option(
     "--ttl",
     "ttl_seconds",
     type=click.IntRange(30, 31_622_400),
     default=600,
     show_default=True,
-    help="Seconds that it is valid; the model's access policy sets a limit.",
+    metavar="SECONDS",
+    help="How long it is valid; the model's access policy sets a limit.",
 )
 @click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="File to write, mode 0600.")
 @click.option("--force", is_flag=True, help="Replace a file that exists (renewal).")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from oci_hook.cli import print_json
+from oci_hook.cli.completion import complete_trusted
 from oci_hook.cli.options import DRY_RUN, JSON, name_of, read_input
 from oci_hook.config import load_config
 from oci_hook.documents import canonical, parse_object
@@ -73,9 +74,14 @@ def add_owner(config_file: str, file: str, replace: bool, dry_run: bool) -> None
 
 @add.command("issuer")
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--name", callback=name_of, help="Name of the issuer here; needed with --issuer.")
-@click.option("--issuer", help="The `iss` claim, if FILE is a plain JWK set.")
-@click.option("--type", "kind", type=click.Choice(["kubernetes", "spiffe", "oidc"]), help="With --issuer.")
+@click.option("--name", metavar="NAME", callback=name_of, help="With a plain JWK set: name of the issuer here.")
+@click.option("--issuer", metavar="URL", help="With a plain JWK set: the `iss` claim of the issuer's tokens.")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["kubernetes", "spiffe", "oidc"]),
+    help="With a plain JWK set: how the issuer's tokens name a workload.",
+)
 @_REPLACE
 @DRY_RUN
 @click.pass_obj
@@ -139,7 +145,7 @@ def list_trust(config_file: str, as_json: bool) -> None:
 
 @trust.command("rm")
 @click.argument("kind", type=click.Choice(["owner", "issuer"]))
-@click.argument("name")
+@click.argument("name", shell_complete=complete_trusted)
 @DRY_RUN
 @click.pass_obj
 def remove_trust(config_file: str, kind: str, name: str, dry_run: bool) -> None:
