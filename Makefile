@@ -35,7 +35,8 @@ format: install  ## let ruff rewrite the sources
 	$(PYTHON) -m ruff check --fix .
 
 man: install  ## manual pages and the shells' completions, into build/man and build/completions
-	$(PYTHON) packaging/manual.py build
+	$(PYTHON) packaging/manual.py build/man
+	$(PYTHON) packaging/completions.py build/completions
 
 host:
 	@packaging/prepare-host

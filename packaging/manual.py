@@ -1,4 +1,4 @@
-"""Makes the manual pages and the shells' completions: `make man` → build/man/manN/*, build/completions/*/*.
+"""Makes the manual pages: `make man` → build/man/manN/*.
 
 The pages of `sczctl` come from click's own command tree, so that they say what `--help` says; the hand-written ones
 (docs/man/*.5, *.7, *.8) get their date, version and table of exit codes filled in. All of them are mdoc (mdoc(7)).
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from click.shell_completion import get_completion_class
 
 from oci_hook import __version__
 from oci_hook.cli import cli
@@ -29,7 +28,6 @@ from oci_hook.errors import all_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "docs" / "man"
-COMPLETIONS = {"bash": "bash/sczctl", "zsh": "zsh/_sczctl", "fish": "fish/sczctl.fish"}
 GENERAL_PAGES = ("scz-smm.toml 5", "scz-smm-annotations 7", "scz-hook 8", "scz-runtime 8")
 _CODES_MARK = '.\\" EXIT CODES\n'
 _EXIT_STATUS = (
@@ -340,30 +338,14 @@ def manual() -> dict[str, str]:
     return made
 
 
-def completions() -> dict[str, str]:
-    """click's scripts of completion, by their path below build/completions."""
-    made = {}
-    for shell, path in COMPLETIONS.items():
-        kind = get_completion_class(shell)
-        assert kind is not None, shell
-        # Not BashComplete's own source(), which asks the bash of this machine for its version.
-        made[path] = kind.source_template % kind(cli, {}, "sczctl", "_SCZCTL_COMPLETE").source_vars()
-    return made
-
-
-def write(folder: Path, files: dict[str, str]) -> None:
-    """Write the files below an empty folder, which replaces the one that was there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for path, text in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
-
-
 def main(arguments: list[str]) -> int:
-    """Write everything below the folder that is given (build)."""
-    (output,) = arguments or [str(ROOT / "build")]
-    write(Path(output) / "man", manual())
-    write(Path(output) / "completions", completions())
+    """Write every page below the folder that is given, which is emptied first."""
+    (output,) = arguments
+    shutil.rmtree(output, ignore_errors=True)
+    for path, text in manual().items():
+        page = Path(output) / path
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text, encoding="ascii")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`packaging/manual.py` for the tests, and what its hand-written pages say."""
+"""`packaging/manual.py` and `completions.py` for the tests, and what its hand-written pages say."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scz_manual", ROOT / "packaging" / "manual.py")
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"scz_{name}", ROOT / "packaging" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -21,8 +21,8 @@ def _load() -> ModuleType:
     return module
 
 
-manual = _load()
-"""The module `packaging/manual.py`."""
+manual, completions = _load("manual"), _load("completions")
+"""The modules of `packaging/`."""
 
 
 def source(name: str) -> str:

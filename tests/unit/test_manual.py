@@ -83,13 +83,14 @@ def test_two_builds_are_equal_wherever_and_whenever(tmp_path: Path) -> None:
     for name, environment in (("a", {"TZ": "Asia/Tokyo", "COLUMNS": "40"}), ("b", {"LC_ALL": "C.UTF-8"})):
         where = tmp_path / name
         where.mkdir()
-        command = [sys.executable, str(ROOT / "packaging" / "manual.py"), str(where / "out")]
-        subprocess.run(command, cwd=where, env={"PYTHONPATH": str(ROOT), **environment}, check=True, timeout=60)
+        for script, output in (("manual.py", "man"), ("completions.py", "completions")):
+            command = [sys.executable, str(ROOT / "packaging" / script), output]
+            subprocess.run(command, cwd=where, env={"PYTHONPATH": str(ROOT), **environment}, check=True, timeout=60)
         files = [path for path in sorted(where.rglob("*")) if path.is_file()]
         built.append({str(path.relative_to(where)): path.read_bytes() for path in files})
     assert built[0] == built[1]
-    assert {f"out/man/{path}" for path in PAGES} <= set(built[0])
-    assert {"out/completions/bash/sczctl", "out/completions/zsh/_sczctl"} <= set(built[0])
+    assert {f"man/{path}" for path in PAGES} <= set(built[0])
+    assert {f"completions/{path}" for path in ("bash/sczctl", "zsh/_sczctl", "fish/sczctl.fish")} <= set(built[0])
 
 
 def test_the_date_is_the_release_s(monkeypatch: pytest.MonkeyPatch) -> None:
