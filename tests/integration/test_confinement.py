@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import site
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.config import DEFAULT_CONFIG_FILE, Config
 from oci_hook.delivery.holder import own_mount_namespace
 from oci_hook.delivery.host_records import HostMount, HostRecord, HostRecords
 from oci_hook.linux import mounts, syscalls
@@ -208,3 +210,100 @@ def test_the_matcher_reads_globs_as_the_manual_says(tmp_path: Path) -> None:
     assert profile.allows(Access("/d/f1x/y", "w"))
     assert not profile.allows(Access("/d/f1/y", "w"))
     assert not profile.allows(Access("/d/e/", "w"))
+
+
+# --- SELinux ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The module, as the Makefile of Debian's selinux-policy-dev makes it."""
+    folder = tmp_path_factory.mktemp("selinux")
+    for kind in ("te", "fc", "if"):
+        shutil.copy(SELINUX / f"scz_smm.{kind}", folder)
+    made = subprocess.run(
+        ["/usr/bin/make", "-f", "/usr/share/selinux/devel/Makefile", "scz_smm.pp"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=120, env={"PATH": "/usr/sbin:/usr/bin:/bin"},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert made.stderr == ""  # m4 goes on after an error, with less than was meant
+    return folder / "scz_smm.pp"
+
+
+def rules(policy: Path) -> list[str]:
+    """What the module allows, in CIL."""
+    made = subprocess.run(
+        ["/usr/libexec/selinux/hll/pp", str(policy)], capture_output=True, text=True, check=True, timeout=60
+    )
+    return re.findall(r"^\s*(\(allow .*\))$", made.stdout, re.MULTILINE)
+
+
+def test_selinux_compiles_the_policy(policy: Path) -> None:
+    allowed = rules(policy)
+    assert any("(allow scz_smm_t scz_smm_runtime_t (file (" in rule for rule in allowed)
+    assert any(rule.startswith("(allow container_engine_domain scz_smm_var_lib_t (file (") for rule in allowed)
+
+
+def test_only_the_units_may_read_the_issuer_s_key(policy: Path) -> None:
+    readers = {rule.split()[1] for rule in rules(policy) if " scz_smm_key_t " in rule}
+    assert readers == {"scz_smm_t"}
+
+
+def test_nobody_may_write_configuration_or_store(policy: Path) -> None:
+    for rule in rules(policy):
+        if re.search(r" scz_smm_(conf|var_lib|key)_t ", rule):
+            assert not {"write", "append", "create", "unlink", "rename"} & set(re.findall(r"\w+", rule)), rule
+
+
+def test_every_place_of_the_configuration_has_a_type(policy: Path) -> None:
+    shown = subprocess.run(
+        ["/usr/bin/semodule_unpackage", policy.name, "module", "contexts"], cwd=policy.parent, check=True, timeout=60
+    )
+    assert shown.returncode == 0
+    lines = re.findall(
+        r"^(/\S+)\s+(?:--\s+)?system_u:object_r:(\w+):s0$", (policy.parent / "contexts").read_text(), re.MULTILINE
+    )
+    default = Config()
+    wanted = {
+        DEFAULT_CONFIG_FILE: "scz_smm_conf_t",
+        f"{default.trust_directory}/owners/acme.json": "scz_smm_conf_t",
+        f"{default.store_directory}/device.json": "scz_smm_var_lib_t",
+        f"{default.store_directory}/issuer/issuer.key": "scz_smm_key_t",
+        f"{default.runtime_directory}/last": "scz_smm_runtime_t",
+        default.audit_file: "scz_smm_log_t",
+        "/usr/bin/sczctl": "scz_smm_exec_t",
+    }
+    for path, kind in wanted.items():
+        found = [context for pattern, context in lines if re.fullmatch(pattern, path)]
+        assert found, path
+        assert found[-1] == kind, path
+
+
+# --- the units --------------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_that_names_a_profile_names_one_that_exists_and_starts_without(parsed: dict[str, Profile]) -> None:
+    units = sorted((ROOT / "config" / "systemd").glob("*.service"))
+    assert units
+    for unit in units:
+        for profile in re.findall(r"^AppArmorProfile=(.*)$", unit.read_text(), re.MULTILINE):
+            assert profile.startswith("-"), unit.name  # without AppArmor it starts all the same
+            assert profile.removeprefix("-") in parsed
+
+
+def test_what_the_units_run_is_allowed_by_their_profiles(host: Host, parsed: dict[str, Profile]) -> None:
+    """Units without instance and variables, as they are; files that they write are below the scene."""
+    subprocess.run(host.words("token", "init", "--issuer", "https://x.example"), check=True, capture_output=True)
+    with_records(host)
+    ran = []
+    for unit in sorted((ROOT / "config" / "systemd").glob("scz-smm-*.service")):
+        (line,) = re.findall(r"^ExecStart=/usr/bin/sczctl (.*)$", unit.read_text(), re.MULTILINE)
+        if "%" in line or "$" in line:
+            continue
+        words = [f"{host.root}{word}" if word.startswith(("/run/", "/var/")) else word for word in line.split()]
+        for word in words:
+            if word.startswith("/"):
+                Path(word).parent.mkdir(parents=True, exist_ok=True)
+        assert parsed[unit.stem].denied(host.traced(*words)[0]) == [], unit.name
+        ran.append(unit.stem)
+    assert "scz-smm-sweep" in ran
