@@ -126,3 +126,16 @@ def test_the_tpm_s_library_is_not_loaded(words: str) -> None:
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert (asked.returncode, asked.stderr) == (0, "")
+
+
+def test_who_is_not_root_is_told_nothing_and_sees_no_error(house: Household) -> None:
+    for folder in (house.store_folder, house.host / "trust", house.keys):
+        folder.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        for words in (("rm",), ("cdi", "generate"), ("trust", "rm", "owner"), ("why",)):
+            assert complete("--config", house.config, *words) == []
+        assert complete("grant", "--keys", house.keys) == []
+        assert complete("grant", "--keys", house.keys, "--device") == []
+    finally:
+        os.seteuid(0)
