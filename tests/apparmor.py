@@ -13,9 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_CALLS = (
-    "%file,socket,bind,connect,umount2,mount,open_tree,move_mount,fsopen,fspick,setns,ptrace,kill,truncate,ftruncate"
-)
+_CALLS = "%file,socket,bind,connect,sendto,sendmsg,umount2,mount,open_tree,move_mount,fspick,setns,ptrace,kill"
 
 
 @dataclass(frozen=True, order=True)
@@ -40,7 +38,9 @@ def accesses(lines: str) -> set[Access]:
     """The files of a trace; what failed is left out, and so are descriptors by path alone (O_PATH)."""
     found = set()
     for line in lines.splitlines():
-        if match := re.search(r"\bopen(?:at)?2?\(.*?((?:O_\w+\|?)+).* = \d+<(/[^>]*)>", line):
+        if match := re.search(r'sun_path="(/[^"]+)"', line):  # also one that nobody listens to
+            found.add(Access(match[1], "w"))
+        elif match := re.search(r"\bopen(?:at)?2?\(.*?((?:O_\w+\|?)+).* = \d+<(/[^>]*)>", line):
             flags, path = match[1].split("|"), match[2].removesuffix(" (deleted)")
             if "O_PATH" in flags:
                 continue
