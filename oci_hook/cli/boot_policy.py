@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @click.group("boot-policy")
 def boot_policy() -> None:
-    """Measure a host's boot state, and sign the states that may open a model."""
+    """Measure boot states, and sign those that may open a model."""
 
 
 @boot_policy.command()
@@ -164,8 +164,9 @@ def sign(
     passphrase_file: str | None,
     as_json: bool,
 ) -> None:
-    """OWNER: sign the approved states; the policy must cover kernel, initrd and command line.
+    """OWNER: sign the boot states that may open a model.
 
+    The policy must cover kernel, initrd and command line.
     All states that --device and --measured name stand beside each other: a host may be in any one of them.
     """
     from oci_hook.attestation.boot_policy import sign_boot_policy

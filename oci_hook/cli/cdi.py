@@ -32,7 +32,10 @@ _OUTPUT = click.option(
 
 @click.group()
 def cdi() -> None:
-    """Offer models as CDI devices, for `podman --device smm.scz/model=NAME` or a pod's cdi.k8s.io annotation."""
+    """Offer models as devices of the Container Device Interface.
+
+    A container gets one by `podman --device smm.scz/model=NAME`, or by a pod's annotation under cdi.k8s.io/.
+    """
 
 
 @cdi.command()

@@ -148,10 +148,10 @@ def install(
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    """Make an engine call the hook for containers that have annotations under smm.scz/.
+    """Make an engine call the hook.
 
-    podman and CRI-O get hooks.d files; containerd and Docker get runtimes named scz-runc, scz-crun and scz-runsc. What
-    is left to do by hand is said at the end.
+    It is called for containers that have annotations under smm.scz/. podman and CRI-O get hooks.d files; containerd and
+    Docker get runtimes named scz-runc, scz-crun and scz-runsc. What is left to do by hand is said at the end.
     """
     _verify_meant(engine)
     files = HostFiles(root)

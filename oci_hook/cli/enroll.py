@@ -84,7 +84,11 @@ def _verify_same_tpm(records: OwnerRecords, device: str, ek_sha256: str, replace
 
 @click.group(cls=GroupInOrder)
 def enroll() -> None:
-    """Enrol a host with a model's owner: request (host), challenge (owner), answer (host), accept (owner)."""
+    """Enrol a host with a model's owner.
+
+    Four files go to and fro, by any way: request (made by the host), challenge (owner), answer (host), and the owner
+    accepts.
+    """
 
 
 @enroll.command()
@@ -93,7 +97,7 @@ def enroll() -> None:
 @OUTPUT
 @click.pass_obj
 def request(config_file: str, owner_file: str, device: str | None, output: str) -> None:
-    """HOST: make this TPM's keys and counter, and ask the owner to accept them."""
+    """HOST: make keys and a counter in the TPM, and ask for acceptance."""
     from oci_hook.attestation.enrolment_documents import format_request
     from oci_hook.attestation.host_device import format_host_device
 
@@ -130,7 +134,10 @@ def request(config_file: str, owner_file: str, device: str | None, output: str) 
 @OUTPUT
 @_REPLACE
 def challenge(request_file: str, keys: str, ek_roots: str, output: str, replace: bool) -> None:
-    """OWNER: check a device's TPM and challenge it. What fails a check is refused with the check's number."""
+    """OWNER: check a device's TPM and challenge it.
+
+    What fails a check is refused with the check's number.
+    """
     from oci_hook.attestation.enrolment import make_challenge, verify_request
     from oci_hook.attestation.enrolment_documents import format_pending, parse_request
     from oci_hook.attestation.tpm import make_credential
@@ -159,7 +166,7 @@ def challenge(request_file: str, keys: str, ek_roots: str, output: str, replace:
 @OUTPUT
 @click.pass_obj
 def answer(config_file: str, challenge_file: str, output: str) -> None:
-    """HOST: let the TPM answer the challenge and vouch for its keys, counter and boot state."""
+    """HOST: let the TPM answer, and vouch for its keys and boot state."""
     from oci_hook.attestation.enrolment import enrolment_qualifying_data, proof
     from oci_hook.attestation.enrolment_documents import Answer, format_answer, parse_challenge, parse_request
     from oci_hook.attestation.measurement import MEASURED_PCRS
@@ -205,7 +212,10 @@ def answer(config_file: str, challenge_file: str, output: str) -> None:
 )
 @_REPLACE
 def accept(answer_file: str, keys: str, ek_roots: str, device_class: str | None, replace: bool) -> None:
-    """OWNER: verify the answer and keep the device's record; then grant models to it."""
+    """OWNER: verify the answer, and keep the device's record.
+
+    From then on models can be granted to it.
+    """
     from oci_hook.attestation.device_record import format_device_record, parse_device_record
     from oci_hook.attestation.enrolment import verify_answer
     from oci_hook.attestation.enrolment_documents import parse_answer, parse_pending

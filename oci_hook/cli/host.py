@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def add(
     config_file: str, paths: tuple[str, ...], without_bundle: bool, replace: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Verify bundles, grants and boot policies, then put them into the store.
+    """Verify what an owner sent, then put it into the store.
 
     PATHS are bundles, files (grants end in .jwt, boot policies in .json), or folders of them. Signatures and every
     layer's digest are verified on a private copy first; if anything fails, nothing is added.
@@ -90,7 +90,7 @@ def _document(taken: Taken) -> dict[str, Any]:
 @JSON
 @click.pass_obj
 def list_models(config_file: str, grants: bool, keys: str | None, as_json: bool) -> None:
-    """Show the models in this host's store, or, with --grants, who can open what."""
+    """Show the models in the store, or, with --grants, who can open what."""
     if grants != (keys is not None):
         raise click.UsageError("--grants and --keys go together")
     if keys is not None:
@@ -146,7 +146,10 @@ def _list_grants(keys: str, as_json: bool) -> None:
 @JSON
 @click.pass_obj
 def rm(config_file: str, model: tuple[str, str], dry_run: bool, as_json: bool) -> None:
-    """Remove a model, its grant and its bundle from the store; containers that run keep it."""
+    """Remove a model, its grant and its bundle from the store.
+
+    Containers that run keep it.
+    """
     from oci_hook.placement import remove
 
     name, version = model

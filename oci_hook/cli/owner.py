@@ -40,9 +40,10 @@ from oci_hook.errors import BundleInvalid, DeviceInvalid, KeyInvalid, TrustInval
 @PASSPHRASE_FILE
 @click.option("--no-passphrase", is_flag=True, help="Leave the private keys unencrypted, for another vault to guard.")
 def keygen(keys: str, name: str, passphrase_file: str | None, no_passphrase: bool) -> None:
-    """Make an owner's folder: keys for manifests, boot policies and recovery, under a passphrase.
+    """Make an owner's folder of keys, under a passphrase.
 
-    Publish owner.json of it; guard the rest. Without this folder no device can ever be granted your models again.
+    The keys are for manifests, boot policies and recovery. Publish owner.json of it; guard the rest. Without this
+    folder no device can ever be granted your models again.
     """
     from oci_hook.owner.keyring import create_keyring
 
@@ -145,7 +146,10 @@ def inspect(path: str, as_json: bool) -> None:
 @PASSPHRASE_FILE
 @JSON
 def verify(bundle: str, owner_file: str, keys: str | None, passphrase_file: str | None, as_json: bool) -> None:
-    """Verify a bundle's signature and every layer's digest; with --keys also that every file decrypts."""
+    """Verify that a bundle is what its owner signed.
+
+    That is its manifest's signature and every layer's digest; with --keys also that every file decrypts.
+    """
     from oci_hook.bundle.layout import open_layout, verify_digests
     from oci_hook.owner.granting import verify_decryption
     from oci_hook.owner.keyring import open_keyring

@@ -127,7 +127,7 @@ def pack(
     passphrase_file: str | None,
     as_json: bool,
 ) -> None:
-    """Encrypt the folder SOURCE into a bundle, and sign its manifest.
+    """Encrypt the folder SOURCE into a signed bundle.
 
     Each version has a content key of its own, which stays in the owner's folder. The bundle appears whole or not at
     all. --access FILE names who may use the model; --issuer and --subject are the short way for one issuer.

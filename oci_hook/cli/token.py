@@ -61,7 +61,10 @@ def _load_key(path: str) -> ec.EllipticCurvePrivateKey:
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Also write the issuer's public file here.")
 @click.pass_obj
 def init(config_file: str, issuer: str, name: str, output: str | None) -> None:
-    """Make this host's own issuer: a key (ES256) and the file for `sczctl trust add issuer`."""
+    """Make this host's own issuer of tokens.
+
+    That is a key (ES256), which stays here, and the public file for `sczctl trust add issuer`.
+    """
     path = _key_path(config_file)
     if os.path.lexists(path):
         raise OutputExists(
@@ -111,9 +114,10 @@ def init(config_file: str, issuer: str, name: str, output: str | None) -> None:
 @click.option("--force", is_flag=True, help="Replace a file that exists (renewal).")
 @click.pass_obj
 def issue(config_file: str, subject: str, audience: str, ttl_seconds: int, output: str, force: bool) -> None:
-    """Issue a token for one container; mount its file into the container.
+    """Issue a token for one container.
 
-    A token is bound to the first container that uses it while that one lives: issue one for each.
+    Mount its file into the container. A token is bound to the first container that uses it while that one lives: issue
+    one for each.
     """
     path = _key_path(config_file)
     if not os.path.lexists(path):

@@ -58,7 +58,7 @@ def _verify_same(what: str, known: list[str], given: list[str]) -> None:
 @DRY_RUN
 @click.pass_obj
 def add_owner(config_file: str, file: str, replace: bool, dry_run: bool) -> None:
-    """Trust a model's owner, by the owner.json that the owner published.
+    """Trust a model's owner, by the owner.json that was published.
 
     Compare the id that is printed with what the owner tells you by another way: whoever signs with that key decides
     which models this host will open.
@@ -149,7 +149,10 @@ def list_trust(config_file: str, as_json: bool) -> None:
 @DRY_RUN
 @click.pass_obj
 def remove_trust(config_file: str, kind: str, name: str, dry_run: bool) -> None:
-    """Trust an owner or issuer no longer; running containers keep what they have."""
+    """Trust an owner or issuer no longer.
+
+    Running containers keep what they have.
+    """
     if "/" in name or name.startswith("."):
         raise TrustInvalid(f"{name} is not a name", remedy="`sczctl trust list` shows the names")
     trusted = Trust(load_config(config_file).trust_directory)

@@ -66,8 +66,8 @@ def test_man_and_mandoc_find_nothing_wrong(built: Path, page: str) -> None:
     assert run("/usr/bin/lexgrog", path).stdout.startswith(f'{path}: "{name} - ')
 
 
-def entries(section: str, indent: int) -> dict[str, str]:
-    """Each option of a list with its text; the key is as written."""
+def entries(section: str, indent: str) -> dict[str, str]:
+    """Each option of a list with its text; the key is as written. groff 1.22 indents by 5, 1.23 by 7."""
     found = re.split(rf"^ {{{indent}}}(?=-)", section, flags=re.MULTILINE)[1:]
     return {re.split(r"\s{2,}", entry.strip())[0]: entry for entry in found}
 
@@ -76,7 +76,9 @@ def options_of_page(text: str) -> dict[frozenset[str], str]:
     """By their spellings; in the page each stands with its value."""
     section = re.split(r"^OPTIONS$", text, flags=re.MULTILINE)[1]
     section = re.split(r"^[A-Z][A-Z ]+$", section, flags=re.MULTILINE)[0]
-    return {frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", key)): body for key, body in entries(section, 5).items()}
+    return {
+        frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", key)): body for key, body in entries(section, "5,7").items()
+    }
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: "-".join(("sczctl", *words)))
@@ -89,7 +91,7 @@ def test_a_page_says_what_help_says(built: Path, words: tuple[str, ...], monkeyp
     text = rendered(built / "man" / "man1" / f"{'-'.join(('sczctl', *words))}.1")
     for paragraph in before.strip().split("\n\n")[1:]:
         assert flat(paragraph) in flat(text)
-    page, helped = options_of_page(text), entries(options, 2)
+    page, helped = options_of_page(text), entries(options, "2")
     spelled = {frozenset(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", key)): key for key in helped}
     assert set(page) == set(spelled)
     for names, key in spelled.items():
