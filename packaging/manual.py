@@ -119,7 +119,8 @@ def _as_it_is(text: str) -> str:
 
 def _option(option: click.Option, context: click.Context) -> str:
     """All spellings of an option, with its value."""
-    value = "" if option.is_flag or option.count else f" Ar {literal(option.make_metavar(context))}"
+    named = literal(option.make_metavar(context)).replace("|", "|\\:")  # a long list of words may be broken there
+    value = "" if option.is_flag or option.count else f" Ar {named}"
     spellings = [*sorted(option.opts, key=len), *option.secondary_opts]
     return " , ".join(f"Fl {literal(spelling.removeprefix('-'))}{value}" for spelling in spellings)
 
