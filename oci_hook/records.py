@@ -11,14 +11,17 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from oci_hook.documents import Fields, canonical, parse_object
-from oci_hook.errors import FileUnreadable, SczError
+from oci_hook.errors import FileUnreadable, SczError, SystemCallFailed
 from oci_hook.linux.processes import process_start_time
+from oci_hook.locks import lock_file
 from oci_hook.trusted_file import load_root_file, make_private_directory, remove_half_written, replace_file
 
 _LIMIT_BYTES = 256 << 10
+_LOCK, _LOCK_SECONDS = "containers.lock", 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +89,24 @@ def _parse(data: bytes, path: str) -> ContainerRecord:
 
 
 class ContainerRecords:
-    """The records below `<runtime_directory>/containers`."""
+    """The records below `<runtime_directory>/containers`, and the lock that whoever changes one of them holds.
 
-    def __init__(self, runtime_directory: str) -> None:
+    What a sweep found dead may be a new container's of the same name a moment later: it looks and removes under the
+    lock. It is the last one taken: whoever waits for it holds `host-mounts.lock` at most.
+
+    Args:
+        runtime_directory: Root's own, such as /run/scz-smm.
+        lock_seconds: How long to wait for others; a hook must not hang.
+    """
+
+    def __init__(self, runtime_directory: str, *, lock_seconds: float = _LOCK_SECONDS) -> None:
         self._runtime_directory = runtime_directory
         self._directory = os.path.join(runtime_directory, "containers")
+        self._lock_seconds = lock_seconds
+
+    def _locked(self) -> AbstractContextManager[None]:
+        path = os.path.join(self._runtime_directory, _LOCK)
+        return lock_file(path, timeout_seconds=self._lock_seconds, error=SystemCallFailed)
 
     def _path(self, container_id: str, bundle: str) -> str:
         name = hashlib.sha256(f"{container_id}\0{bundle}".encode()).hexdigest()
@@ -112,23 +128,37 @@ class ContainerRecords:
         return record
 
     def write(self, record: ContainerRecord) -> None:
-        """Write or replace a container's record."""
+        """Write or replace a container's record.
+
+        Raises:
+            FileUnreadable: It cannot be written.
+            SystemCallFailed: Others held the lock for too long; nothing was written.
+        """
         make_private_directory(self._runtime_directory)
         make_private_directory(self._directory)
-        remove_half_written(self._directory)
         document = {name: getattr(record, name) for name in ContainerRecord.__slots__}
-        replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
+        with self._locked():
+            remove_half_written(self._directory)
+            replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
 
     def mark_delivered(self, record: ContainerRecord) -> None:
         """The models are visible now."""
         self.write(replace(record, delivered=True))
 
     def close(self, container_id: str, bundle: str) -> ContainerRecord | None:
-        """Remove a container's record; returns it, or None if there was none."""
+        """Remove a container's record; returns it, or None if there was none.
+
+        Raises:
+            FileUnreadable: It cannot be read.
+            SystemCallFailed: Others held the lock for too long; a sweep will remove it.
+        """
         path = self._path(container_id, bundle)
-        record = self._load(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        if not os.path.lexists(path):
+            return None
+        with self._locked():
+            record = self._load(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         return record
 
     def live(self) -> Sequence[ContainerRecord]:
@@ -140,19 +170,20 @@ class ContainerRecords:
 
         Returns:
             Those that this call removed: of two at once, each record is in one's answer.
+
+        Raises:
+            SystemCallFailed: Others held the lock for too long; nothing was removed.
         """
+        if dry_run or not os.path.isdir(self._directory):
+            return [record for _, record in self._all() if not record.is_alive()]
         found = []
-        if not dry_run:
+        with self._locked():
             remove_half_written(self._directory)
-        for path, record in self._all():
-            if record.is_alive():
-                continue
-            if not dry_run:
-                try:
-                    os.unlink(path)
-                except FileNotFoundError:
-                    continue
-            found.append(record)
+            for path, record in self._all():
+                if not record.is_alive():
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+                    found.append(record)
         return found
 
     def _all(self) -> Iterator[tuple[str, ContainerRecord]]:

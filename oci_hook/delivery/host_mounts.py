@@ -88,6 +88,7 @@ def sweep(runtime_directory: str, *, timeout_seconds: float = _LOCK_SECONDS) -> 
     if not records.exist():
         return []
     with records.locked(timeout_seconds=timeout_seconds):
+        records.remove_half_written()
         found, unreadable = records.all()
         removed = [forget(records, record) for record in found if record.is_stale()]
     return [*removed, Removed("", "", (), unreadable)] if unreadable else removed

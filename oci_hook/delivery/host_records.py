@@ -19,7 +19,7 @@ from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import FileUnreadable, SystemCallFailed
 from oci_hook.linux.processes import process_start_time
 from oci_hook.locks import lock_descriptor
-from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file
+from oci_hook.trusted_file import load_root_file, make_private_directory, remove_half_written, replace_file
 
 _LIMIT_BYTES = 256 << 10
 _FOLDER, _LOCK = "host-mounts", "host-mounts.lock"
@@ -154,22 +154,21 @@ class HostRecords:
         return _load(path) if os.path.lexists(path) else None
 
     def all(self) -> tuple[tuple[HostRecord, ...], tuple[str, ...]]:
-        """Every record, and why others cannot be read: one bad file must not keep the rest from being removed.
-
-        What a killed writer has left half-written goes; the caller holds the lock, so nobody is writing.
-        """
+        """Every record, and why others cannot be read: one bad file must not keep the rest from being removed."""
         found, unreadable = [], []
         for name in sorted(os.listdir(self._directory)) if os.path.isdir(self._directory) else []:
             path = os.path.join(self._directory, name)
             if name.startswith("."):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                continue
+                continue  # half-written
             try:
                 found.append(_load(path))
             except FileUnreadable as cause:
                 unreadable.append(cause.message)
         return tuple(found), tuple(unreadable)
+
+    def remove_half_written(self) -> None:
+        """Remove what killed writers left."""
+        remove_half_written(self._directory)
 
     def remove(self, record: HostRecord) -> None:
         """Forget a record.

@@ -80,6 +80,10 @@ def test_nothing_is_left_behind(house: Household) -> None:
 def test_a_model_of_a_container_that_is_gone(house: Household, run: str, model: Path) -> None:
     mounted(run, model, sandbox=GONE)
     started(run, "live", "gone")
+    halves = [Path(run, folder, ".killed.0123456789ab") for folder in ("host-mounts", "containers")]
+    for half in halves:
+        half.touch()
+        os.utime(half, (1, 1))
     before = snapshot(house.host)
     told = done(house.ctl("sweep", "--dry-run"))
     assert told.out.splitlines() == [
@@ -87,13 +91,14 @@ def test_a_model_of_a_container_that_is_gone(house: Household, run: str, model: 
         "would remove the record of container gone",
     ]
     assert os.path.ismount(model)
-    assert {path for path in snapshot(house.host) if not path.endswith(".lock")} == set(before)
+    assert {path: was for path, was in snapshot(house.host).items() if not path.endswith("host-mounts.lock")} == before
     with (model / "weights").open("rb") as kept:
         told = done(house.ctl("sweep", "--json"))
         assert kept.read() == b""
     (removed,) = told.json["mounts"]
     assert (removed["container_id"], removed["paths"], removed["left"]) == ("c1", [str(model)], [])
     assert told.json["records"] == ["gone"]
+    assert not any(half.exists() for half in halves)
     assert not os.path.ismount(model)
     assert [record.container_id for record in ContainerRecords(run).live()] == ["live"]
     assert done(house.ctl("sweep")).err == "nothing is left behind\n"

@@ -124,10 +124,14 @@ class TestRecords:
 
     def test_half_of_one(self, records: HostRecords, record: HostRecord) -> None:
         records.write(record)
-        half = Path(records.runtime_directory, "host-mounts/.half.json.1234")
-        half.write_text("{")
+        old, new = (Path(records.runtime_directory, f"host-mounts/.{n}.json.0123456789ab") for n in ("old", "new"))
+        for half in (old, new):
+            half.write_text("{")
+        os.utime(old, (1, 1))
         assert records.all() == ((record,), ())
-        assert not half.exists()
+        assert old.exists()  # whoever only looks, as a dry run does, removes nothing
+        records.remove_half_written()
+        assert (old.exists(), new.exists()) == (False, True)
 
     def test_the_lock_is_held_by_whoever_has_the_descriptor(self, records: HostRecords) -> None:
         with records.locked(timeout_seconds=1), pytest.raises(SystemCallFailed), records.locked(timeout_seconds=0.01):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from oci_hook.errors import FileUnreadable
+from oci_hook.errors import FileUnreadable, SystemCallFailed
 from oci_hook.linux.processes import process_start_time
 from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.report import keep_refusal
@@ -103,3 +106,73 @@ def test_what_a_hook_left_that_was_killed_while_it_wrote(tmp_path: Path, record:
         os.utime(file, (1, 1))
     write()
     assert set((run / folder).iterdir()) == {written, new, another}
+
+
+_SWEEPER = """
+import os, sys
+from oci_hook.records import ContainerRecords
+records = ContainerRecords(sys.argv[1])
+print("ready", flush=True)
+while not os.path.exists(sys.argv[2]):
+    records.sweep()
+"""
+
+
+def test_a_sweep_does_not_take_a_new_record_for_the_dead_one(tmp_path: Path, record: ContainerRecord) -> None:
+    """`podman restart` while other starts sweep: id and bundle, so the file, are those of the record that is dead."""
+    run, stop = tmp_path / "run", tmp_path / "stop"
+    records = ContainerRecords(str(run))
+    dead = replace(record, start_time=record.start_time + 1)
+    records.write(dead)
+    command = [sys.executable, "-c", _SWEEPER, str(run), str(stop)]
+    root = str(Path(__file__).resolve().parents[2])
+    sweepers = [subprocess.Popen(command, stdout=subprocess.PIPE, env={"PYTHONPATH": root}) for _ in range(2)]
+    try:
+        for sweeper in sweepers:
+            assert sweeper.stdout is not None
+            assert sweeper.stdout.readline() == b"ready\n"
+        for _ in range(300):
+            records.write(dead)
+            records.write(record)
+            assert records.live() == [record]
+    finally:
+        stop.touch()
+        assert [sweeper.wait(60) for sweeper in sweepers] == [0, 0]
+        for sweeper in sweepers:
+            if sweeper.stdout is not None:
+                sweeper.stdout.close()
+
+
+def test_a_lock_that_others_hold_is_waited_for_in_bounds_and_nothing_changes(
+    tmp_path: Path, record: ContainerRecord
+) -> None:
+    run = tmp_path / "run"
+    records = ContainerRecords(str(run), lock_seconds=0.05)
+    dead = replace(record, container_id="dead", start_time=record.start_time + 1)
+    records.write(dead)
+    with (run / "containers.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for change in (
+            lambda: records.write(record),
+            lambda: records.mark_delivered(record),
+            records.sweep,
+            lambda: records.close("dead", "/b"),
+        ):
+            with pytest.raises(SystemCallFailed, match=r"containers\.lock was locked by others"):
+                change()
+        assert records.sweep(dry_run=True) == [dead]
+        assert records.close("never", "/b") is None
+    assert sorted(path.name for path in run.iterdir()) == ["containers", "containers.lock"]
+    assert records.sweep() == [dead]
+
+
+def test_a_dry_run_leaves_what_is_half_written(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(record)
+    half = tmp_path / "run" / "containers" / ".n.0123456789ab"
+    half.touch()
+    os.utime(half, (1, 1))
+    assert records.sweep(dry_run=True) == []
+    assert half.exists()
+    assert records.sweep() == []
+    assert not half.exists()
