@@ -20,7 +20,7 @@ from oci_hook.oci.annotations import ModelRequest
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Mount, Spec
 from oci_hook.oci.state import State
-from oci_hook.records import ContainerRecord, ContainerRecords
+from oci_hook.records import ContainerRecord, ContainerRecords, HeldModel
 from oci_hook.report import forget_refusal
 from oci_hook.store import Store
 from oci_hook.trust_folder import Trust
@@ -227,7 +227,12 @@ def audit_outcome(host: Host, container: Container, attached: Sequence[Attached]
 
 
 def open_record(
-    container: Container, admissions: Sequence[Admission], earlier: ContainerRecord | None, *, seconds: float
+    container: Container,
+    admissions: Sequence[Admission],
+    earlier: ContainerRecord | None,
+    *,
+    keeper: tuple[tuple[int, int], tuple[int, int]],
+    seconds: float,
 ) -> ContainerRecord:
     """The run-time record of a container whose models are about to become visible, with what it got before."""
     record = ContainerRecord(
@@ -243,8 +248,23 @@ def open_record(
         subject=admissions[0].identity.subject,
         size_bytes=sum(file.size for admission in admissions for file in admission.manifest.files),
         delivered=False,
+        issuer=admissions[0].identity.issuer.issuer,
+        runtime=container.runtime,
+        keeper=keeper[0],
+        namespace=keeper[1],
     )
     return earlier.joined(record) if earlier is not None else record
+
+
+def held_models(admissions: Sequence[Admission], attached: Sequence[Attached]) -> tuple[HeldModel, ...]:
+    """The mounts of what was admitted, in its order."""
+    by_destination = {model.destination: model for model in attached}
+
+    def held(admission: Admission) -> HeldModel:
+        model = by_destination[admission.request.destination]
+        return HeldModel(model.fsid, model.device, model.mount_id, model.size_bytes, admission.manifest.owner_id)
+
+    return tuple(held(admission) for admission in admissions)
 
 
 def _bindings(config: Config) -> Bindings:

@@ -12,7 +12,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import FileUnreadable, SczError, SystemCallFailed
@@ -22,6 +23,27 @@ from oci_hook.trusted_file import load_root_file, make_private_directory, remove
 
 _LIMIT_BYTES = 256 << 10
 _LOCK, _LOCK_SECONDS = "containers.lock", 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A delivered model's mount, by what it is known again wherever its directory has been moved to.
+
+    Attributes:
+        fsid: `f_fsid` of its file system; 0 for a ramfs.
+        device: `major:minor` of its superblock: no two that live have one.
+        mount_id: Of the mount itself.
+        size_bytes: Of its plaintext.
+        owner: The owner's id.
+        released: `sczctl release` has taken it away.
+    """
+
+    fsid: int
+    device: str
+    mount_id: int
+    size_bytes: int
+    owner: str
+    released: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +58,11 @@ class ContainerRecord:
         start_time: Of the process `pid`, in clock ticks since boot (proc(5), stat field 22).
         seconds: When the record was opened, since 1970.
         delivered: The models are visible to the container.
+        issuer: Of the token.
+        runtime: runc, crun or runsc; empty in records of an earlier version.
+        keeper: Pid and start time of the process in whose mount namespace the models are; zeros: on the host's side.
+        namespace: Device and inode of that mount namespace.
+        held: The mounts, in the order of `models`, once delivered; none in records of an earlier version.
     """
 
     container_id: str
@@ -50,10 +77,19 @@ class ContainerRecord:
     subject: str
     size_bytes: int
     delivered: bool
+    issuer: str = ""
+    runtime: str = ""
+    keeper: tuple[int, int] = (0, 0)
+    namespace: tuple[int, int] = (0, 0)
+    held: tuple[HeldModel, ...] = ()
 
     def is_alive(self) -> bool:
         """Whether the process that the record names still runs."""
         return process_start_time(self.pid) == self.start_time
+
+    def is_released(self, index: int) -> bool:
+        """Whether one of its models was taken away again."""
+        return len(self.held) == len(self.models) and self.held[index].released
 
     def joined(self, later: ContainerRecord) -> ContainerRecord:
         """This one and a later one of the same container, which got more models by another way."""
@@ -61,7 +97,7 @@ class ContainerRecord:
         return replace(later, **both, size_bytes=self.size_bytes + later.size_bytes)
 
 
-_LISTS = ("references", "models", "manifests", "destinations")
+_LISTS = ("references", "models", "manifests", "destinations", "held")
 _MAX_MODELS = 64
 
 
@@ -83,9 +119,44 @@ def _parse(data: bytes, path: str) -> ContainerRecord:
         subject=fields.string("subject", limit=4096),
         size_bytes=fields.integer("size_bytes", low=0, high=1 << 62),
         delivered=fields.boolean("delivered"),
+        **_parse_mounts(fields, path),
     )
     fields.finish()
     return record
+
+
+def _parse_mounts(fields: Fields, path: str) -> dict[str, Any]:
+    """What records of version 0.1 have not."""
+    if not fields.has("held"):
+        return {}
+
+    def number(value: object) -> int:
+        if type(value) is not int or value < 0:
+            raise FileUnreadable(f"{path}: a number is none")
+        return value
+
+    def held(value: object) -> HeldModel:
+        each = Fields(value, what=path, error=FileUnreadable)
+        model = HeldModel(
+            fsid=each.integer("fsid", low=0, high=(1 << 64) - 1),
+            device=each.string("device", pattern=r"[0-9]+:[0-9]+"),
+            mount_id=each.integer("mount_id", low=0, high=1 << 62),
+            size_bytes=each.integer("size_bytes", low=0, high=1 << 62),
+            owner=each.string("owner"),
+            released=each.boolean("released"),
+        )
+        each.finish()
+        return model
+
+    keeper = fields.items("keeper", number, low=2, high=2)
+    namespace = fields.items("namespace", number, low=2, high=2)
+    return {
+        "issuer": fields.string("issuer", limit=4096),
+        "runtime": fields.string("runtime"),
+        "keeper": (keeper[0], keeper[1]),
+        "namespace": (namespace[0], namespace[1]),
+        "held": fields.items("held", held, low=0, high=_MAX_MODELS),
+    }
 
 
 class ContainerRecords:
@@ -136,14 +207,30 @@ class ContainerRecords:
         """
         make_private_directory(self._runtime_directory)
         make_private_directory(self._directory)
-        document = {name: getattr(record, name) for name in ContainerRecord.__slots__}
         with self._locked():
             remove_half_written(self._directory)
-            replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
+            self._replace(record)
 
-    def mark_delivered(self, record: ContainerRecord) -> None:
-        """The models are visible now."""
-        self.write(replace(record, delivered=True))
+    def _replace(self, record: ContainerRecord) -> None:
+        replace_file(self._path(record.container_id, record.bundle), canonical(asdict(record)), mode=0o600)
+
+    def mark_delivered(self, record: ContainerRecord, held: Sequence[HeldModel] = ()) -> None:
+        """The models are visible now, as these mounts."""
+        self.write(replace(record, delivered=True, held=(*record.held, *held)))
+
+    def mark_released(self, record: ContainerRecord, device: str) -> None:
+        """A model was taken away from a container, unless that has ended meanwhile.
+
+        Raises:
+            FileUnreadable: The record cannot be read or written.
+            SystemCallFailed: Others held the lock for too long.
+        """
+        with self._locked():
+            now = self._load(self._path(record.container_id, record.bundle))
+            if now is None or (now.pid, now.start_time) != (record.pid, record.start_time):
+                return
+            held = tuple(replace(each, released=each.released or each.device == device) for each in now.held)
+            self._replace(replace(now, held=held))
 
     def close(self, container_id: str, bundle: str) -> ContainerRecord | None:
         """Remove a container's record; returns it, or None if there was none.

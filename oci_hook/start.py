@@ -19,6 +19,7 @@ from oci_hook.host import (
     close_ended,
     container_view,
     delivery_settings,
+    held_models,
     load_host,
     not_delivered,
     open_bundle,
@@ -75,8 +76,8 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
         ]
         delivery.fill([admission.delivery() for admission in admissions])
         audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
-        record = open_record(container, admissions, earlier, seconds=host.clock())
+        record = open_record(container, admissions, earlier, keeper=delivery.keeper, seconds=host.clock())
         records.write(record)
         attached = delivery.attach()
-        records.mark_delivered(record)
+        records.mark_delivered(record, held_models(admissions, attached))
     audit_outcome(host, container, attached)

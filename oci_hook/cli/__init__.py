@@ -39,6 +39,7 @@ _MODULES = {
     "sweep": "sweep",
     "doctor": "doctor",
     "ps": "containers",
+    "release": "release",
     "why": "diagnose",
     "audit": "diagnose",
 }

@@ -9,14 +9,33 @@ import click
 import psutil
 
 from oci_hook.audit import format_time
-from oci_hook.cli import print_json
+from oci_hook.cli import print_json, printable
+from oci_hook.cli.options import JSON
 from oci_hook.config import load_config
 from oci_hook.records import ContainerRecord, ContainerRecords
 
+_HEADINGS = ("CONTAINER", "MODEL", "OWNER", "MANIFEST", "SINCE", "MIB", "RUNTIME", "PID", "PATH", "IDENTITY")
+
 
 def _row(record: ContainerRecord) -> dict[str, Any]:
-    """The record, and what its process is doing; the process may end at any time."""
+    """The record, what its models take now, and what its process is doing; the process may end at any time."""
+    from oci_hook.delivery.reclaim import memory_bytes
+
     row = dataclasses.asdict(record)
+    taken = memory_bytes(record)
+    models = [
+        {
+            "model": model,
+            "manifest": record.manifests[index],
+            "path": record.destinations[index],
+            "owner": record.held[index].owner if index < len(record.held) else None,
+            "memory_bytes": taken[index] if index < len(taken) else None,
+        }
+        for index, model in enumerate(record.models)
+        if not record.is_released(index)
+    ]
+    row["holds"] = models
+    row["memory_bytes"] = sum(model["memory_bytes"] or 0 for model in models)
     try:
         process = psutil.Process(record.pid)
         return {**row, "command": process.name(), "user": process.username()}
@@ -25,21 +44,42 @@ def _row(record: ContainerRecord) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON
 @click.pass_obj
 def ps(config_file: str, as_json: bool) -> None:
-    """Show the running containers that hold a model, since when, for whom, and how much memory the models take."""
+    """Show the running containers that hold a model: which, whose, since when, where, for whom.
+
+    MIB is what the model's file system takes now; `-`: it is not mounted there any more, or cannot be seen. PID is the
+    container's process (under gVisor its sandbox).
+    """
     rows = [_row(record) for record in ContainerRecords(load_config(config_file).runtime_directory).live()]
+    rows = [row for row in rows if row["holds"]]
     if as_json:
         print_json(rows)
         return
-    click.echo(f"{'CONTAINER':<14}{'MODELS':<28}{'SINCE':<22}{'MIB':>8}  {'PID':<8}{'COMMAND':<16}IDENTITY")
-    for row in rows:
-        models, since = ", ".join(row["models"]), format_time(row["seconds"])[:19] + "Z"
-        click.echo(
-            f"{row['container_id'][:12]:<14}{models:<28}{since:<22}{row['size_bytes'] / 2**20:>8.1f}  "
-            f"{row['pid']:<8}{row['command'] or '?':<16}{row['subject']}"
-        )
+    table = [_HEADINGS, *(_cells(row, model) for row in rows for model in row["holds"])]
+    widths = [max(len(line[column]) for line in table) for column in range(len(_HEADINGS) - 1)]
+    for line in table:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        click.echo("  ".join([*cells, line[-1]]))
+
+
+def _cells(row: dict[str, Any], model: dict[str, Any]) -> tuple[str, ...]:
+    taken = model["memory_bytes"]
+    identity = f"{row['subject']} ({row['issuer']})" if row["issuer"] else row["subject"]
+    cells = (
+        row["container_id"][:12],
+        model["model"],
+        (model["owner"] or "?")[:8],
+        model["manifest"].removeprefix("sha256:")[:8],
+        format_time(row["seconds"])[:19] + "Z",
+        "-" if taken is None else f"{taken / 2**20:.1f}",
+        row["runtime"] or "?",
+        str(row["pid"]),
+        model["path"],
+        identity,
+    )
+    return tuple(printable(cell) for cell in cells)
 
 
 COMMANDS = {"ps": ps}

@@ -54,7 +54,7 @@ class ContainerInit(Holder):
             # 3. The root file system is a directory below the host's, not the host's own. That it lies in the
             #    namespace is seen by the child that enters it (`RootIdentity.open_in_namespace`).
             ground = Ground(identify_root(container.bundle, container.root_path), namespace_fd)
-            super().__init__(name, process, ground, stack)
+            super().__init__(name, process, ground, stack, keeper=process)
             # 4. What was opened belongs to one process, which lives still.
             self.verify_unchanged()
             self._descriptors = stack.pop_all()

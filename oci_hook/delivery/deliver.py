@@ -19,7 +19,7 @@ from types import TracebackType
 
 from oci_hook.delivery.attach import Attachment
 from oci_hook.delivery.fill import FillOptions, Target, fill
-from oci_hook.delivery.holder import ContainerView, Holder, Runtime
+from oci_hook.delivery.holder import MOUNT_NAMESPACE, ContainerView, Holder, Runtime, own_mount_namespace
 from oci_hook.delivery.memory import (
     MemoryCgroup,
     Reservation,
@@ -32,7 +32,7 @@ from oci_hook.delivery.memory import (
 from oci_hook.delivery.recognise import hold
 from oci_hook.delivery.room import ModelDelivery, model_room
 from oci_hook.errors import WriterFailed
-from oci_hook.linux import mounts
+from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import MemoryFilesystem
 from oci_hook.linux.namespaces import Channel, Child, Report
 from oci_hook.linux.processes import lock_memory
@@ -73,12 +73,16 @@ class Attached:
         slot: The model's slot.
         destination: Absolute path in the container.
         fsid: `f_fsid` of its file system, by which a live mount is known again.
+        device: `major:minor` of its superblock.
+        mount_id: Of the mount.
         size_bytes: Of its plaintext.
     """
 
     slot: str
     destination: str
     fsid: int
+    device: str
+    mount_id: int
     size_bytes: int
 
 
@@ -136,6 +140,17 @@ class Delivery:
     def start_time(self) -> int:
         """Start time of the container's process, in clock ticks since boot."""
         return self._held.process.start_time
+
+    @property
+    def keeper(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Pid and start time of the process in whose mount namespace the models are, and that namespace's identity.
+
+        Zeros for the process if that is the hook's own, which outlives the container.
+        """
+        process = self._held.keeper
+        if process is None:
+            return (0, 0), own_mount_namespace()
+        return (process.pid, process.start_time), process.identity(MOUNT_NAMESPACE)
 
     def prepare(self, destinations: Sequence[str]) -> None:
         """Resolve every destination, from a child that then waits. Before any key exists in this process.
@@ -224,15 +239,7 @@ class Delivery:
         fds = [by_destination[path].mount.fd for path in self._destinations]
         with self._held.announcing(fds, self._destinations):
             self._attachment.attach(fds)
-        return tuple(
-            Attached(
-                slot=target.model.slot,
-                destination=target.model.destination,
-                fsid=os.fstatvfs(target.mount.fd).f_fsid,
-                size_bytes=sum(entry.size for entry in target.model.manifest.files),
-            )
-            for target in self._targets
-        )
+        return tuple(_attached(target) for target in self._targets)
 
     @property
     def _held(self) -> Holder:
@@ -272,6 +279,19 @@ class Delivery:
             raise WriterFailed("the process that decrypts into memory did not decrypt all")
         if progress is not None:
             progress(total, total)
+
+
+def _attached(target: Target) -> Attached:
+    fd = target.mount.fd
+    device = os.fstat(fd).st_dev
+    return Attached(
+        slot=target.model.slot,
+        destination=target.model.destination,
+        fsid=os.fstatvfs(fd).f_fsid,
+        device=f"{os.major(device)}:{os.minor(device)}",
+        mount_id=syscalls.statx_mount_id(fd),
+        size_bytes=sum(entry.size for entry in target.model.manifest.files),
+    )
 
 
 def _reporter(channel: Channel) -> Callable[[int], None]:

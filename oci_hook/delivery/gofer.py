@@ -214,7 +214,7 @@ class Gofer(Holder):
             # The sandbox makes every other mount itself, over what the gofer has there.
             covering = (*container.mount_destinations, *container.tmpfs_destinations, *container.memory_volumes)
             ground = Ground(root, namespace_fd, root_fd, host_root_fd, covering=covering)
-            super().__init__("runsc", sandbox, ground, stack)
+            super().__init__("runsc", sandbox, ground, stack, keeper=self._gofer)
             # 5. What was opened belongs to two processes, which live still.
             self.verify_unchanged()
             self._descriptors = stack.pop_all()

@@ -210,15 +210,25 @@ class Holder:
     Attributes:
         runtime: Who started the container.
         process: `state.pid`: it lives as long as the container does.
+        keeper: The process in whose mount namespace the models will be; None: they will be in the hook's own.
         ground: Where to attach.
 
     Args:
         descriptors: Closed at the end of the block.
     """
 
-    def __init__(self, runtime: Runtime, process: HeldProcess, ground: Ground, descriptors: ExitStack) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        process: HeldProcess,
+        ground: Ground,
+        descriptors: ExitStack,
+        *,
+        keeper: HeldProcess | None,
+    ) -> None:
         self.runtime: Runtime = runtime
         self.process = process
+        self.keeper = keeper
         self.ground = ground
         self._descriptors = descriptors
 

@@ -86,7 +86,7 @@ class HostSide(Holder):
             stack.callback(os.close, lock_fd)
             covering = (*container.mount_destinations, *container.tmpfs_destinations, *container.memory_volumes)
             ground = Ground(root, None, root_fd, private=False, covering=covering, lock_fd=lock_fd)
-            super().__init__("runsc", sandbox, ground, stack)
+            super().__init__("runsc", sandbox, ground, stack, keeper=None)
             self.verify_unchanged()
             self._descriptors = stack.pop_all()
 

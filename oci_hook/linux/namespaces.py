@@ -157,6 +157,11 @@ class Child:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._channel = Channel(ours, what)
 
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._pid
+
     def __enter__(self) -> Child:
         return self
 

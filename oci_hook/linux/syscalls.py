@@ -6,7 +6,8 @@ object that the call was about. It decides nothing: policy and the project's own
 
 Numbers 424 and above are the same on every architecture (Linux, include/uapi/asm-generic/unistd.h); the older calls go
 through libc. Sources: open_tree(2), move_mount(2), fsopen(2), fsconfig(2), fsmount(2), fspick(2), mount_setattr(2),
-openat2(2), statx(2), setns(2), unshare(2), prctl(2), umount2(2), mlockall(2), adjtimex(2).
+openat2(2), statx(2), setns(2), unshare(2), prctl(2), umount2(2), mlockall(2), adjtimex(2),
+inotify(7).
 """
 
 from __future__ import annotations
@@ -59,9 +60,14 @@ PR_SET_DUMPABLE: Final = 4
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
 MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
 MCL_CURRENT: Final = 1
 MCL_FUTURE: Final = 2
 MCL_ONFAULT: Final = 4
+
+# sys/inotify.h
+IN_DELETE_SELF: Final = 0x400
+IN_UNMOUNT: Final = 0x2000
 
 _STATX_MNT_ID: Final = 0x1000
 _STA_UNSYNC: Final = 0x40  # linux/timex.h
@@ -85,6 +91,8 @@ _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.mlockall.argtypes = (ctypes.c_int,)
 _libc.adjtimex.argtypes = (ctypes.c_void_p,)
+_libc.inotify_init1.argtypes = (ctypes.c_int,)
+_libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
 _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
 
@@ -265,3 +273,13 @@ def clock_is_synchronised() -> bool:
     # modes (int, padded), offset, freq, maxerror, esterror, then the int status
     status = ctypes.c_int.from_buffer(value, 5 * ctypes.sizeof(ctypes.c_long)).value
     return not status & _STA_UNSYNC
+
+
+def inotify_init1() -> int:
+    """A descriptor for events of file systems; the caller closes it."""
+    return _checked(_libc.inotify_init1(os.O_CLOEXEC), "inotify_init1", "inotify")
+
+
+def inotify_add_watch(inotify_fd: int, path: str, mask: int) -> int:
+    """Watch an inode. It pins no mount: IN_UNMOUNT comes when its whole file system is gone."""
+    return _checked(_libc.inotify_add_watch(inotify_fd, os.fsencode(path), mask), "inotify_add_watch", path)

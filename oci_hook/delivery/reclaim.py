@@ -1,0 +1,254 @@
+"""Models in a running container: how much memory they take, and how one is taken away before the container's end.
+
+A child enters the mount namespace that the record names, whose process is held meanwhile. A mount is the model's if its
+id, its superblock's number, its source and its `f_fsid` are all those of the record, wherever its directory has been
+moved to; nothing else is touched. That its memory came back is the kernel's word: IN_UNMOUNT, which comes when the
+last mount, open file and mapping of the whole file system is gone.
+
+It decides about no record and no audit log (`cli.containers`). Sources: umount2(2), inotify(7); docs/adr/0011.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+from oci_hook.delivery.holder import MOUNT_NAMESPACE, foreign_namespaces, open_directory, own_mount_namespace
+from oci_hook.errors import EngineUnsupported, HolderGone, SczError
+from oci_hook.linux import mounts, syscalls
+from oci_hook.linux.mounts import Mount
+from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
+from oci_hook.linux.processes import HeldProcess
+from oci_hook.linux.usage import Use, find_uses
+from oci_hook.records import ContainerRecord, HeldModel
+
+_ANSWER_SECONDS = 10.0
+_GONE_SECONDS = 2.0
+_EVENT = struct.Struct("=iIII")
+_WHAT = "the process that looks at the container's mounts"
+
+State = Literal["released", "detached", "busy", "covered", "absent", "would-release", "would-detach"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """What came of taking a model away.
+
+    Attributes:
+        state: `released`: its memory is free. `detached`: the container sees it no more, its users keep its memory.
+            `busy`: it is used and stays. `covered`: another mount lies over it or in it; it stays. `absent`: it was
+            not there any more. `would-…`: of a dry run.
+        path: Where it was, as the namespace names it; empty if it was not there.
+        uses: Who keeps its memory, as far as /proc tells.
+    """
+
+    state: State
+    path: str
+    uses: tuple[Use, ...]
+
+
+def memory_bytes(record: ContainerRecord) -> tuple[int | None, ...]:
+    """What each model of a container takes now, in the order of `held`; None: it is not there or cannot be seen."""
+    try:
+        with ExitStack() as stack:
+            namespace_fd = _hold_namespace(record, stack)
+            keep = () if namespace_fd is None else (namespace_fd,)
+
+            def body(_channel: Channel) -> Report:
+                proc_fd = _own_proc()
+                if namespace_fd is not None:
+                    enter_mount_namespace(namespace_fd)
+                return {"bytes": [_taken(proc_fd, model) for model in record.held]}
+
+            child = stack.enter_context(Child(_WHAT, body, gone=HolderGone, keep=keep))
+            return tuple(child.receive(_ANSWER_SECONDS)["done"]["bytes"])
+    except SczError:
+        return tuple(None for _ in record.held)
+
+
+def _hold_namespace(record: ContainerRecord, stack: ExitStack) -> int | None:
+    """Open the namespace that a record names, with its process held; None: it is our own.
+
+    Raises:
+        HolderGone: Process or namespace are others by now.
+        SystemCallFailed: /proc cannot be read.
+    """
+    if record.keeper == (0, 0):
+        if record.namespace != own_mount_namespace():
+            raise HolderGone("the models are in another mount namespace than this process's")
+        return None
+    process = stack.enter_context(HeldProcess(record.keeper[0]))
+    if process.start_time != record.keeper[1]:
+        raise HolderGone(f"process {record.keeper[0]} ended, and another one has its number")
+    namespace_fd = process.open(MOUNT_NAMESPACE)
+    stack.callback(os.close, namespace_fd)
+    seen = os.fstat(namespace_fd)
+    if (seen.st_dev, seen.st_ino) != record.namespace or record.namespace in foreign_namespaces():
+        raise HolderGone(f"process {process.pid} is in another mount namespace than its container was given")
+    return namespace_fd
+
+
+def _own_proc() -> int:
+    with syscalls.failing("our own /proc directory cannot be opened"):
+        return os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _find(proc_fd: int, model: HeldModel) -> Mount | None:
+    for mount in mounts.load_mountinfo(proc_fd):
+        if (mount.mount_id, mount.device, mount.source) == (model.mount_id, model.device, mounts.SOURCE):
+            return mount
+    return None
+
+
+def _open(mount: Mount, model: HeldModel) -> int | None:
+    """Open the mount's root; None if something else lies there."""
+    try:
+        fd = open_directory(mount.mount_point)
+    except OSError:
+        return None
+    if syscalls.statx_mount_id(fd) == mount.mount_id and os.fstatvfs(fd).f_fsid == model.fsid:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _taken(proc_fd: int, model: HeldModel) -> int | None:
+    mount = None if model.released else _find(proc_fd, model)
+    fd = _open(mount, model) if mount is not None else None
+    if fd is None:
+        return None
+    try:
+        seen = os.fstatvfs(fd)
+        if seen.f_blocks:
+            return (seen.f_blocks - seen.f_bfree) * seen.f_bsize
+        total = 0  # a ramfs counts nothing
+        for _, _, files, directory in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
+            total += sum(os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512 for name in files)
+        return total
+    finally:
+        os.close(fd)
+
+
+def reclaim(record: ContainerRecord, model: HeldModel, *, lazy: bool, dry_run: bool) -> Reclaimed:
+    """Take one model away from a running container.
+
+    Args:
+        record: The container's.
+        model: One of its `held`.
+        lazy: Also if it is used: then it goes from the container's sight, and its memory with its last user.
+        dry_run: Only look.
+
+    Raises:
+        EngineUnsupported: The model is on the host's side, or the record is of an earlier version.
+        HolderGone: The container ended, or its process is in another namespace.
+        SystemCallFailed: The kernel refuses.
+    """
+    if record.keeper == (0, 0):
+        raise EngineUnsupported(
+            "a container of a gVisor pod has its model mounted on the host's side, where its gofer copied it from: "
+            "both stay until the container ends",
+            remedy="end the container: its model's memory comes back then",
+        )
+    with ExitStack() as stack:
+        namespace_fd = _hold_namespace(record, stack)
+        if namespace_fd is None:
+            raise HolderGone("the models are in our own mount namespace")
+
+        def body(channel: Channel) -> Report:
+            return _reclaim_in_namespace(channel, namespace_fd, model)
+
+        child = stack.enter_context(Child(_WHAT, body, gone=HolderGone, keep=(namespace_fd,)))
+        seen = child.receive(_ANSWER_SECONDS)
+        path = str(seen["path"])
+        if seen["state"] == "covered":
+            return Reclaimed("covered", path, ())
+        absent = seen["state"] == "absent"
+        uses = find_uses(model.device, model.mount_id, without=frozenset({os.getpid(), child.pid}), counted=absent)
+        if absent:
+            # A copy that the container made is not the mount that we made: its to unmount.
+            return Reclaimed("busy" if uses else "absent", path, uses)
+        if uses and not lazy:
+            return Reclaimed("busy", path, uses)
+        if dry_run:
+            return Reclaimed("would-detach" if uses else "would-release", path, uses)
+        child.send({"lazy": lazy})
+        state: State = child.receive(_ANSWER_SECONDS)["done"]["state"]
+        child.join(_ANSWER_SECONDS)
+    if state == "released":
+        return Reclaimed(state, path, ())
+    return Reclaimed(state, path, find_uses(model.device, model.mount_id, without=frozenset({os.getpid()})))
+
+
+def _reclaim_in_namespace(channel: Channel, namespace_fd: int, model: HeldModel) -> Report:
+    """The child: enter, look, say what is there, wait, unmount."""
+    proc_fd = _own_proc()
+    enter_mount_namespace(namespace_fd)
+    mount = _find(proc_fd, model)
+    if mount is None:
+        channel.send({"state": "absent", "path": ""})
+        channel.receive()
+        return {"state": "absent"}
+    fd = _open(mount, model)
+    inside = [each.mount_point for each in mounts.load_mountinfo(proc_fd) if each.parent_id == mount.mount_id]
+    if fd is None or inside:
+        # Its place is another's now, or another's mount would go with it.
+        channel.send({"state": "covered", "path": mount.mount_point})
+        channel.receive()
+        return {"state": "covered"}
+    channel.send({"state": "there", "path": mount.mount_point})
+    received = channel.receive()
+    if received is None:
+        return {"state": "busy"}
+    with syscalls.failing("the model cannot be unmounted"):
+        os.fchdir(fd)
+        inotify = syscalls.inotify_init1()
+        syscalls.inotify_add_watch(inotify, ".", syscalls.IN_DELETE_SELF)
+        if received[0]["lazy"]:
+            syscalls.umount2(".", syscalls.MNT_DETACH)
+            os.chdir("/")
+            os.close(fd)
+        elif (state := _unmount_unused(mount, fd)) is not None:
+            return {"state": state}
+    return {"state": "released" if _is_gone(inotify) else "detached"}
+
+
+def _unmount_unused(mount: Mount, fd: int) -> State | None:
+    """Unmount what nobody uses: None; or why it stays. Closes `fd`.
+
+    The kernel counts our own descriptor as a use, so the mount is named once more, in its directory: a container that
+    covers it in this very moment loses the mount that it has just made itself, and nothing else.
+    """
+    parent, name = os.path.split(mount.mount_point)
+    directory = open_directory(parent)
+    os.fchdir(directory)
+    os.close(directory)
+    again = syscalls.openat2(syscalls.AT_FDCWD, name, os.O_PATH | os.O_DIRECTORY, resolve=syscalls.RESOLVE_NO_SYMLINKS)
+    same = syscalls.statx_mount_id(again) == mount.mount_id
+    os.close(again)
+    os.close(fd)
+    if not same:
+        return "covered"
+    try:
+        syscalls.umount2(name, syscalls.UMOUNT_NOFOLLOW)
+    except OSError as refusal:
+        if refusal.errno != errno.EBUSY:
+            raise
+        return "busy"
+    return None
+
+
+def _is_gone(inotify: int) -> bool:
+    """Whether the kernel says within a moment that the watched file system is gone."""
+    poll = select.poll()
+    poll.register(inotify, select.POLLIN)
+    while poll.poll(_GONE_SECONDS * 1000):
+        events = os.read(inotify, 4096)
+        for offset in range(0, len(events) - _EVENT.size + 1, _EVENT.size):  # of a directory itself: without a name
+            if _EVENT.unpack_from(events, offset)[1] & syscalls.IN_UNMOUNT:
+                return True
+    return False
