@@ -2,7 +2,8 @@
 
 The chain shows that lines were changed or removed in the middle; that the end was cut shows only against a head that
 somebody else kept, such as the one inside a quote (docs/threat-model.md). A record never holds a key, a token or a
-nonce. Format: docs/specification.md, "Audit record".
+nonce. It may be renamed at any time, by `rotate` or by logrotate: whoever finds it absent or empty begins it with a
+`continued` record that carries number, link and time over. Format: docs/specification.md, "Audit record".
 """
 
 from __future__ import annotations
@@ -14,54 +15,30 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-from oci_hook.documents import canonical, parse_object
+from oci_hook.audit_chain import (
+    EMPTY_HEAD,
+    LINE_LIMIT_BYTES,
+    AuditHead,
+    Verified,
+    format_time,
+    head_of,
+    last_line,
+    newest_rotated,
+    parse_line,
+    read_chain,
+)
+from oci_hook.documents import canonical
 from oci_hook.errors import AuditFailed, AuditRefused, FileUnreadable
 from oci_hook.locks import lock_descriptor
-from oci_hook.trusted_file import make_private_directory
+from oci_hook.trusted_file import make_private_directory, sync_directory
 
-_LINE_LIMIT_BYTES = 16 << 10
+__all__ = ["EMPTY_HEAD", "EVENTS", "AuditHead", "AuditLog", "format_time", "parse_line", "text_line"]
+
+EVENTS = ("grant", "outcome", "refused", "released", "closed", "continued", "recovered")
 _LOCK_SECONDS = 10.0
-EMPTY_HEAD = hashlib.sha256(b"").digest()
-
-
-@dataclass(frozen=True, slots=True)
-class AuditHead:
-    """The end of the chain.
-
-    Attributes:
-        sequence: The last record's number; 0 before the first.
-        seconds: The last record's time since 1970.
-        digest: SHA-256 of the last line, 32 bytes.
-    """
-
-    sequence: int
-    seconds: float
-    digest: bytes
-
-
-def format_time(seconds: float) -> str:
-    """RFC 3339 in UTC with milliseconds, as the log carries it."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def parse_line(line: bytes) -> dict[str, Any]:
-    """Parse one line (without its line feed) into its members.
-
-    Raises:
-        AuditRefused: It is not a record of ours.
-    """
-    record = parse_object(line, limit_bytes=_LINE_LIMIT_BYTES, what="audit record", error=AuditRefused)
-    if type(record.get("seq")) is not int or not isinstance(record.get("prev"), str):
-        raise AuditRefused("an audit record has no sequence number or no link")
-    try:
-        datetime.fromisoformat(record["time"])
-    except (KeyError, ValueError, TypeError) as cause:
-        raise AuditRefused("an audit record has no time") from cause
-    return record
+_ATTEMPTS = 64
 
 
 class AuditLog:
@@ -76,22 +53,101 @@ class AuditLog:
         self._path = path
         self._clock = clock
 
+    @property
+    def path(self) -> str:
+        """The log's path."""
+        return self._path
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
+        """The log, locked and begun: its first record is there."""
         try:
             make_private_directory(os.path.dirname(self._path))
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self._path, flags, 0o600)
-            try:
-                self._verify_ours(descriptor)
-                lock_descriptor(descriptor, what=self._path, timeout_seconds=_LOCK_SECONDS, error=AuditFailed)
+            with contextlib.ExitStack() as stack:
+                descriptor = self._open_locked(self._path, stack)
+                if not self._tail(descriptor)[0]:
+                    self._begin(descriptor, stack)
                 yield descriptor
-            finally:
-                os.close(descriptor)
         except OSError as cause:
             raise AuditFailed(f"{self._path}: {cause.strerror}") from cause
         except FileUnreadable as cause:
             raise AuditFailed(cause.message) from cause
+
+    def _open_locked(self, path: str, stack: contextlib.ExitStack, *, create: int = os.O_CREAT) -> int:
+        """Open and lock a file that is still at its path when the lock is held: rotation renames it."""
+        flags = os.O_RDWR | create | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        for _ in range(_ATTEMPTS):
+            with contextlib.ExitStack() as attempt:
+                descriptor = os.open(path, flags, 0o600)
+                attempt.callback(os.close, descriptor)
+                self._verify_ours(descriptor)
+                lock_descriptor(descriptor, what=path, timeout_seconds=_LOCK_SECONDS, error=AuditFailed)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor)):
+                        stack.enter_context(attempt.pop_all())
+                        return descriptor
+        raise AuditFailed(f"{path} is being rotated again and again")
+
+    def _begin(self, descriptor: int, stack: contextlib.ExitStack) -> None:
+        """Begin a log that has no record yet where the one that was rotated away last has ended.
+
+        Its lock is held meanwhile, and whoever waits for it looks for the log anew: nothing is added to it any more.
+        """
+        for _ in range(_ATTEMPTS):
+            previous = newest_rotated(self._path)
+            if previous is None:
+                return
+            with contextlib.suppress(FileNotFoundError):  # renamed once more meanwhile
+                head = self._end_of(previous, stack)
+                break
+        else:
+            raise AuditFailed(f"{self._path} is being rotated again and again")
+        os.ftruncate(descriptor, 0)  # a first line that a crash tore: nothing rests on it
+        record, _ = self._record(head, "continued", {"last": head.sequence, "since": format_time(head.seconds)})
+        self._write(descriptor, record)
+        sync_directory(os.path.dirname(self._path))
+
+    def _end_of(self, previous: str, stack: contextlib.ExitStack) -> AuditHead:
+        """Where a rotated file ends; it stays locked, and what a crash left torn in it is mended."""
+        if previous.endswith(".gz"):
+            return head_of(last_line(previous))
+        descriptor = self._open_locked(previous, stack, create=0)
+        line, torn = self._tail(descriptor)
+        head = head_of(line)
+        if torn:
+            lines, head = self._mended(head, torn)
+            self._write(descriptor, lines)
+        return head
+
+    def rotate(self) -> str | None:
+        """Rename the log to its name and its last record's number; a new one continues it.
+
+        A crash between the two leaves the log absent: whoever comes next begins it. Nothing is lost at any moment.
+
+        Returns:
+            The new path; None if there is no record to rotate away.
+
+        Raises:
+            AuditFailed: It cannot be renamed; or the new one cannot be begun, and the next record will.
+            AuditRefused: The log's last line is not a record.
+        """
+        if not os.path.lexists(self._path):
+            return None
+        with self._locked() as descriptor:
+            line, torn = self._tail(descriptor)
+            head = head_of(line)
+            if torn:
+                lines, head = self._mended(head, torn)
+                self._write(descriptor, lines)
+            if not line or parse_line(line)["event"] == "continued":
+                return None
+            target = f"{self._path}.{head.sequence:012}"
+            if os.path.lexists(target):
+                raise AuditFailed(f"{target} is there already")
+            os.rename(self._path, target)
+            sync_directory(os.path.dirname(self._path))
+        with self._locked():
+            return target
 
     def _verify_ours(self, descriptor: int) -> None:
         """Whoever else could write the log could cut it, set the clock's floor, and hold its lock."""
@@ -102,18 +158,11 @@ class AuditLog:
     def _tail(self, descriptor: int) -> tuple[bytes, bytes]:
         """The last whole line, and the bytes after it that a crash left without a line feed."""
         size = os.fstat(descriptor).st_size
-        start = max(0, size - 4 * _LINE_LIMIT_BYTES)
+        start = max(0, size - 4 * LINE_LIMIT_BYTES)
         *lines, torn = os.pread(descriptor, size - start, start).split(b"\n")
         if not lines and start:
             raise AuditRefused(f"{self._path} ends in a line that is not a record")
         return (lines[-1] if lines else b""), torn
-
-    def _head_of(self, line: bytes) -> AuditHead:
-        if not line:
-            return AuditHead(0, 0.0, EMPTY_HEAD)
-        record = parse_line(line)
-        seconds = datetime.fromisoformat(record["time"]).timestamp()
-        return AuditHead(record["seq"], seconds, hashlib.sha256(line).digest())
 
     def head(self) -> AuditHead:
         """The end of the chain now.
@@ -124,7 +173,7 @@ class AuditLog:
         """
         with self._locked() as descriptor:
             line, _ = self._tail(descriptor)
-            return self._head_of(line)
+            return head_of(line)
 
     def append(self, event: str, **members: str | int | None) -> AuditHead:
         """Append one record and sync it to the disk; members that are None are left out.
@@ -138,7 +187,7 @@ class AuditLog:
         """
         with self._locked() as descriptor:
             line, torn = self._tail(descriptor)
-            head = self._head_of(line)
+            head = head_of(line)
             lines = b""
             if torn:
                 lines, head = self._mended(head, torn)
@@ -149,7 +198,7 @@ class AuditLog:
     def _mended(self, head: AuditHead, torn: bytes) -> tuple[bytes, AuditHead]:
         """End a torn line and chain over it; a line that lacks nothing but its line feed is a record."""
         try:
-            return b"\n", self._head_of(torn)
+            return b"\n", head_of(torn)
         except AuditRefused:
             digest = hashlib.sha256(torn).digest()
             record, head = self._record(
@@ -170,7 +219,7 @@ class AuditLog:
         if seconds != now:
             record["clock"] = format_time(now)
         line = canonical(record)
-        if len(line) > _LINE_LIMIT_BYTES:
+        if len(line) > LINE_LIMIT_BYTES:
             raise AuditFailed("the audit record is too long")
         return line + b"\n", AuditHead(head.sequence + 1, seconds, hashlib.sha256(line).digest())
 
@@ -185,43 +234,21 @@ class AuditLog:
                 os.ftruncate(descriptor, size)  # our own unfinished record, under the lock
             raise
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """All records in order, each verified against the one before.
+    def records(self, *, after: int = 0) -> Iterator[dict[str, Any]]:
+        """All records in order, across rotated files, each verified against the one before.
+
+        Args:
+            after: Files with no record of a higher number are not read.
 
         Raises:
             AuditRefused: The chain is broken; the message names the line.
             AuditFailed: The log cannot be read.
         """
-        try:
-            with open(self._path, "rb") as file:
-                yield from self._verified(file)
-        except FileNotFoundError:
-            return
-        except OSError as cause:
-            raise AuditFailed(f"{self._path}: {cause.strerror}") from cause
+        return (each.record for each in self.verified(after=after))
 
-    def _verified(self, lines: Any) -> Iterator[dict[str, Any]]:
-        previous, sequence, torn_number = EMPTY_HEAD, 0, 0
-        for number, raw in enumerate(lines, 1):
-            line = raw.rstrip(b"\n")
-            try:
-                record = parse_line(line)
-            except AuditRefused:
-                if torn_number:
-                    raise AuditRefused(f"line {torn_number} of {self._path} is not a record") from None
-                torn_number, previous = number, hashlib.sha256(line).digest()
-                continue  # only a `recovered` record that names these bytes excuses them
-            if torn_number and (record.get("event"), record.get("torn")) != ("recovered", previous.hex()):
-                raise AuditRefused(f"line {torn_number} of {self._path} is not a record")
-            torn_number = 0
-            if record["prev"] != previous.hex() or record["seq"] != sequence + 1:
-                raise AuditRefused(f"line {number} of {self._path} does not follow the line before it")
-            previous, sequence = hashlib.sha256(line).digest(), sequence + 1
-            yield record
-        if torn_number and not raw.endswith(b"\n"):
-            return  # a crash tore the last line; the next record will say so
-        if torn_number:
-            raise AuditRefused(f"line {torn_number} of {self._path} is not a record")
+    def verified(self, *, after: int = 0) -> Iterator[Verified]:
+        """`records`, each with the digest of its line."""
+        return read_chain(self._path, after=after)
 
 
 def text_line(record: dict[str, Any]) -> str:

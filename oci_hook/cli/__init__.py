@@ -41,7 +41,7 @@ _MODULES = {
     "ps": "containers",
     "release": "release",
     "why": "diagnose",
-    "audit": "diagnose",
+    "audit": "audit_log",
 }
 
 

@@ -1,19 +1,16 @@
-"""`sczctl why` and `sczctl audit`: what happened, and which command mends it."""
+"""`sczctl why`: what happened, and which command mends it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-from datetime import datetime
 
 import click
 
-from oci_hook.audit import EMPTY_HEAD, AuditHead, AuditLog, format_time, text_line
+from oci_hook.audit import format_time
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.completion import complete_refused
-from oci_hook.config import load_config
 from oci_hook.errors import all_errors
 from oci_hook.report import Refusal, explain, load_refusals, reporting_config
 
@@ -86,46 +83,4 @@ def _show_codes(as_json: bool) -> int:
     return 0
 
 
-@click.group()
-def audit() -> None:
-    """Show and verify the audit log."""
-
-
-@audit.command("show")
-@click.option("--container", help="Only records of containers whose id begins so.")
-@click.option("--event", type=click.Choice(["grant", "outcome", "refused", "closed", "recovered"]), help="Only these.")
-@click.option("--since", type=click.DateTime(), help="Only records from this time (UTC) on.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
-@click.pass_obj
-def show_audit(
-    config_file: str, container: str | None, event: str | None, since: datetime | None, as_json: bool
-) -> None:
-    """Print the records; the chain is verified as they are read."""
-    earliest = since.isoformat() if since else ""
-    for record in AuditLog(load_config(config_file).audit_file).records():
-        if container and not str(record.get("container", "")).startswith(container):
-            continue
-        if (event and record.get("event") != event) or record["time"] < earliest:
-            continue
-        if as_json:
-            click.echo(json.dumps(record, sort_keys=True))
-        else:
-            click.echo(printable(text_line(record)))
-
-
-@audit.command("verify")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_obj
-def verify_audit(config_file: str, as_json: bool) -> None:
-    """Verify the chain from the first record to the last; print the head."""
-    log = AuditLog(load_config(config_file).audit_file)
-    number = sum(1 for _ in log.records())
-    head = log.head() if number else AuditHead(0, 0.0, EMPTY_HEAD)  # a log that is not there is not made
-    if as_json:
-        last = format_time(head.seconds) if number else None
-        print_json({"records": number, "head": head.digest.hex(), "last": last})
-    else:
-        click.echo(f"{number} records, each follows the one before; head {head.digest.hex()}")
-
-
-COMMANDS = {"why": why, "audit": audit}
+COMMANDS = {"why": why}

@@ -22,7 +22,7 @@ MODULES = {
 }
 
 FLOORS = {
-    1: {"errors", "documents", "trusted_file", "locks", "jws", "config", "audit", "invocation"},
+    1: {"errors", "documents", "trusted_file", "locks", "jws", "config", "audit", "audit_chain", "invocation"},
     2: {"access_policy", "trust", "oci/", "linux/"},
     3: {"records", "report", "bundle/", "attestation/", "identity/"},
     4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"},

@@ -168,6 +168,8 @@ def test_verify_prints_the_head(house: Household, audit: Path) -> None:
         "records": 4,
         "head": head.digest.hex(),
         "last": "2026-01-01T00:03:00.000Z",
+        "first": 1,
+        "after": EMPTY_HEAD.hex(),
     }
 
 
@@ -175,7 +177,13 @@ def test_a_log_that_is_not_there_is_not_made(house: Household) -> None:
     before = snapshot(house.host)
     assert done(house.ctl("audit", "show")).out == ""
     shown = done(house.ctl("audit", "verify", "--json")).json
-    assert shown == {"records": 0, "head": EMPTY_HEAD.hex(), "last": None}
+    assert shown == {
+        "records": 0,
+        "head": EMPTY_HEAD.hex(),
+        "last": None,
+        "first": 0,
+        "after": EMPTY_HEAD.hex(),
+    }
     assert "0 records" in done(house.ctl("audit", "verify")).out
     assert snapshot(house.host) == before
     assert not (house.host / "log").exists()
