@@ -14,8 +14,10 @@ from oci_hook.config import Config, load_config
 from oci_hook.delivery import host_mounts
 from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
 from oci_hook.delivery.image_bundle import open_image_bundle
+from oci_hook.documents import shown
 from oci_hook.errors import EngineUnsupported, ModelUnknown, SystemCallFailed
 from oci_hook.identity.binding import Bindings
+from oci_hook.journal import tell
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Mount, Spec
@@ -119,7 +121,9 @@ def close_container(state: State, config_file: str) -> None:
 
 
 def _audit_closed(config: Config, container_id: str, models: Sequence[str]) -> None:
-    AuditLog(config.audit_file).append("closed", container=container_id, model=", ".join(models))
+    named = ", ".join(models)
+    AuditLog(config.audit_file).append("closed", container=container_id, model=named)
+    tell("closed", f"container {shown(container_id, 64)}: {named} gone", container=container_id, model=named)
 
 
 def container_view(state: State, spec: Spec, facts: EngineFacts) -> ContainerView:
@@ -217,13 +221,50 @@ def audit_grants(host: Host, container: Container, admissions: Sequence[Admissio
             subject=admission.identity.subject,
             quoted=admission.audit_head.hex(),
         )
+        model = f"{admission.manifest.model.name}:{admission.manifest.model.version}"
+        tell(
+            "grant",
+            f"container {shown(container.container_id, 64)}: {model} for {shown(admission.identity.subject, 256)}",
+            container=container.container_id,
+            model=model,
+            subject=admission.identity.subject,
+            issuer=admission.identity.issuer.issuer,
+            manifest=admission.manifest.digest,
+        )
 
 
-def audit_outcome(host: Host, container: Container, attached: Sequence[Attached]) -> None:
-    """The container can read its models; an older refusal of it is of no interest any more."""
+def audit_outcome(
+    host: Host, container: Container, record: ContainerRecord, attached: Sequence[Attached], *, seconds: float
+) -> None:
+    """The container can read its models; an older refusal of it is of no interest any more.
+
+    Args:
+        host: Where.
+        container: Who.
+        record: The container's; what was attached now is its end.
+        attached: What became visible.
+        seconds: From the beginning of the start to that, by a clock that nobody sets.
+    """
     forget_refusal(host.config.runtime_directory, container.container_id, bundle=container.bundle)
-    size_bytes = sum(model.size_bytes for model in attached)
-    host.audit.append("outcome", container=container.container_id, code=0, bytes=size_bytes)
+    size_bytes, milliseconds = sum(model.size_bytes for model in attached), round(seconds * 1000)
+    models = ", ".join(record.models[-len(attached) :])
+    host.audit.append(
+        "outcome",
+        container=container.container_id,
+        model=models,
+        code=0,
+        bytes=size_bytes,
+        milliseconds=milliseconds,
+    )
+    tell(
+        "outcome",
+        f"container {shown(container.container_id, 64)}: {models} delivered, {size_bytes} bytes in {milliseconds} ms",
+        container=container.container_id,
+        model=models,
+        code=0,
+        bytes=size_bytes,
+        milliseconds=milliseconds,
+    )
 
 
 def open_record(

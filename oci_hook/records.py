@@ -59,7 +59,7 @@ class ContainerRecord:
         seconds: When the record was opened, since 1970.
         delivered: The models are visible to the container.
         issuer: Of the token.
-        runtime: runc, crun or runsc; empty in records of an earlier version.
+        runtime: runc, crun or runsc; `unknown`, as the issuer, in records of an earlier version.
         keeper: Pid and start time of the process in whose mount namespace the models are; zeros: on the host's side.
         namespace: Device and inode of that mount namespace.
         held: The mounts, in the order of `models`, once delivered; none in records of an earlier version.
@@ -77,8 +77,8 @@ class ContainerRecord:
     subject: str
     size_bytes: int
     delivered: bool
-    issuer: str = ""
-    runtime: str = ""
+    issuer: str = "unknown"
+    runtime: str = "unknown"
     keeper: tuple[int, int] = (0, 0)
     namespace: tuple[int, int] = (0, 0)
     held: tuple[HeldModel, ...] = ()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from oci_hook.audit import AuditLog
 from oci_hook.config import Config, load_config
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, SczError, all_errors
+from oci_hook.journal import tell
 from oci_hook.oci.state import State
 from oci_hook.trusted_file import load_file, make_private_directory, remove_half_written, replace_file
 
 _KEPT = 256
 _LIMIT_BYTES = 16 << 10
-_JOURNAL = "/run/systemd/journal/socket"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,16 @@ def report_refusal(config_file: str, state: State | None, error: SczError, *, pr
     container_id = state.container_id if state else "unknown"
     with contextlib.suppress(OSError):
         print(f"{program}: {error.reason} ({error.code}): {error.message}; {error.advice}", file=sys.stderr, flush=True)
-    _journal(container_id, error)
+    tell(
+        "refused",
+        f"container {shown(container_id, 64)}: {error.reason} ({error.code}): {error.message}; {error.advice}",
+        priority=3,
+        identifier=program,
+        container=container_id,
+        code=error.code,
+        reason=error.reason,
+        model=state.annotations.get("smm.scz/model", "")[:256] if state else "",
+    )
     keep_refusal(config.runtime_directory, container_id, error, bundle=state.bundle if state else "")
     if readable and state is not None and state.pid:  # a poststop that fails refuses nothing
         with contextlib.suppress(SczError):  # it is refused either way, and the other places say why
@@ -157,23 +165,3 @@ def explain(code: int) -> tuple[str, str, str, str] | None:
     """An exit code's (reason, family, summary, remedy); None for a number that is not ours."""
     cls = all_errors().get(code)
     return (cls.__name__, cls.family, cls.summary, cls.remedy) if cls else None
-
-
-def _journal(container_id: str, error: SczError) -> None:
-    """One entry in journald's native protocol (systemd, "Native Journal Protocol"): single-line fields only."""
-    message = f"container {shown(container_id, 64)}: {error.reason} ({error.code}): {error.message}; {error.advice}"
-    fields = {
-        "MESSAGE": message.replace("\n", " "),
-        "PRIORITY": "3",
-        "SYSLOG_IDENTIFIER": "scz-hook",
-        "SCZ_CODE": str(error.code),
-        "SCZ_REASON": error.reason,
-        "SCZ_CONTAINER": container_id.replace("\n", " "),
-    }
-    entry = "".join(f"{name}={value}\n" for name, value in fields.items())
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as journal,
-    ):
-        journal.setblocking(False)
-        journal.sendto(entry.encode("utf-8", "replace"), _JOURNAL)

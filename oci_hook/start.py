@@ -7,6 +7,7 @@ Specification: docs/design.md, "The way of the data".
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack, suppress
 
 from oci_hook.admission import Container, admit
@@ -49,6 +50,7 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
     Raises:
         SczError: The container must not start.
     """
+    began = time.monotonic()
     host = load_host(config)
     with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
         sweep_host_mounts(config)
@@ -79,5 +81,6 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
         record = open_record(container, admissions, earlier, keeper=delivery.keeper, seconds=host.clock())
         records.write(record)
         attached = delivery.attach()
+        seconds = time.monotonic() - began
         records.mark_delivered(record, held_models(admissions, attached))
-    audit_outcome(host, container, attached)
+    audit_outcome(host, container, record, attached, seconds=seconds)

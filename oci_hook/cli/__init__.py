@@ -40,6 +40,7 @@ _MODULES = {
     "doctor": "doctor",
     "ps": "containers",
     "release": "release",
+    "metrics": "metrics",
     "why": "diagnose",
     "audit": "audit_log",
 }

@@ -66,7 +66,6 @@ def ps(config_file: str, as_json: bool) -> None:
 
 def _cells(row: dict[str, Any], model: dict[str, Any]) -> tuple[str, ...]:
     taken = model["memory_bytes"]
-    identity = f"{row['subject']} ({row['issuer']})" if row["issuer"] else row["subject"]
     cells = (
         row["container_id"][:12],
         model["model"],
@@ -74,10 +73,10 @@ def _cells(row: dict[str, Any], model: dict[str, Any]) -> tuple[str, ...]:
         model["manifest"].removeprefix("sha256:")[:8],
         format_time(row["seconds"])[:19] + "Z",
         "-" if taken is None else f"{taken / 2**20:.1f}",
-        row["runtime"] or "?",
+        row["runtime"],
         str(row["pid"]),
         model["path"],
-        identity,
+        f"{row['subject']} ({row['issuer']})",
     )
     return tuple(printable(cell) for cell in cells)
 

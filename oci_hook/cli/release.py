@@ -12,7 +12,9 @@ from oci_hook.cli import print_json, printable
 from oci_hook.cli.options import DRY_RUN, JSON
 from oci_hook.config import load_config
 from oci_hook.delivery.reclaim import Reclaimed, reclaim
+from oci_hook.documents import shown
 from oci_hook.errors import EngineUnsupported
+from oci_hook.journal import tell
 from oci_hook.records import ContainerRecord, ContainerRecords
 
 _BUSY, _LATER = 3, 4
@@ -108,6 +110,14 @@ def _audit(log: AuditLog, record: ContainerRecord, index: int, result: Reclaimed
         version=version,
         manifest=record.manifests[index],
         bytes=record.held[index].size_bytes,
+        state=result.state,
+    )
+    tell(
+        "released",
+        f"container {shown(record.container_id, 64)}: {record.models[index]} {result.state}",
+        identifier="sczctl",
+        container=record.container_id,
+        model=record.models[index],
         state=result.state,
     )
 

@@ -22,9 +22,20 @@ MODULES = {
 }
 
 FLOORS = {
-    1: {"errors", "documents", "trusted_file", "locks", "jws", "config", "audit", "audit_chain", "invocation"},
+    1: {
+        "errors",
+        "documents",
+        "trusted_file",
+        "locks",
+        "jws",
+        "config",
+        "audit",
+        "audit_chain",
+        "journal",
+        "invocation",
+    },
     2: {"access_policy", "trust", "oci/", "linux/"},
-    3: {"records", "report", "bundle/", "attestation/", "identity/"},
+    3: {"records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"},
     5: {"admission"},
     6: {"host", "hook", "launch", "shim", "start"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hook import report
+from oci_hook import journal as journal_module
 from oci_hook.audit import AuditLog
 from oci_hook.errors import CouldNotTell, InputError, Refused, SczError, TokenExpired, TokenMissing, all_errors
 from oci_hook.oci.state import State
@@ -82,7 +82,7 @@ def test_the_journal_gets_one_entry_with_fields(tmp_path: Path, monkeypatch: pyt
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
         journal.bind(path)
         journal.settimeout(5)
-        monkeypatch.setattr(report, "_JOURNAL", path)
+        monkeypatch.setattr(journal_module, "SOCKET", path)
         config = tmp_path / "config.toml"
         config.write_text(f'[paths]\nruntime = "{tmp_path}/run"\naudit = "{tmp_path}/audit.jsonl"\n')
         report_refusal(str(config), State("c1", 1, "/b", "", {}), TokenMissing("line one\nSCZ_CODE=0"))
