@@ -43,7 +43,7 @@ class Counters:
     """
 
     sequence: int = 0
-    digest: str = ""
+    digest: str = "0" * 64
     starts: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, int] = field(default_factory=dict)
     size_bytes: int = 0
@@ -102,7 +102,7 @@ def load_counters(audit_file: str) -> Counters:
         )
         counters = Counters(
             sequence=fields.integer("sequence", low=0, high=1 << 62),
-            digest=fields.string("digest", pattern="[0-9a-f]{64}|"),
+            digest=fields.string("digest", pattern="[0-9a-f]{64}"),
             starts=_counts(fields.take("starts"), path),
             refusals=_counts(fields.take("refusals"), path),
             size_bytes=fields.integer("size_bytes", low=0, high=1 << 80),
