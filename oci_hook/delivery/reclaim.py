@@ -172,7 +172,9 @@ def reclaim(record: ContainerRecord, model: HeldModel, *, lazy: bool, dry_run: b
         if absent:
             # A copy that the container made is not the mount that we made: its to unmount.
             return Reclaimed("busy" if uses else "absent", path, uses)
-        if uses and not lazy:
+        # gVisor keeps open what its container has opened once, and shows it whatever is mounted on the host: a lazy
+        # unmount would hide nothing there, nor give anything back before the container ends.
+        if uses and (not lazy or record.runtime == "runsc"):
             return Reclaimed("busy", path, uses)
         if dry_run:
             return Reclaimed("would-detach" if uses else "would-release", path, uses)

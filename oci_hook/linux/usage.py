@@ -27,7 +27,7 @@ class Use:
 
     Attributes:
         pid: In our own pid namespace.
-        command: The process's name.
+        command: What the process calls itself; not to be believed.
         what: `open file`, `mapping`, `working directory`, `root directory` or `mount`.
         path: As that process names it.
     """
@@ -111,7 +111,10 @@ def _mount_id(fdinfo: str) -> int:
 
 
 def _command(pid: int) -> str:
-    with suppress(OSError, SczError):
-        fd = os.open(f"/proc/{pid}/comm", os.O_RDONLY | os.O_CLOEXEC)
-        return os.fsdecode(read_bounded(fd, "comm", 4096)).rstrip("\n")
+    """What it calls itself: its first argument without folders, or else the kernel's name for it."""
+    for name, end in (("cmdline", b"\0"), ("comm", b"\n")):
+        with suppress(OSError, SczError):
+            fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            if found := os.path.basename(os.fsdecode(read_bounded(fd, name, 1 << 20).partition(end)[0])):
+                return found[:64]
     return "?"

@@ -6,6 +6,7 @@ bookworm's runsc of 2022 (or what this machine's own suite has), and trixie's of
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import FILES, contents
+from tests.integration.test_release import ps
 from tests.integration.test_start import hook_processes, model_mounts, refused, start
 from tests.scene import TOKEN_PATH, Scene
 from tests.suites import program, version
+from tests.workshop import wait_until
 
 
 def _own() -> str:
@@ -137,3 +140,42 @@ def test_a_destination_in_a_volume_or_a_tmpfs_is_refused(scene: Scene, runsc: st
     refused(scene, "DestinationRefused", scene.token(), runtime=runsc, annotations=annotations)
     assert list((scene.host / "trace").iterdir()) == []
     refused(scene, "DestinationRefused", scene.token(), runtime=runsc, options=("--tmpfs", "/models"))
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["unread", "read"])
+def test_releasing_a_model(scene: Scene, runsc: str, reads: bool) -> None:
+    """What nobody has read goes; what was opened once gVisor keeps open, and so it stays, with --lazy, too."""
+    trace = scene.host / "trace"
+    trace.mkdir(exist_ok=True)
+    trace.chmod(0o777)
+    (trace / "ran").unlink(missing_ok=True)
+    look = "cat /models/small/weights.safetensors | wc -c; " if reads else ""
+    script = (
+        f"{look}echo > /trace/ran; until [ -e /trace/go ]; do sleep 0.1; done; ls /models/small; echo end; sleep 60"
+    )
+    words = ["--detach", "--annotation", "smm.scz/model=small:1", "--volume", f"{trace}:/trace"]
+    words += ["--volume", f"{scene.token()}:{TOKEN_PATH}:ro", scene.image, "sh", "-c", script]
+    name = scene.podman.run(words, runtime=runsc).stdout.strip()
+    try:
+        wait_until((trace / "ran").exists, 30)
+        (row,) = ps(scene)
+        assert row["runtime"] == "runsc"
+        assert row["holds"][0]["memory_bytes"] >= sum(FILES.values())
+        for options in ((), ("--lazy",)) if reads else ((),):
+            done = scene.sczctl("release", name, "--json", *options, check=False)
+            (model,) = json.loads(done.stdout)["models"]
+            if not reads:
+                assert (done.returncode, model["state"], model["uses"]) == (0, "released", [])
+                assert ps(scene) == []
+                continue
+            assert (done.returncode, model["state"]) == (3, "busy")
+            assert {use["command"] for use in model["uses"]} & {"runsc-gofer", "runsc-sandbox"}
+            assert any(use["path"].endswith("/models/small/weights.safetensors") for use in model["uses"])
+            assert "gVisor keeps open" in scene.sczctl("release", name, *options, check=False).stdout
+            assert ps(scene) == [row]
+        (trace / "go").touch()
+        wait_until(lambda: "end" in scene.podman.call("logs", name).stdout, 30)
+        assert ("model.json" in scene.podman.call("logs", name).stdout) == reads
+    finally:
+        (trace / "go").unlink(missing_ok=True)
+        scene.podman.rm(name)

@@ -8,6 +8,7 @@ half is `tests/kubelet.py`. Under gVisor a script stands in for gVisor's own con
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from tests.integration.test_start import CODES, KEPT, files_of, hook_processes, 
 from tests.kubelet import MODEL, Kubelet
 from tests.runsc_pods import write_runsc
 from tests.runtimes import newer_runsc, own_runsc
-from tests.scene import Scene
+from tests.scene import SCZCTL, Scene
 from tests.suites import NotInSuite, machine_suite, program
 
 RUNTIMES = ("runc", "crun", "runsc")
@@ -310,3 +311,23 @@ def test_sids_containerd(scene: Scene, kubelet: Kubelet) -> None:
                 other = node.kubelet.project(pod.uid, node.kubelet.token("11111111-30f5-4dd8-9a2b-0b1f2f6c7d10"))
                 refused(node, "TokenBoundElsewhere", pod, "stolen", other)
             node.clean()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_who_holds_it_and_its_release(node: Node, runtime: str) -> None:
+    """runc and crun: the memory comes back. gVisor: the model is on the host's side, and stays until the end."""
+    with node.pod(runtime) as pod:
+        container = node.run(pod, "server", node.kubelet.project(pod.uid, node.kubelet.token(pod.uid)))
+        sczctl = [*SCZCTL, "--config", node.scene.config]
+        (row,) = json.loads(node.on_host(*sczctl, "ps", "--json"))
+        assert (row["container_id"], row["runtime"], row["holds"][0]["model"]) == (container, runtime, MODEL)
+        assert row["memory_bytes"] >= sum(FILES.values())
+        done = node.scene.sczctl("release", container, check=False)
+        if runtime == "runsc":
+            assert (done.returncode, "end the container" in done.stderr) == (25, True)
+            assert len(node.models_on_host()) == 1
+        else:
+            assert (done.returncode, done.stderr) == (0, "")
+            assert node.scene.sczctl("ps", "--json").stdout == "[]\n"
+        assert node.cri.exec(container, ["test", "-e", f"{DESTINATION}/config.json"]).returncode == (runtime != "runsc")
+    node.clean()
