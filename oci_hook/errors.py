@@ -255,7 +255,7 @@ class RequirementRefused(Refused):
 
 class ClockRefused(Refused):
     code, summary = 50, "the clock is earlier than the last audit record"
-    remedy = "set the clock and start the container again; if the record is the one that is wrong, move the log away"
+    remedy = "set the clock, start the container again; if the record is wrong, move the log's files out of its folder"
 
 
 class AccessWindowRefused(Refused):
@@ -275,7 +275,7 @@ class TokenAlgorithmRefused(Refused):
 
 class AuditRefused(Refused):
     code, summary = 54, "the audit log's chain is broken"
-    remedy = "keep the log for an investigation, then start a new one; `sczctl audit verify` names the line"
+    remedy = "`sczctl audit verify` names the line; move the log's files out of its folder, and keep them"
 
 
 # --- could not tell, 60-79 --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import click
 
 from oci_hook.audit import AuditLog
 from oci_hook.cli import print_json, printable
+from oci_hook.cli.completion import complete_containers
 from oci_hook.cli.options import DRY_RUN, JSON
 from oci_hook.config import load_config
 from oci_hook.delivery.reclaim import Reclaimed, reclaim
@@ -32,7 +33,7 @@ _GVISOR = "nothing was changed: gVisor keeps open what its container has opened 
 
 
 @click.command()
-@click.argument("container")
+@click.argument("container", shell_complete=complete_containers)
 @click.argument("model", required=False)
 @click.option(
     "--lazy", "--force", is_flag=True, help="Also if it is used: its memory then comes back with its last user."

@@ -84,7 +84,7 @@ def load_facts(record: ContainerRecord, token_path: str) -> tuple[ContainerFacts
         status = parse_status(process.read("status").decode("utf-8", "replace"))
         mounts = model_mounts(record.destinations, load_mountinfo(process.proc_fd))
         mounts = tuple(
-            ModelMount(mount.path, None) if _is_released(record, index) else mount for index, mount in enumerate(mounts)
+            ModelMount(mount.path, None) if record.is_released(index) else mount for index, mount in enumerate(mounts)
         )
         # A container that calls its program like a runtime's sandbox has the model's mount; a sandbox has none.
         sandbox = "none" if any(mount.present for mount in mounts) else _sandbox(process)
@@ -108,12 +108,6 @@ def load_facts(record: ContainerRecord, token_path: str) -> tuple[ContainerFacts
         )
         process.verify_same()
     return facts, unseen
-
-
-def _is_released(record: ContainerRecord, index: int) -> bool:
-    """Whether `sczctl release` has taken a model away, where records say so: then nothing is wrong with it."""
-    held = getattr(record, "held", ())
-    return len(held) == len(record.models) and bool(held[index].released)
 
 
 def _identity(path: str) -> tuple[int, int]:
