@@ -92,12 +92,12 @@ class BundleInvalid(InputError):
 
 class GrantInvalid(InputError):
     code, summary = 16, "the grant is malformed"
-    remedy = "ask the model's owner for a new grant (`sczctl grant`)"
+    remedy = "`sczctl add` the owner's grant again; if it is malformed itself, ask for a new one (`sczctl grant`)"
 
 
 class BootPolicyInvalid(InputError):
     code, summary = 17, "the boot policy is malformed or covers too little"
-    remedy = "ask the model's owner for a new boot policy (`sczctl boot-policy sign`)"
+    remedy = "`sczctl add` the owner's boot policy again, or ask for a new one (`sczctl boot-policy sign`)"
 
 
 class TokenMissing(InputError):
@@ -127,7 +127,7 @@ class DeviceInvalid(InputError):
 
 class StoreInvalid(InputError):
     code, summary = 23, "an entry of the host's store is damaged"
-    remedy = "`sczctl rm` the model and `sczctl add` it again"
+    remedy = "`sczctl add FOLDER` again, with what the model's owner sent: it mends the entry; `sczctl rm` removes it"
 
 
 class KeyInvalid(InputError):
@@ -160,7 +160,7 @@ class OwnerUntrusted(Refused):
 
 class BundleMismatch(Refused):
     code, summary = 31, "the bundle's contents are not what its owner signed"
-    remedy = "copy the bundle again and `sczctl add` it; if it recurs, tell the model's owner"
+    remedy = "copy the bundle again and `sczctl add` it: that mends the store; if it recurs, tell the model's owner"
 
 
 class GrantRefused(Refused):
@@ -230,7 +230,7 @@ class KeyRefused(Refused):
 
 class DecryptionRefused(Refused):
     code, summary = 45, "an encrypted file was changed, truncated, extended or swapped"
-    remedy = "`sczctl rm` the model, copy the bundle again and `sczctl add` it"
+    remedy = "`sczctl add FOLDER` again, with what the model's owner sent: it mends the store"
 
 
 class DestinationRefused(Refused):

@@ -7,16 +7,18 @@ them verified, none of them reachable by an annotation until its name is there. 
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
+from oci_hook.bundle.files import closing
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant, verify_grant_signature
 from oci_hook.bundle.layout import BLOBS, INDEX_FILE, LAYOUT_FILE, Layout, open_layout, verify_bundle, verify_digests
 from oci_hook.bundle.manifest import Manifest
+from oci_hook.copying import copy_blob, shares_blocks, write_new
+from oci_hook.disk_space import Need, block_bytes, full_disk_explained, verify_room
 from oci_hook.errors import (
     BundleInvalid,
     DeviceNotEnrolled,
@@ -33,8 +35,12 @@ from oci_hook.store import Store, StoredModel, system_calls
 from oci_hook.trust import Owner
 from oci_hook.trusted_file import load_file, sync_directory
 
-_STEP_BYTES = 4 << 20
 Progress = Callable[[int], object]
+_SMALL_BYTES = 4096  # of an index or a grant: a block
+_MAKE_ROOM = (
+    "make room: `sczctl list` and `sczctl rm NAME:VERSION` of a model that is no longer needed, or free {size} on "
+    "{mount} (`df -h {mount}`); then `sczctl add` again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +102,13 @@ class Intake:
 
         Raises:
             SczError: The first check that failed; nothing was placed.
+            FileUnreadable: Also if the disk has no room.
         """
-        with staging(self._store) as folder:
+        with (
+            full_disk_explained(self._store.nearest_folder(), lambda: self._need(incoming)),
+            staging(self._store) as folder,
+        ):
+            self._verify_room(incoming, folder)
             staged = [(self._stage(path, os.path.join(folder, str(n))), n) for n, path in enumerate(incoming.bundles)]
             grants, policies = self._grants(incoming), self._policies(incoming)
             documents = [(self._store.grant_path(grant.manifest_digest), data) for grant, data in grants]
@@ -122,6 +133,20 @@ class Intake:
         )
 
     # --- bundles ---
+
+    def _verify_room(self, incoming: Incoming, folder: str) -> None:
+        """Look before hours of copying; where a copy shares its blocks with the source, it takes none."""
+        with system_calls(folder):
+            verify_room(folder, self._need(incoming, folder))
+
+    def _need(self, incoming: Incoming, folder: str | None = None) -> Need:
+        """The room that the copies take; with a folder of the store's, without those that take none there."""
+        sizes = [_SMALL_BYTES] * (len(incoming.grants) + len(incoming.boot_policies))
+        for path in incoming.bundles:
+            with open_layout(path) as layout:
+                if folder is None or not _is_shared(layout, folder):
+                    sizes += [_SMALL_BYTES] * 2 + [_size_of(path, digest) for digest in _digests(layout)]
+        return Need.of(sizes, block_bytes(self._store.nearest_folder()), _MAKE_ROOM)
 
     def _verified_bundle(self, source: str, layout: Layout) -> tuple[StoredModel, Manifest]:
         manifest, _ = verified_manifest(layout, self._owners)
@@ -152,7 +177,10 @@ class Intake:
     def _verify_name_is_free(self, model: StoredModel) -> None:
         if self._replace or not self._store.knows(model.name, model.version):
             return
-        known = self._store.load_model(model.name, model.version)
+        try:
+            known = self._store.load_model(model.name, model.version)
+        except StoreInvalid:
+            return  # damaged: what its owner signed takes its place
         # Of one whose bundle images carry, the bundle may come later; the manifest stays.
         if known.manifest_digest != model.manifest_digest or known.image_digest not in (None, model.image_digest):
             raise OutputExists(
@@ -166,12 +194,11 @@ class Intake:
             os.makedirs(blobs, mode=0o700)
             for name in (LAYOUT_FILE, INDEX_FILE):
                 path = os.path.join(source, name)
-                _write(os.path.join(target, name), load_file(path, limit_bytes=1 << 16, error=BundleInvalid))
-        digests = (layout.image_digest, layout.manifest_digest, *(layer.digest for layer in layout.layers))
-        for digest in dict.fromkeys(digests):
+                write_new(os.path.join(target, name), load_file(path, limit_bytes=1 << 16, error=BundleInvalid))
+        for digest in _digests(layout):
             descriptor = layout.open_blob(digest)
             try:
-                for count in _copy_blob(descriptor, os.path.join(blobs, digest.removeprefix("sha256:"))):
+                for count in copy_blob(descriptor, os.path.join(blobs, digest.removeprefix("sha256:"))):
                     self._advance(count)
             finally:
                 os.close(descriptor)
@@ -273,33 +300,22 @@ class Intake:
         )
 
 
-def _write(path: str, data: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _digests(layout: Layout) -> list[str]:
+    """Every blob of a bundle once."""
+    return list(dict.fromkeys([layout.image_digest, layout.manifest_digest, *(item.digest for item in layout.layers)]))
 
 
-def _copy_blob(source: int, path: str) -> Iterator[int]:
-    """Copy what the file holds now, and no more if it grows; yields the bytes of each step."""
-    with system_calls(path):
-        left = os.fstat(source).st_size
-        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
-        try:
-            while left > 0 and (count := _copy_some(source, target, min(left, _STEP_BYTES))):
-                left -= count
-                yield count
-            os.fsync(target)
-        finally:
-            os.close(target)
-
-
-def _copy_some(source: int, target: int, limit_bytes: int) -> int:
-    """Copy in the kernel: by reference where the file system can, by bytes from another one (a USB stick)."""
+def _size_of(bundle: str, digest: str) -> int:
+    """What a blob has now, whatever the image manifest says; 0 if it is not there."""
     try:
-        if count := os.copy_file_range(source, target, limit_bytes):
-            return count
-    except OSError as cause:
-        if cause.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    return os.sendfile(target, source, None, limit_bytes)
+        return os.lstat(os.path.join(bundle, *BLOBS, digest.removeprefix("sha256:"))).st_size
+    except OSError:
+        return 0
+
+
+def _is_shared(layout: Layout, folder: str) -> bool:
+    try:
+        with closing(layout.open_blob(layout.layers[0].digest)) as descriptor:
+            return shares_blocks(descriptor, folder)
+    except SczError:
+        return False  # the copy will say what is wrong

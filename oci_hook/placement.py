@@ -86,6 +86,7 @@ def place(store: Store, bundles: Sequence[tuple[str, str]], documents: Sequence[
             _place_bundle(folder, store.bundle_path(image_digest))
         for temporary, path in temporaries:
             with system_calls(path):
+                _clear_way(path, for_folder=False)
                 os.rename(temporary, path)
                 sync_directory(os.path.dirname(path))
     _sweep(store)
@@ -95,19 +96,33 @@ def _place_bundle(folder: str, target: str) -> None:
     """Rename a layout into its place.
 
     One that is there has the same contents, unless it is damaged: it is renewed file by file, so that it is whole at
-    every moment, for a hook that reads it and after a crash.
+    every moment, for a hook that reads it and after a crash. What is of another kind than it should be goes first.
     """
     with system_calls(target):
-        if not os.path.isdir(target):
+        _clear_way(target, for_folder=True)
+        if not os.path.lexists(target):
             os.rename(folder, target)
         else:
             for found, _, names in os.walk(folder):
                 into = os.path.normpath(os.path.join(target, os.path.relpath(found, folder)))
+                _clear_way(into, for_folder=True)
                 os.makedirs(into, mode=0o700, exist_ok=True)
+                os.chown(into, 0, 0)
+                os.chmod(into, 0o700)  # from now on nobody else puts anything there
                 for name in names:
+                    _clear_way(os.path.join(into, name), for_folder=False)
                     os.rename(os.path.join(found, name), os.path.join(into, name))
                 sync_directory(into)
         sync_directory(os.path.dirname(target))
+
+
+def _clear_way(path: str, *, for_folder: bool) -> None:
+    """Remove what lies at a path if a folder is to be there and it is none, or the other way round (OSError)."""
+    is_folder = os.path.isdir(path) and not os.path.islink(path)
+    if for_folder and not is_folder and os.path.lexists(path):
+        os.unlink(path)
+    elif is_folder and not for_folder:
+        shutil.rmtree(path)
 
 
 def remove(store: Store, name: str, version: str) -> None:
@@ -122,7 +137,9 @@ def remove(store: Store, name: str, version: str) -> None:
     path = store.name_path(name, version)
     with locked(store):
         with system_calls(path):
-            os.unlink(path)
+            _clear_way(path, for_folder=False)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             sync_directory(os.path.dirname(path))
         _sweep(store)
 

@@ -26,6 +26,7 @@ from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import (
     BootPolicyInvalid,
     BootPolicyRefused,
+    DeviceInvalid,
     DeviceNotEnrolled,
     FileUnreadable,
     GrantInvalid,
@@ -84,6 +85,13 @@ class Store:
         """A path below the store's directory."""
         return os.path.join(self.directory, *parts)
 
+    def nearest_folder(self) -> str:
+        """The store's directory, or the next one above it that exists: the disk that the store is, or will be, on."""
+        folder = os.path.abspath(self.directory)
+        while not os.path.isdir(folder) and folder != "/":
+            folder = os.path.dirname(folder)
+        return folder
+
     # --- reading: the hook ---
 
     def resolve(self, reference: ModelReference) -> StoredModel:
@@ -139,7 +147,8 @@ class Store:
 
         Raises:
             ModelUnknown: Only its grant is here.
-            StoreInvalid: The folder does not hold the image that the name means.
+            StoreInvalid: The folder does not hold the image that the name means, or others could have written it.
+            BundleInvalid, BundleMismatch: It is damaged.
         """
         if model.image_digest is None:
             raise ModelUnknown(
@@ -147,11 +156,24 @@ class Store:
                 remedy="name the bundle in the image (smm.scz/model: rootfs:/path), or `sczctl add` the bundle",
             )
         path = self.bundle_path(model.image_digest)
-        layout = open_layout(path)
+        remedy = f"`sczctl add FOLDER` again, with what its owner sent: it mends {model.name}:{model.version}"
+        layout = open_layout(path, root_alone=True, remedy=remedy)
         if layout.image_digest != model.image_digest:
             layout.close()
-            raise StoreInvalid(f"{path} holds another image than its name says")
+            raise StoreInvalid(f"{path} holds another image than its name says", remedy=remedy)
         return layout
+
+    def verify_present(self, model: StoredModel) -> None:
+        """Check that all files of a model's bundle are here with their sizes, and root's alone; none is read whole.
+
+        Raises:
+            StoreInvalid, BundleInvalid, BundleMismatch: The bundle is damaged.
+            FileUnreadable: The system said no.
+        """
+        if model.image_digest is not None:
+            with self.open_model(model) as layout:
+                for layer in layout.layers:
+                    os.close(layout.open_blob(layer.digest))
 
     def open_reference(self, reference: ModelReference) -> Layout:
         """`resolve`, then `open_model`."""
@@ -209,7 +231,7 @@ class Store:
         path = self.path("device.json")
         if not os.path.lexists(path):
             raise DeviceNotEnrolled(f"{path} is absent: this host was never enrolled")
-        return parse_host_device(load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=StoreInvalid))
+        return parse_host_device(load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=DeviceInvalid))
 
     # --- enrolment and lists: sczctl ---
 
@@ -232,7 +254,7 @@ class Store:
         path = self.path("enrolment", f"{owner_id}.json")
         if not os.path.lexists(path):
             raise DeviceNotEnrolled("this host made no enrolment request to that owner")
-        return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=StoreInvalid)
+        return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=DeviceInvalid)
 
     def names(self) -> list[tuple[str, str]]:
         """Name and version of every model here, sorted; a damaged entry is one of them."""

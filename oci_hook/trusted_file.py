@@ -23,19 +23,30 @@ _OLD_SECONDS = 600.0
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 
-def _verify_owner(descriptor: int, path: str, error: type[SczError]) -> None:
-    found = os.fstat(descriptor)
+def _give_back(path: str) -> str:
+    name = shlex.quote(path)
+    return f"see that nothing in it is a stranger's (`ls -la {name}`), then `chown root: {name} && chmod go-w {name}`"
+
+
+def verify_root_alone(found: os.stat_result, path: str, error: type[SczError], remedy: str | None = None) -> None:
+    """Check that only root can have written a file, or can make or rename a directory's entries.
+
+    Args:
+        found: Of the file or directory, from its descriptor.
+        path: For the message.
+        error: What to raise if others could.
+        remedy: What mends it; default: a look, and giving it back to root.
+    """
+    is_directory = stat.S_ISDIR(found.st_mode)
+    if is_directory:
+        remedy = remedy or _give_back(path)
     if found.st_uid != 0:
-        raise error(
-            f"{path} belongs to uid {found.st_uid}, not to root",
-            remedy=f"look at what it says, then `chown root: {shlex.quote(path)}`",
-        )
-    sticky_directory = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    if found.st_mode & 0o022 and not sticky_directory:
-        raise error(
-            f"{path} is writable by others than root (mode {stat.S_IMODE(found.st_mode):04o})",
-            remedy=f"look at what it says, then `chmod go-w {shlex.quote(path)}`",
-        )
+        advice = remedy or f"look at what it says, then `chown root: {shlex.quote(path)}`"
+        raise error(f"{path} belongs to uid {found.st_uid}, not to root", remedy=advice)
+    if found.st_mode & 0o022 and not (is_directory and found.st_mode & stat.S_ISVTX):
+        advice = remedy or f"look at what it says, then `chmod go-w {shlex.quote(path)}`"
+        mode = stat.S_IMODE(found.st_mode)
+        raise error(f"{path} is writable by others than root (mode {mode:04o})", remedy=advice)
 
 
 @contextlib.contextmanager
@@ -50,13 +61,14 @@ def _opened(name: str, flags: int, directory: int | None, path: str) -> Iterator
         os.close(descriptor)
 
 
-def load_root_file(path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
+def load_root_file(path: str, *, limit_bytes: int, error: type[SczError], remedy: str | None = None) -> bytes:
     """Read a file that only root can have written.
 
     Args:
         path: Absolute; symbolic links in it are resolved first, and the resolved path is what is checked.
         limit_bytes: A larger file is refused.
         error: What to raise if the file is not root's alone, not a regular file, or too large.
+        remedy: What mends a file that others could have written; default: a look, and giving it back to root.
 
     Raises:
         FileUnreadable: The file is absent or cannot be read.
@@ -66,14 +78,14 @@ def load_root_file(path: str, *, limit_bytes: int, error: type[SczError]) -> byt
     parts = os.path.realpath(path).split("/")[1:]
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_opened("/", _READ | os.O_DIRECTORY, None, "/"))
-        _verify_owner(directory, "/", error)
+        verify_root_alone(os.fstat(directory), "/", error)
         seen = ""
         for part in parts[:-1]:
             seen += f"/{part}"
             directory = stack.enter_context(_opened(part, _READ | os.O_DIRECTORY, directory, seen))
-            _verify_owner(directory, seen, error)
+            verify_root_alone(os.fstat(directory), seen, error)
         descriptor = stack.enter_context(_opened(parts[-1], _READ, directory, path))
-        _verify_owner(descriptor, path, error)
+        verify_root_alone(os.fstat(descriptor), path, error, remedy)
         return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
 
 
@@ -100,14 +112,8 @@ def load_file(path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
         return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
 
 
-def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) -> None:
+def replace_file(path: str, data: bytes, *, mode: int = 0o600) -> None:
     """Write a file so that a crash leaves the old one or the new one whole: temporary sibling, fsync, rename.
-
-    Args:
-        path: Of the file.
-        data: Its contents.
-        mode: Its mode.
-        group: Its group's id; -1: this process's.
 
     Raises:
         FileUnreadable: A system call failed; nothing of the new file is left.
@@ -120,7 +126,6 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) 
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fchown(file.fileno(), -1, group)
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
             os.rename(temporary, path)
@@ -166,5 +171,7 @@ def make_private_directory(path: str) -> None:
         found = os.lstat(path)
     except OSError as cause:
         raise FileUnreadable(f"{path}: {cause.strerror}") from cause
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise FileUnreadable(f"{path} is not a directory that we alone can write", remedy=f"remove {path}")
+    is_directory = stat.S_ISDIR(found.st_mode)
+    if not is_directory or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        remedy = _give_back(path) if is_directory else f"remove {path}"
+        raise FileUnreadable(f"{path} is not a directory that we alone can write", remedy=remedy)

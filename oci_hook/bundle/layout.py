@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +29,8 @@ from oci_hook.bundle.image import (
 from oci_hook.bundle.manifest import Manifest, compact_digest
 from oci_hook.bundle.writer import LayoutWriter
 from oci_hook.documents import shown
-from oci_hook.errors import BundleInvalid, BundleMismatch
+from oci_hook.errors import BundleInvalid, BundleMismatch, StoreInvalid
+from oci_hook.trusted_file import verify_root_alone
 
 __all__ = [
     "BLOBS",
@@ -54,13 +56,25 @@ class Layout:
         layers: In the image manifest's order.
     """
 
-    __slots__ = ("_directory", "_sizes", "config_blob", "image_digest", "layers", "manifest_digest", "version_tag")
+    __slots__ = (
+        "_directory",
+        "_remedy",
+        "_root_alone",
+        "_sizes",
+        "config_blob",
+        "image_digest",
+        "layers",
+        "manifest_digest",
+        "version_tag",
+    )
 
-    def __init__(self, directory: int) -> None:
-        """Read the bundle in `directory`, a descriptor that the layout owns from now on."""
+    def __init__(self, directory: int, *, root_alone: bool = False, remedy: str | None = None) -> None:
+        """Read the bundle in `directory`, a descriptor that the layout owns from now on; as `open_layout` says."""
         self._directory = directory
+        self._root_alone, self._remedy = root_alone, remedy
         self._sizes: dict[str, int] = {}
         try:
+            self._verify_folders()
             self._load()
         except BaseException:
             self.close()
@@ -109,16 +123,43 @@ class Layout:
         size = self._sizes.get(digest)
         if size is None:
             raise BundleInvalid(f"the image manifest does not name {shown(digest)}")
-        parts = (*BLOBS, digest.removeprefix("sha256:"))
-        descriptor = open_beneath(self._directory, parts, error=BundleInvalid)
+        descriptor = self._open((*BLOBS, digest.removeprefix("sha256:")))
         actual = os.fstat(descriptor).st_size
         if actual != size:
             os.close(descriptor)
-            raise BundleMismatch(f"the blob {digest} has {actual} bytes instead of {size}")
+            raise BundleMismatch(f"the blob {digest} has {actual} bytes instead of {size}", remedy=self._remedy)
         return descriptor
 
+    def _open(self, parts: tuple[str, ...]) -> int:
+        try:
+            descriptor = open_beneath(self._directory, parts, error=BundleInvalid)
+        except BundleInvalid as cause:
+            raise BundleInvalid(cause.message, remedy=self._remedy) from cause
+        try:
+            self._verify_alone(os.fstat(descriptor), parts)
+        except StoreInvalid:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _verify_folders(self) -> None:
+        """From the top: what is root's alone cannot be exchanged while the next one is looked at."""
+        self._verify_alone(os.fstat(self._directory), ())
+        for depth in range(1, len(BLOBS) + 1) if self._root_alone else ():
+            with suppress(OSError):  # it will be missed when it is opened
+                found = os.stat("/".join(BLOBS[:depth]), dir_fd=self._directory, follow_symlinks=False)
+                self._verify_alone(found, BLOBS[:depth])
+
+    def _verify_alone(self, found: os.stat_result, parts: tuple[str, ...]) -> None:
+        if not self._root_alone:
+            return
+        try:
+            verify_root_alone(found, "/".join(parts) or "the bundle's folder", StoreInvalid)
+        except StoreInvalid as cause:
+            raise StoreInvalid(cause.message, remedy=self._remedy) from cause
+
     def _read(self, name: str) -> bytes:
-        with closing(open_beneath(self._directory, (name,), error=BundleInvalid)) as descriptor:
+        with closing(self._open((name,))) as descriptor:
             return read_bounded(descriptor, INDEX_LIMIT_BYTES, name, error=BundleInvalid)
 
     def _read_blob(self, blob: Descriptor) -> bytes:
@@ -127,15 +168,17 @@ class Layout:
         with closing(self.open_blob(blob.digest)) as descriptor:
             data = read_bounded(descriptor, blob.size, f"the blob {blob.digest}", error=BundleMismatch)
         if compact_digest(data) != blob.digest:
-            raise BundleMismatch(f"the blob {blob.digest} does not hash to its name")
+            raise BundleMismatch(f"the blob {blob.digest} does not hash to its name", remedy=self._remedy)
         return data
 
 
-def open_layout(folder: str | os.PathLike[str] | int) -> Layout:
+def open_layout(folder: str | os.PathLike[str] | int, *, root_alone: bool = False, remedy: str | None = None) -> Layout:
     """Open a bundle and read its small parts.
 
     Args:
         folder: A path, which may be a link to a folder, or a directory descriptor, which stays the caller's.
+        root_alone: Refuse folders and files that others than root could have written: for the store's.
+        remedy: What mends this bundle, if something is missing from it, or of another size.
 
     Returns:
         The layout; close it, or use it with `with`.
@@ -143,14 +186,18 @@ def open_layout(folder: str | os.PathLike[str] | int) -> Layout:
     Raises:
         BundleInvalid: Not a bundle, malformed, or too large.
         BundleMismatch: A blob is not what its digest or size says.
+        StoreInvalid: With `root_alone`: others could have written it.
         FileUnreadable: The system said no.
     """
     try:
         # Beneath the folder no link is followed; the folder itself is the caller's word.
         directory = os.dup(folder) if isinstance(folder, int) else os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as cause:
-        raise refusal(cause, f"the bundle {shown(folder)}", BundleInvalid) from cause
-    return Layout(directory)
+        problem = refusal(cause, f"the bundle {shown(folder)}", BundleInvalid)
+        if isinstance(problem, BundleInvalid):
+            problem = BundleInvalid(problem.message, remedy=remedy)
+        raise problem from cause
+    return Layout(directory, root_alone=root_alone, remedy=remedy)
 
 
 def verify_bundle(layout: Layout, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ from oci_hook.bundle.segments import (
     encrypt_stream,
 )
 from oci_hook.bundle.writer import LayoutWriter
+from oci_hook.disk_space import Need, block_bytes, verify_room
 from oci_hook.documents import shown
 from oci_hook.errors import FileUnreadable, SourceInvalid
 
 _STAND_IN = FileEntry("file", 0, "sha256:" + 64 * "0", ciphertext_size(0))
+_DOCUMENTS = (4096, 4096, 4096, 4096)  # manifest, image manifest, index and layout file of a model of few files
+_REMEDY = "free {size} on {mount} (`df -h {mount}`), or give -o on another disk"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -68,6 +71,12 @@ def scan_source(source: Path) -> tuple[SourceFile, ...]:
     """
     with closing(_open_source(source)) as folder:
         return _scan(folder)
+
+
+def bundle_need(files: Iterable[SourceFile], folder: Path) -> Need:
+    """The room that the bundle of these files takes in `folder`, which exists (OSError)."""
+    sizes = [ciphertext_size(file.size) for file in files]
+    return Need.of([*sizes, *_DOCUMENTS], block_bytes(str(folder)), _REMEDY)
 
 
 def pack(
@@ -105,15 +114,16 @@ def pack(
         SourceInvalid: As for `scan_source`; a file that changed meanwhile; an output inside the source; fields that a
             manifest cannot carry.
         KeyInvalid: The key is not the owner's.
-        FileUnreadable: The system said no.
+        FileUnreadable: The system said no; the disk has no room.
     """
     try:
         with closing(_open_source(source)) as folder:
             found = _scan(folder)
             if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
                 raise SourceInvalid("the output lies inside the source")
-            # What cannot be signed is refused now, not after hours of encrypting.
+            # What cannot be signed, or has no room, is refused now, not after hours of encrypting.
             sign_manifest(model, [_STAND_IN], access, fields, created, owner_id=owner_id, key=key)
+            verify_room(str(output.parent), bundle_need(found, output.parent))
             with LayoutWriter(output) as writer:
                 packer = _Packer(folder, writer, model, content_key, random, progress)
                 layers, entries = zip(*(packer.add(file) for file in found), strict=True)

@@ -102,6 +102,7 @@ def list_models(config_file: str, grants: bool, keys: str | None, as_json: bool)
     for name, version in store.names():
         try:
             model = store.load_model(name, version)
+            store.verify_present(model)
         except SczError as error:  # the others are shown all the same
             damaged = error
             rows.append({"name": name, "version": version, "damaged": error.message})

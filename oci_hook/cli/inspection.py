@@ -10,7 +10,7 @@ from typing import Any
 from oci_hook.access_policy import TIME_HIGH
 from oci_hook.audit import format_time
 from oci_hook.bundle.grant import GRANT_LIMIT_BYTES, GRANT_TYP
-from oci_hook.bundle.layout import open_layout
+from oci_hook.bundle.layout import Layout, open_layout
 from oci_hook.bundle.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_TYP
 from oci_hook.documents import parse_object
 from oci_hook.errors import BundleInvalid, GrantInvalid
@@ -35,7 +35,8 @@ def describe(path: str) -> dict[str, Any]:
         InputError: It is none of the three, or malformed.
     """
     if os.path.isdir(path):
-        return _bundle(path)
+        with open_layout(path) as layout:
+            return describe_bundle(layout)
     data = load_file(path, limit_bytes=_DOCUMENT_BYTES, error=BundleInvalid)
     if data.lstrip()[:1] == b"{":
         document = parse_object(data, limit_bytes=_DOCUMENT_BYTES, what=path, error=BundleInvalid)
@@ -53,25 +54,29 @@ def _headed(document: dict[str, Any], **first: object) -> dict[str, Any]:
     return {**first, **{key: value for key, value in document.items() if key not in first}}
 
 
-def _bundle(path: str) -> dict[str, Any]:
-    with open_layout(path) as layout:
-        jws = parse_document(
-            layout.config_blob,
-            typ=MANIFEST_TYP,
-            limit_bytes=MANIFEST_LIMIT_BYTES,
-            what="manifest",
-            error=BundleInvalid,
-        )
-        payload = parse_object(
-            jws.unverified_payload, limit_bytes=MANIFEST_LIMIT_BYTES, what="manifest", error=BundleInvalid
-        )
-        return _headed(
-            payload,
-            kind="bundle",
-            image=layout.image_digest,
-            manifest=layout.manifest_digest,
-            owner=jws.unverified_header["kid"],
-        )
+def describe_bundle(layout: Layout) -> dict[str, Any]:
+    """What the manifest of an open bundle says, with its kind and digests.
+
+    Raises:
+        BundleInvalid: It is malformed.
+    """
+    jws = parse_document(
+        layout.config_blob,
+        typ=MANIFEST_TYP,
+        limit_bytes=MANIFEST_LIMIT_BYTES,
+        what="manifest",
+        error=BundleInvalid,
+    )
+    payload = parse_object(
+        jws.unverified_payload, limit_bytes=MANIFEST_LIMIT_BYTES, what="manifest", error=BundleInvalid
+    )
+    return _headed(
+        payload,
+        kind="bundle",
+        image=layout.image_digest,
+        manifest=layout.manifest_digest,
+        owner=jws.unverified_header["kid"],
+    )
 
 
 def lines(value: object, indent: str = "") -> Iterator[str]:

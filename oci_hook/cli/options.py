@@ -14,12 +14,13 @@ import click
 from oci_hook.bundle.model import VERSION
 from oci_hook.cli.completion import complete_files
 from oci_hook.documents import shown
-from oci_hook.errors import FileUnreadable, KeyInvalid, OutputExists, SczError
+from oci_hook.errors import FileUnreadable, KeyInvalid, ModelUnknown, OutputExists, SczError
 from oci_hook.trust import NAME, NAME_LIMIT
 from oci_hook.trusted_file import load_file, replace_file
 
 if TYPE_CHECKING:
     from oci_hook.attestation.ek_chain import CaCertificates
+    from oci_hook.store import Store, StoredModel
 
 _DOCUMENT_BYTES = 1 << 20
 _PASSPHRASE_BYTES = 1024
@@ -64,6 +65,25 @@ class GroupInOrder(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """All commands."""
         return list(self.commands)
+
+
+def is_model(text: str) -> bool:
+    """Whether a text is `name:version`, as a model in the store is called."""
+    name, colon, version = text.partition(":")
+    return bool(colon and len(name) <= NAME_LIMIT and re.fullmatch(NAME, name) and re.fullmatch(VERSION, version))
+
+
+def known_model(store: Store, text: str) -> StoredModel:
+    """The model of the store that `name:version` means.
+
+    Raises:
+        ModelUnknown: There is none.
+        StoreInvalid: Its entry is damaged.
+    """
+    known = [":".join(found) for found in store.names()]
+    verify_one_of("model", text, known, ModelUnknown, remedy="`sczctl list` shows what is in the store")
+    name, _, version = text.partition(":")
+    return store.load_model(name, version)
 
 
 KEYS = click.option(

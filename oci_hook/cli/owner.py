@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +18,8 @@ from oci_hook.cli.options import (
     KEYS,
     OUTPUT,
     PASSPHRASE_FILE,
+    is_model,
+    known_model,
     model_of,
     name_of,
     passphrase_source,
@@ -25,7 +29,14 @@ from oci_hook.cli.options import (
     verify_one_of,
     write_output,
 )
+from oci_hook.config import load_config
 from oci_hook.errors import BundleInvalid, DeviceInvalid, KeyInvalid, TrustInvalid
+from oci_hook.store import Store
+from oci_hook.trust_folder import Trust
+
+if TYPE_CHECKING:
+    from oci_hook.bundle.layout import Layout
+    from oci_hook.trust import Owner
 
 
 @click.command()
@@ -119,16 +130,23 @@ def grant(
 
 
 @click.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", metavar="PATH|NAME:VERSION", type=click.Path())
 @JSON
-def inspect(path: str, as_json: bool) -> None:
+@click.pass_obj
+def inspect(config_file: str, path: str, as_json: bool) -> None:
     """Show what a bundle, grant or boot policy says.
 
-    PATH is a bundle's folder or a file. Nothing is verified: `sczctl verify` and `sczctl add` do that.
+    PATH is a bundle's folder or a file; NAME:VERSION is a model in this host's store. Nothing is verified: `sczctl
+    verify` and `sczctl add` do that.
     """
-    from oci_hook.cli.inspection import describe, lines
+    from oci_hook.cli.inspection import describe, describe_bundle, lines
 
-    document = describe(path)
+    if os.path.lexists(path) or not is_model(path):
+        document = describe(path)
+    else:
+        store = Store(load_config(config_file).store_directory)
+        with store.open_model(known_model(store, path)) as layout:
+            document = describe_bundle(layout)
     if as_json:
         print_json(document)
         return
@@ -138,29 +156,36 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(file_okay=False))
-@click.option("--owner", "owner_file", type=click.Path(dir_okay=False), required=True, help="The owner's owner.json.")
+@click.argument("bundle", metavar="FOLDER|NAME:VERSION", type=click.Path(file_okay=False))
+@click.option("--owner", "owner_file", type=click.Path(dir_okay=False), help="With a folder: the owner's owner.json.")
 @click.option(
     "--keys", type=click.Path(file_okay=False), help="Your own folder: decrypt and authenticate every file, too."
 )
 @PASSPHRASE_FILE
 @JSON
-def verify(bundle: str, owner_file: str, keys: str | None, passphrase_file: str | None, as_json: bool) -> None:
+@click.pass_obj
+def verify(
+    config_file: str,
+    bundle: str,
+    owner_file: str | None,
+    keys: str | None,
+    passphrase_file: str | None,
+    as_json: bool,
+) -> None:
     """Verify that a bundle is what its owner signed.
 
-    That is its manifest's signature and every layer's digest; with --keys also that every file decrypts.
+    That is its manifest's signature and every layer's digest; with --keys also that every file decrypts. FOLDER is a
+    bundle, and --owner says who must have signed it. NAME:VERSION is a model in this host's store, signed by an owner
+    whom this host trusts.
     """
-    from oci_hook.bundle.layout import open_layout, verify_digests
+    from oci_hook.bundle.layout import verify_digests
     from oci_hook.owner.granting import verify_decryption
     from oci_hook.owner.keyring import open_keyring
     from oci_hook.provenance import verified_manifest
-    from oci_hook.trust import parse_owner
 
-    owner = parse_owner(read_input(owner_file, TrustInvalid))
-    if not os.path.isdir(bundle):
-        raise BundleInvalid(f"{bundle} is not a folder")
-    with open_layout(bundle) as layout:
-        manifest, _ = verified_manifest(layout, [owner])
+    opened, owners = _to_verify(config_file, bundle, owner_file)
+    with opened as layout:
+        manifest, owner = verified_manifest(layout, owners)
         total = sum(file.layer_size for file in manifest.files)
         keyring = open_keyring(Path(keys), passphrase_source(passphrase_file)) if keys is not None else None
         with show_progress("verifying", total) as progress:
@@ -179,6 +204,23 @@ def verify(bundle: str, owner_file: str, keys: str | None, passphrase_file: str 
         f"{model.name}:{model.version} is signed by {owner.name}; "
         f"its {len(manifest.files)} files are what was signed{decrypted}"
     )
+
+
+def _to_verify(config_file: str, bundle: str, owner_file: str | None) -> tuple[Layout, Sequence[Owner]]:
+    """The bundle that is meant, and who may have signed it."""
+    from oci_hook.bundle.layout import open_layout
+    from oci_hook.trust import parse_owner
+
+    if owner_file is not None:
+        owner = parse_owner(read_input(owner_file, TrustInvalid))
+        if not os.path.isdir(bundle):
+            raise BundleInvalid(f"{bundle} is not a folder")
+        return open_layout(bundle), [owner]
+    if not is_model(bundle):
+        raise click.UsageError("give --owner FILE with a bundle's folder, or the NAME:VERSION of a model in the store")
+    config = load_config(config_file)
+    store = Store(config.store_directory)
+    return store.open_model(known_model(store, bundle)), Trust(config.trust_directory).owners()
 
 
 COMMANDS = {"keygen": keygen, "grant": grant, "inspect": inspect, "verify": verify}

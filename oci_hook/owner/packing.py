@@ -17,13 +17,16 @@ from typing import Any
 from oci_hook.access_policy import AccessPolicy
 from oci_hook.bundle.files import NewFolder
 from oci_hook.bundle.model import ModelId
-from oci_hook.bundle.pack import PackedBundle, pack
+from oci_hook.bundle.pack import PackedBundle, bundle_need, pack, scan_source
 from oci_hook.bundle.segments import KEY_BYTES, ContentKey
+from oci_hook.disk_space import Need, full_disk_explained
 from oci_hook.documents import shown
 from oci_hook.errors import FileUnreadable, OutputExists
 from oci_hook.owner.keyring import Keyring, seal_content_key
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 from oci_hook.trusted_file import sync_directory
+
+_RECORD_BYTES = 16 << 10  # of a content key, with its folders
 
 
 def pack_version(
@@ -54,13 +57,17 @@ def pack_version(
     Raises:
         OutputExists: The output is there, or the version was packed before.
         SourceInvalid: The source, the fields or the policy cannot be packed.
-        FileUnreadable: The system said no.
+        FileUnreadable: The system said no; a disk has no room.
     """
     records = OwnerRecords(keyring.folder)
     records.verify_new_version(model.name, model.version)
     content_key = ContentKey(random(KEY_BYTES))
+    folder = Path(os.path.abspath(output)).parent
     try:
-        with NewFolder(output) as new:
+        with (
+            full_disk_explained(str(folder), lambda: bundle_need(scan_source(source), folder)),
+            NewFolder(output) as new,
+        ):
             bundle = new.partial / "bundle"
             packed = pack(
                 source,
@@ -76,16 +83,24 @@ def pack_version(
                 progress=progress,
             )
             sealed = seal_content_key(content_key, manifest_digest=packed.manifest_digest, owner=keyring.owner)
-            with _uninterrupted():
-                records.save_content_key(ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed))
-                try:
-                    _publish(bundle, output)
-                except (OSError, OutputExists):  # the key opens nothing, and would be in the way of the next attempt
-                    keyring.folder.joinpath("models", model.name, f"{model.version}.json").unlink()
-                    raise
+            record = ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed)
+            _keep_and_publish(records, record, keyring.folder, bundle, output)
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or output)}: {cause.strerror}") from cause
     return packed
+
+
+def _keep_and_publish(records: OwnerRecords, record: ContentKeyRecord, keys: Path, bundle: Path, output: Path) -> None:
+    # The keys may lie on another disk than the bundle, and that one may be full.
+    need = Need(_RECORD_BYTES, 1, "free {size} on {mount}, where the folder of --keys is (`df -h {mount}`)")
+    with _uninterrupted():
+        with full_disk_explained(str(keys), lambda: need):
+            records.save_content_key(record)
+        try:
+            _publish(bundle, output)
+        except (OSError, OutputExists):  # the key opens nothing, and would be in the way of the next attempt
+            keys.joinpath("models", record.model.name, f"{record.model.version}.json").unlink()
+            raise
 
 
 def _publish(bundle: Path, output: Path) -> None:

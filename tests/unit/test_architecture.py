@@ -33,10 +33,12 @@ FLOORS = {
         "audit_chain",
         "journal",
         "invocation",
+        "disk_space",
     },
     2: {"access_policy", "trust", "oci/", "linux/"},
     3: {"records", "report", "metrics", "bundle/", "attestation/", "identity/"},
-    4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"},
+    4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"}
+    | {"copying"},
     5: {"admission"},
     6: {"host", "hook", "launch", "shim", "start"},
     7: {"engines/"},

@@ -155,7 +155,7 @@ def test_list_shows_what_it_can_and_ends_with_an_error_if_an_entry_is_damaged(ho
         "minilm:1damaged",
         "minilm:2grant",
     ]
-    assert "remedy: `sczctl rm`" in shown.err
+    assert "remedy: `sczctl add FOLDER` again" in shown.err
     rows = house.ctl("list", "--json")
     assert rows.code == StoreInvalid.code
     assert "damaged" in rows.json[0]
