@@ -162,6 +162,7 @@ def _sweep(store: Store) -> None:
     bundles = {os.path.basename(store.bundle_path(model.image_digest)) for model in models if model.image_digest}
     for entry in set(entries(store.path("models"))) - bundles:
         shutil.rmtree(store.path("models", entry), ignore_errors=True)
+        _unlink_if_there(store.path("models", entry))  # a file, where a folder was
     grants = {os.path.basename(store.grant_path(model.manifest_digest)) for model in models}
     for entry in set(entries(store.path("grants"))) - grants:
         _unlink_if_there(store.path("grants", entry))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -74,8 +74,9 @@ class Layout:
         self._root_alone, self._remedy = root_alone, remedy
         self._sizes: dict[str, int] = {}
         try:
-            self._verify_folders()
-            self._load()
+            with self._mended():
+                self._verify_folders()
+                self._load()
         except BaseException:
             self.close()
             raise
@@ -123,18 +124,25 @@ class Layout:
         size = self._sizes.get(digest)
         if size is None:
             raise BundleInvalid(f"the image manifest does not name {shown(digest)}")
-        descriptor = self._open((*BLOBS, digest.removeprefix("sha256:")))
-        actual = os.fstat(descriptor).st_size
-        if actual != size:
-            os.close(descriptor)
-            raise BundleMismatch(f"the blob {digest} has {actual} bytes instead of {size}", remedy=self._remedy)
-        return descriptor
+        with self._mended():
+            descriptor = self._open((*BLOBS, digest.removeprefix("sha256:")))
+            actual = os.fstat(descriptor).st_size
+            if actual != size:
+                os.close(descriptor)
+                raise BundleMismatch(f"the blob {digest} has {actual} bytes instead of {size}")
+            return descriptor
+
+    @contextmanager
+    def _mended(self) -> Iterator[None]:
+        """What is wrong with the bundle is told with what mends this one."""
+        try:
+            yield
+        except (BundleInvalid, BundleMismatch, StoreInvalid) as error:
+            error.advice = self._remedy or error.advice
+            raise
 
     def _open(self, parts: tuple[str, ...]) -> int:
-        try:
-            descriptor = open_beneath(self._directory, parts, error=BundleInvalid)
-        except BundleInvalid as cause:
-            raise BundleInvalid(cause.message, remedy=self._remedy) from cause
+        descriptor = open_beneath(self._directory, parts, error=BundleInvalid)
         try:
             self._verify_alone(os.fstat(descriptor), parts)
         except StoreInvalid:
@@ -151,12 +159,8 @@ class Layout:
                 self._verify_alone(found, BLOBS[:depth])
 
     def _verify_alone(self, found: os.stat_result, parts: tuple[str, ...]) -> None:
-        if not self._root_alone:
-            return
-        try:
+        if self._root_alone:
             verify_root_alone(found, "/".join(parts) or "the bundle's folder", StoreInvalid)
-        except StoreInvalid as cause:
-            raise StoreInvalid(cause.message, remedy=self._remedy) from cause
 
     def _read(self, name: str) -> bytes:
         with closing(self._open((name,))) as descriptor:
@@ -168,7 +172,7 @@ class Layout:
         with closing(self.open_blob(blob.digest)) as descriptor:
             data = read_bounded(descriptor, blob.size, f"the blob {blob.digest}", error=BundleMismatch)
         if compact_digest(data) != blob.digest:
-            raise BundleMismatch(f"the blob {blob.digest} does not hash to its name", remedy=self._remedy)
+            raise BundleMismatch(f"the blob {blob.digest} does not hash to its name")
         return data
 
 
@@ -194,8 +198,7 @@ def open_layout(folder: str | os.PathLike[str] | int, *, root_alone: bool = Fals
         directory = os.dup(folder) if isinstance(folder, int) else os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as cause:
         problem = refusal(cause, f"the bundle {shown(folder)}", BundleInvalid)
-        if isinstance(problem, BundleInvalid):
-            problem = BundleInvalid(problem.message, remedy=remedy)
+        problem.advice = remedy or problem.advice
         raise problem from cause
     return Layout(directory, root_alone=root_alone, remedy=remedy)
 
