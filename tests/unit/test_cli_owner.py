@@ -136,6 +136,20 @@ def test_a_person_is_asked_twice_and_the_passphrase_is_not_shown(tmp_path: Path)
     assert open_keyring(keys, lambda: "hunter2 x").owner.name == "acme"
 
 
+def test_pack_and_add_show_a_person_how_far_they_are(house: Household) -> None:
+    (house.source / "large").write_bytes(bytes(8 << 20))
+    house.trust()
+    for words, label in (
+        (house.pack_words(house.usb / "bundle"), b"packing"),
+        (["--config", house.config, "add", house.usb / "bundle"], b"verifying"),
+    ):
+        code, shown = on_a_terminal([str(word) for word in words], [])
+        assert code == 0, shown
+        assert label in shown
+        assert b"100%" in shown
+        assert shown.count(b"%") > 2  # more than its beginning and its end
+
+
 def test_a_person_who_gives_up_leaves_nothing(tmp_path: Path) -> None:
     words = ["keygen", "--keys", str(tmp_path / "keys"), "--name", "acme"]
     code, shown = on_a_terminal(words, [(b"Passphrase", b"\x03")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -285,20 +286,22 @@ def test_an_interrupted_command_says_so_and_ends_with_130(house: Household) -> N
 # --- what goes wrong at the end ---------------------------------------------------------------------------------------
 
 
-def attempt(house: Household) -> object:
+def attempt(
+    house: Household, *, output: Path | None = None, progress: Callable[[int], object] = lambda done: None
+) -> object:
     def nobody_is_asked() -> str:
         raise AssertionError("the keys have no passphrase")
 
     return packing.pack_version(
         open_keyring(house.keys, nobody_is_asked),
         house.source,
-        house.usb / "bundle",
+        output or house.usb / "bundle",
         model=ModelId("minilm", "1", 1),
         access=POLICY,
         fields={},
         created=0,
         random=os.urandom,
-        progress=lambda done: None,
+        progress=progress,
     )
 
 
@@ -347,19 +350,66 @@ def test_a_version_that_is_packed_meanwhile_keeps_its_own_key(
     assert is_whole(house, house.usb / "other" / "bundle")
 
 
-def test_a_full_disk(house: Household) -> None:
-    target = house.usb / "disk"
-    target.mkdir()
-    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(target)], check=True, env={})
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True, env={})
     try:
-        before = snapshot(house.keys)
-        refused(sczctl(*house.pack_words(target / "bundle")), FileUnreadable.code, "No space left on device")
+        yield folder
+    finally:
+        subprocess.run(["/bin/umount", str(folder)], check=True, env={})
+        assert not os.path.ismount(folder)
+
+
+def test_a_full_disk(house: Household) -> None:
+    before = snapshot(house.keys)
+    with small_disk(house.usb / "disk", "12k") as target:
+        words = (
+            "No space left on device",
+            f"the file system on {target} has 12 KiB free",
+            "or give -o on another disk",
+        )
+        refused(sczctl(*house.pack_words(target / "bundle")), FileUnreadable.code, *words)
         assert list(target.iterdir()) == []
         assert snapshot(house.keys) == before
-    finally:
-        subprocess.run(["/bin/umount", str(target)], check=True, env={})
-    assert not os.path.ismount(target)
     done(sczctl(*house.pack_words(target / "bundle")))
+
+
+def test_a_disk_that_fills_up_while_packing(house: Household) -> None:
+    (house.source / "large").write_bytes(bytes(3 << 20))
+    before = snapshot(house.keys)
+    with small_disk(house.usb / "disk", "8m") as target:
+
+        def fill(_done: int) -> None:
+            """Somebody else copies something large to that disk."""
+            with contextlib.suppress(OSError), (target / "other").open("ab") as other:
+                while True:
+                    other.write(bytes(1 << 16))
+                    other.flush()
+
+        with pytest.raises(FileUnreadable) as caught:
+            attempt(house, output=target / "bundle", progress=fill)
+        assert "No space left on device: " in caught.value.message
+        assert f"are needed, and the file system on {target} has " in caught.value.message
+        assert caught.value.advice.startswith(f"free 4 MiB on {target}")
+        assert [path.name for path in target.iterdir()] == ["other"]
+        assert snapshot(house.keys) == before
+        (target / "other").unlink()
+        attempt(house, output=target / "bundle")
+
+
+def test_the_disk_of_the_keys_is_full(house: Household) -> None:
+    keys = house.keys
+    kept = keys.rename(keys.with_name("kept"))
+    with small_disk(keys, "64k"):
+        shutil.copytree(kept, keys, dirs_exist_ok=True)
+        with contextlib.suppress(OSError), (keys / "other").open("wb") as other:
+            other.write(bytes(1 << 20))
+        before = snapshot(keys)
+        words = ("where the folder of --keys is", str(keys), "KiB are needed")
+        refused(sczctl(*house.pack_words(house.usb / "bundle")), FileUnreadable.code, *words)
+        assert snapshot(keys) == before
+        assert list(house.usb.iterdir()) == []
 
 
 def test_signals_are_let_through_again_afterwards(house: Household) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -15,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.copying import shares_blocks
 from oci_hook.errors import FileUnreadable, ModelUnknown
+from oci_hook.incoming import collect
+from oci_hook.intake import Intake
 from oci_hook.placement import locked, place, remove, staging
 from oci_hook.store import StoredModel
 from tests.commands import Household, crashed, done, snapshot
@@ -195,6 +199,40 @@ def test_a_disk_that_fills_up_at_any_point(house: Household, small_disk: Callabl
     assert tried.code == 0
     assert refusals > 5
     assert house.verified_models() == {"minilm:0": False, "minilm:1": True}
+
+
+def test_a_disk_that_fills_up_while_a_bundle_is_copied(house: Household, small_disk: Callable[[str], None]) -> None:
+    (house.source / "large").write_bytes(bytes(6 << 20))
+    out = house.prepared()
+    small_disk("size=9m")
+    before, filler = snapshot(house.store_folder), house.store_folder / "other"
+
+    def fill(_done: int) -> None:
+        """Somebody else writes to that disk."""
+        with contextlib.suppress(OSError), filler.open("ab") as other:
+            while True:
+                other.write(bytes(1 << 16))
+                other.flush()
+
+    intake = Intake(house.store, [house.owner], house.devices["edge-1"].host, progress=fill)
+    with pytest.raises(FileUnreadable) as caught:
+        intake.take(collect([str(out)]))
+    filler.unlink()
+    assert "No space left on device: " in caught.value.message
+    assert f"are needed, and the file system on {house.store_folder} has " in caught.value.message
+    assert "`sczctl rm NAME:VERSION`" in caught.value.advice
+    assert snapshot(house.store_folder) == before
+    done(house.ctl("add", out))
+    assert house.verified_models() == CLEAN
+
+
+def test_what_shares_its_blocks_takes_no_room(tmp_path: Path) -> None:
+    """Asked of the file system itself, and undone: a memory file system never shares."""
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.write(b"x")
+        file.flush()
+        assert not shares_blocks(file.fileno(), str(tmp_path))
+        assert list(tmp_path.iterdir()) == []
 
 
 # --- the lock, staging and sweeping -----------------------------------------------------------------------------------
