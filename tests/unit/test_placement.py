@@ -88,6 +88,26 @@ def test_adding_again_killed_at_any_step_never_takes_away_what_is_there(house: H
     every_crash(house, lambda: done(house.ctl("add", out)), check)
 
 
+def test_mending_killed_at_any_step(house: Household) -> None:
+    """Whatever `add` did before it was killed, the next one mends the rest."""
+    out = house.prepared()
+    done(house.ctl("add", out))
+    clean = files(house)
+    (folder,) = (house.store_folder / "models").iterdir()
+    blobs = sorted((folder / "blobs" / "sha256").iterdir())
+    blobs[0].unlink()
+    (blobs[0] / "inner").mkdir(parents=True)
+    blobs[1].chmod(0o666)
+    (folder / "index.json").unlink()
+    Path(house.store.name_path("minilm", "1")).write_bytes(b"?")
+
+    def check() -> None:
+        done(house.ctl("add", out))
+        assert (house.verified_models(), files(house)) == (CLEAN, clean)
+
+    every_crash(house, lambda: done(house.ctl("add", out)), check)
+
+
 def test_replace_killed_at_any_step(house: Household) -> None:
     out = house.prepared()
     done(house.ctl("add", out))
