@@ -127,7 +127,7 @@ class Store:
             FileUnreadable: There is none.
         """
         path = self.name_path(name, version)
-        data = load_root_file(path, limit_bytes=_NAME_FILE_BYTES, error=StoreInvalid)
+        data = load_root_file(path, limit_bytes=_NAME_FILE_BYTES, error=StoreInvalid, remedy=StoreInvalid.remedy)
         fields = Fields(
             parse_object(data, limit_bytes=_NAME_FILE_BYTES, what=path, error=StoreInvalid),
             what=path,
@@ -188,7 +188,7 @@ class Store:
         path = self.grant_path(manifest_digest)
         if not os.path.lexists(path):
             raise GrantMissing(f"no grant for the manifest {manifest_digest} is in the store")
-        return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=GrantInvalid)
+        return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=GrantInvalid, remedy=GrantInvalid.remedy)
 
     def load_boot_policy(self, owner_id: str, model_name: str, device_class: str) -> bytes:
         """The owner's boot policy for a model line and device class, unverified.
@@ -199,7 +199,9 @@ class Store:
         path = self.boot_policy_path(owner_id, model_name, device_class)
         if not os.path.lexists(path):
             raise BootPolicyRefused(f"no boot policy for {model_name} and device class {device_class} is in the store")
-        return load_root_file(path, limit_bytes=_DOCUMENT_BYTES, error=BootPolicyInvalid)
+        return load_root_file(
+            path, limit_bytes=_DOCUMENT_BYTES, error=BootPolicyInvalid, remedy=BootPolicyInvalid.remedy
+        )
 
     def boot_policy_path(self, owner_id: str, model_name: str, device_class: str) -> str:
         """Where an owner's boot policy for a model line and device class lies."""
