@@ -42,7 +42,7 @@ NOT_RUN = {
     "docker run --rm --runtime scz-runc -e SMM_SCZ_MODEL=minilm:1 -e SMM_SCZ_PATH=/models/minilm \\": (
         "tests/matrix/test_docker.py"
     ),
-    "podman --runtime runsc run --rm --annotation smm.scz/model=minilm:1 \\": "tests/gvisor/test_gvisor.py",
+    "podman --runtime runsc run --rm --annotation smm.scz/model=minilm:1 \\": "tests/matrix/test_gvisor_podman.py",
 }
 #: The operator of the second device, who has no page of an own.
 SECOND = """```sh
