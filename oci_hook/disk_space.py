@@ -74,7 +74,9 @@ def verify_room(folder: str, need: Need) -> None:
     """
     found = os.statvfs(folder)
     free_files = found.f_ffree if os.geteuid() == 0 else found.f_favail
-    if _free_bytes(found) < need.size_bytes or (found.f_files > 0 and free_files < need.files):
+    # A file system that counts no blocks or files (some in user space, btrfs) says nothing about them.
+    no_room = found.f_blocks > 0 and _free_bytes(found) < need.size_bytes
+    if no_room or (found.f_files > 0 and free_files < need.files):
         raise _full(folder, need, f"{folder}: {os.strerror(errno.ENOSPC)}")
 
 

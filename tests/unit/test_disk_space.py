@@ -78,6 +78,11 @@ def test_room_for_files_too(tmp_path: Path) -> None:
             verify_room(str(disk), Need(0, 10, REMEDY))
 
 
+def test_a_file_system_that_counts_nothing_refuses_nothing() -> None:
+    assert os.statvfs("/proc").f_blocks == 0
+    verify_room("/proc", Need(1 << 60, 1 << 30, REMEDY))
+
+
 def test_a_disk_that_fills_up_meanwhile(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         file = disk / "file"
