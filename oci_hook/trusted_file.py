@@ -112,8 +112,14 @@ def load_file(path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
         return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
 
 
-def replace_file(path: str, data: bytes, *, mode: int = 0o600) -> None:
+def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) -> None:
     """Write a file so that a crash leaves the old one or the new one whole: temporary sibling, fsync, rename.
+
+    Args:
+        path: Of the file.
+        data: Its contents.
+        mode: Its mode.
+        group: Its group's id; -1: this process's.
 
     Raises:
         FileUnreadable: A system call failed; nothing of the new file is left.
@@ -126,6 +132,7 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600) -> None:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
+                os.fchown(file.fileno(), -1, group)
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
             os.rename(temporary, path)
