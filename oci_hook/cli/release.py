@@ -25,7 +25,7 @@ _WORDS = {
     "detached": "taken from the container's sight; its memory comes back when its last user is gone",
     "busy": "still used; nothing was changed (--lazy takes it away all the same)",
     "covered": "another mount lies over it or in it; nothing was changed (unmount that first, in the container)",
-    "absent": "not mounted there any more; its memory is free",
+    "absent": "not mounted there any more: the container has unmounted it itself",
     "would-release": "would be released",
     "would-detach": "would be taken from the container's sight; its memory would come back with its last user",
 }
@@ -70,9 +70,10 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
         what = f"no model {printable(model)}" if model else "no model any more"
         click.echo(f"container {printable(record.container_id)} holds {what}", err=True)
         return 1
+    others = [held for other in records.live() if other != record for held in other.held if not held.released]
     results = []
     for index in chosen:
-        result = reclaim(record, record.held[index], lazy=lazy, dry_run=dry_run)
+        result = reclaim(record, record.held[index], others=others, lazy=lazy, dry_run=dry_run)
         results.append((index, result))
         if result.state in ("released", "detached", "absent") and not dry_run:
             records.mark_released(record, record.held[index].device)

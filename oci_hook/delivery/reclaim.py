@@ -14,6 +14,7 @@ import errno
 import os
 import select
 import struct
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -134,12 +135,15 @@ def _taken(proc_fd: int, model: HeldModel) -> int | None:
         os.close(fd)
 
 
-def reclaim(record: ContainerRecord, model: HeldModel, *, lazy: bool, dry_run: bool) -> Reclaimed:
+def reclaim(
+    record: ContainerRecord, model: HeldModel, *, others: Sequence[HeldModel] = (), lazy: bool, dry_run: bool
+) -> Reclaimed:
     """Take one model away from a running container.
 
     Args:
         record: The container's.
         model: One of its `held`.
+        others: Of other containers: the number of a superblock that is gone may be one of theirs by now.
         lazy: Also if it is used: then it goes from the container's sight, and its memory with its last user.
         dry_run: Only look.
 
@@ -170,6 +174,8 @@ def reclaim(record: ContainerRecord, model: HeldModel, *, lazy: bool, dry_run: b
         absent = seen["state"] == "absent"
         uses = find_uses(model.device, model.mount_id, without=frozenset({os.getpid(), child.pid}), counted=absent)
         if absent:
+            if any(each.device == model.device and each.fsid != model.fsid for each in others):
+                uses = ()
             # A copy that the container made is not the mount that we made: its to unmount.
             return Reclaimed("busy" if uses else "absent", path, uses)
         # gVisor keeps open what its container has opened once, and shows it whatever is mounted on the host: a lazy

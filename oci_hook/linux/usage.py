@@ -45,7 +45,8 @@ def find_uses(device: str, mount_id: int, *, without: frozenset[int], counted: b
         device: `major:minor` of its superblock, which lives.
         mount_id: Of the mount that is not a use.
         without: Pids that are left out.
-        counted: That mount is a use, too, wherever it is.
+        counted: That mount is a use, too, wherever it is; or it is gone, and then only mounts of our name and files on
+            them count, as the number of its superblock may be another's by now.
 
     Raises:
         SystemCallFailed: /proc cannot be read.
@@ -54,7 +55,8 @@ def find_uses(device: str, mount_id: int, *, without: frozenset[int], counted: b
         pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
     pids = [pid for pid in pids if pid not in without]
     ids, copies = _mounts_of(device, set() if counted else {mount_id}, pids)
-    ids.add(mount_id)
+    if not ids:
+        return ()
     major, minor = (int(part) for part in device.split(":"))
     mapped = f"{major:02x}:{minor:02x}".encode()
     found = list(copies)
@@ -76,7 +78,11 @@ def _mounts_of(device: str, ids: set[int], pids: list[int]) -> tuple[set[int], l
             seen.add(view)
             proc_fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                theirs = [mount for mount in mounts.load_mountinfo(proc_fd) if mount.device == device]
+                theirs = [
+                    mount
+                    for mount in mounts.load_mountinfo(proc_fd)
+                    if mount.device == device and mount.source == mounts.SOURCE
+                ]
             finally:
                 os.close(proc_fd)
             copies += [

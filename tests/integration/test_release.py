@@ -268,8 +268,15 @@ def test_records_that_lie(scene: Scene) -> None:
         assert [model["state"] for model in models] == ["busy"]
         # Another mount of the container's own with the right number.
         line = one.do("grep ' /proc ' /proc/self/mountinfo").split()
-        for change in ({"mount_id": int(line[0])}, {"device": line[2]}, {"mount_id": int(line[0]), "device": line[2]}):
-            assert json.loads(forged(held=[first["held"][0] | change]).stdout)["models"][0]["state"] == "busy"
+        other = {"mount_id": int(line[0]), "device": line[2]}
+        for change, state in (
+            ({"mount_id": other["mount_id"]}, "busy"),
+            ({"device": line[2]}, "absent"),
+            (other, "absent"),
+        ):
+            models = json.loads(forged(held=[first["held"][0] | change]).stdout)["models"]
+            assert [model["state"] for model in models] == [state]
+        assert one.do("grep -c ' /proc ' /proc/self/mountinfo") == "1\n"
         assert json.loads(forged(held=[first["held"][0] | {"fsid": 1}]).stdout)["models"][0]["state"] == "covered"
         assert forged(pid=1, start_time=7).returncode == 1
         paths[one.id].write_text(true[one.id])
