@@ -2,11 +2,9 @@
 
 crun, and podman's precreate, show an operator nothing but a hook's exit code, so each reason has a number of its own
 and ``sczctl why`` turns the number back into words. Three families, by what is known:
-
 * 10-29 **input**: what we were given cannot be used (state, configuration, annotation, file).
 * 30-59 **refused**: it was checked, and it is false.
 * 60-79 **could not tell**: a TPM, a system call or the network gave no answer.
-
 Every one of them ends the container before it runs. Standard library only: the hook's fast path imports this module.
 """
 
@@ -341,10 +339,12 @@ class Terminated(CouldNotTell):
     remedy = "raise the hook's timeout in its hooks.d file for a very large model"
 
 
+class InstallationIncomplete(CouldNotTell):
+    code, summary = 72, "the installation of scz-smm is incomplete, or being changed right now"
+    remedy = "wait for an upgrade to end; else `dpkg --configure -a`, then `apt install --reinstall scz-smm`"
+
+
 def all_errors() -> dict[int, type[SczError]]:
     """Every error by its exit code; what `sczctl why` is made from."""
-    found: dict[int, type[SczError]] = {}
-    for family in (InputError, Refused, CouldNotTell):
-        for cls in family.__subclasses__():
-            found[cls.code] = cls
-    return dict(sorted(found.items()))
+    families = (InputError, Refused, CouldNotTell)
+    return {cls.code: cls for cls in sorted((c for f in families for c in f.__subclasses__()), key=lambda c: c.code)}

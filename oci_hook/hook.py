@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from oci_hook.errors import InternalError, SczError, StateInvalid, Terminated
+from oci_hook.errors import InstallationIncomplete, InternalError, SczError, StateInvalid, Terminated
 from oci_hook.invocation import ENGINES, STAGES, Invocation, parse_invocation
 from oci_hook.oci.annotations import has_ours
 from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _RUN[invocation.stage](state, invocation)
     except SczError as error:
         return _refuse(invocation.config_file, state, error)
+    except ImportError as error:
+        return _refuse(invocation.config_file, state, InstallationIncomplete(f"{type(error).__name__}: {error}"))
     except BaseException as error:
         return _refuse(invocation.config_file, state, InternalError(f"{type(error).__name__}: {error}"))
     return 0

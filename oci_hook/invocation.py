@@ -20,6 +20,8 @@ ENGINES = ("podman", "cri-o", "containerd", "docker")
 STAGES = ("prestart", "createRuntime", "poststop")
 ENVIRONMENT = ("PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8")
 """For every hook that we write: where none is named, a runtime passes its own on."""
+PACKAGE_DIRECTORY = "/usr/lib/scz-smm"
+"""Where the packages (deb, rpm) put this."""
 NO_DIGEST = "0" * 64
 """Stands in config.json for the digest while the digest is made."""
 
@@ -54,9 +56,8 @@ class Invocation:
 
     def command(self) -> list[str]:
         """The argument list that starts the hook so: the interpreter itself, isolated, without site packages."""
-        interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         launcher = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
-        words = [interpreter, "-I", "-S", launcher, "--config", os.path.abspath(self.config_file)]
+        words = [interpreter(), "-I", "-S", launcher, "--config", os.path.abspath(self.config_file)]
         if self.engine is not None:
             words += ["--engine", self.engine]
         for key, value in self.requests.items():
@@ -64,6 +65,19 @@ class Invocation:
         if self.spec_digest is not None:
             words += ["--spec-digest", self.spec_digest]
         return [*words, self.stage]
+
+
+def is_packaged() -> bool:
+    """Whether this runs from where a package put it."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == PACKAGE_DIRECTORY
+
+
+def interpreter() -> str:
+    """The Python that files which outlive us name: the very one that runs, so that a virtual environment may go.
+
+    For the package it is the distribution's name for it: `python3.11` is gone when the distribution is upgraded.
+    """
+    return "/usr/bin/python3" if is_packaged() else os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def parse_invocation(arguments: Sequence[str]) -> Invocation | None:

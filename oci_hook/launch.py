@@ -2,13 +2,28 @@
 
 Isolated (-I) and without site (-S), so that neither the environment nor a user's folder chooses what root runs and
 nothing is imported that a container without our annotations does not need. Our packages lie beside this one.
+While the package is being installed or upgraded, or after that was cut off, modules of two versions may lie there: then
+the mark of its preinst lies there too, and nothing of them is used. Whatever else keeps them from being imported is
+said in the same way: one line, and the exit code that `sczctl why` knows (`errors.InstallationIncomplete`).
 """
 
 import os
 import sys
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_PLACE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from oci_hook.hook import main
+sys.dont_write_bytecode = True  # the package's scripts compile; a hook writes nothing where root's programs lie
+sys.path.append(_PLACE)
 
-sys.exit(main(sys.argv[1:]))
+try:
+    if os.path.exists(_PLACE + "/.incomplete"):
+        raise ImportError("an installation or upgrade of the package is under way, or was cut off")
+    from oci_hook.hook import main
+
+    code = main(sys.argv[1:])
+except Exception as error:
+    remedy = "`dpkg --configure -a`, then `apt install --reinstall scz-smm`"
+    problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(f"scz-hook: InstallationIncomplete (72): {_PLACE}: {problem}; remedy: {remedy}", file=sys.stderr)
+    code = 72
+sys.exit(code)

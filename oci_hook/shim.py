@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` without its enumerations
 import os
-import sys
 
 from oci_hook.oci.command_line import NAMES, Command, kind_of, read_command
 
@@ -215,12 +214,13 @@ def _refuse(command: Command, config_file: str, error: BaseException) -> int:
     """Say it where the engine looks, the runtime's log, and everywhere else where a refusal is looked for."""
     import re
 
-    from oci_hook.errors import InternalError, SczError
+    from oci_hook.errors import InstallationIncomplete, InternalError, SczError
     from oci_hook.oci.state import CONTAINER_ID, State
     from oci_hook.report import report_refusal
 
     if not isinstance(error, SczError):
-        error = InternalError(f"{type(error).__name__}: {error}")
+        kind = InstallationIncomplete if isinstance(error, ImportError) else InternalError
+        error = kind(f"{type(error).__name__}: {error}")
     _log(command, f"scz-runtime: {error.reason} ({error.code}): {error.message}; {error.advice}")
     if not command.creates:
         return report_refusal(config_file, None, error, program="scz-runtime")
@@ -267,21 +267,29 @@ def shim_script(*, runtime: str, engine: str, config_file: str) -> bytes:
         EngineUnsupported: Nothing that the shim knows, or a path that a script's first line cannot have.
     """
     from oci_hook.errors import EngineUnsupported
-    from oci_hook.invocation import ENGINES
+    from oci_hook.invocation import ENGINES, interpreter
 
     if not os.path.isabs(runtime) or not kind_of(runtime):
         raise EngineUnsupported(f"the shim needs the absolute path of one of {', '.join(NAMES)}, not {runtime!r}")
     if engine not in ENGINES or not os.path.isabs(config_file):
         raise EngineUnsupported(f"the engine {engine!r} or the configuration {config_file!r} cannot be used")
-    interpreter = os.fsencode(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
-    first_line = b"#!" + interpreter + b" -IS"
-    if len(first_line) > _MAX_FIRST_LINE_BYTES or len(interpreter.split()) != 1:
-        raise EngineUnsupported(f"{os.fsdecode(interpreter)!r} cannot stand in the first line of a script")
+    python = os.fsencode(interpreter())
+    first_line = b"#!" + python + b" -IS"
+    if len(first_line) > _MAX_FIRST_LINE_BYTES or len(python.split()) != 1:
+        raise EngineUnsupported(f"{os.fsdecode(python)!r} cannot stand in the first line of a script")
     packages = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     lines = (
-        "import sys",
+        "import os, sys",
+        "sys.dont_write_bytecode = True",
         f"sys.path.append({packages!a})",
-        "from oci_hook.shim import main",
+        "try:",
+        f"    if os.path.exists({packages + '/.incomplete'!a}):",
+        "        raise ImportError('the package is being installed or upgraded, or that was cut off')",
+        "    from oci_hook.shim import main",
+        "except Exception as error:",  # as in launch.py
+        "    print(f'scz-runtime: InstallationIncomplete (72): {error}; remedy: `dpkg --configure -a`, '",
+        "        'then `apt install --reinstall scz-smm`', file=sys.stderr)",
+        "    sys.exit(72)",
         f"sys.exit(main(sys.argv[1:], runtime={runtime!a}, engine={engine!a}, config_file={config_file!a}))",
     )
     return first_line + b"\n" + "\n".join(lines).encode() + b"\n"

@@ -15,7 +15,7 @@ import click
 
 from oci_hook import __version__
 from oci_hook.config import DEFAULT_CONFIG_FILE
-from oci_hook.errors import InternalError, SczError
+from oci_hook.errors import InstallationIncomplete, InternalError, SczError
 
 # What a terminal would obey instead of showing: control characters, and those that turn the direction of writing.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -104,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(wrong.exit_code)
     except SczError as error:
         sys.exit(_show(error))
+    except ImportError as error:
+        sys.exit(_show(InstallationIncomplete(f"{type(error).__name__}: {error}")))
     except Exception as error:
         sys.exit(_show(InternalError(f"{type(error).__name__}: {error}")))
     sys.exit(result if isinstance(result, int) else 0)

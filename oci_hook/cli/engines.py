@@ -22,8 +22,8 @@ from oci_hook.cli.options import DRY_RUN, JSON, hook_timeout
 from oci_hook.config import load_config
 from oci_hook.engines import containerd, crio, docker, podman
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
-from oci_hook.engines.placing import carry_out
-from oci_hook.engines.plan import KINDS, SHIM_DIRECTORY, HostFiles, Plan, Runtime, Settings
+from oci_hook.engines.placing import carry_out, without_those_there
+from oci_hook.engines.plan import KINDS, SHIM_DIRECTORY, Change, HostFiles, Plan, Runtime, Settings
 from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
 from oci_hook.errors import EngineUnsupported
 from oci_hook.oci.command_line import kind_of
@@ -160,10 +160,10 @@ def install(
     settings = Settings(config_file=config_file, script=shim_script, **chosen)
     if engine not in _BY_HOOKS_DIRECTORY:
         settings = _with_runtimes(settings, engine, root)
-    plan: Plan = ENGINES[engine].plan_install(settings, files)
+    plan, there = without_those_there(ENGINES[engine].plan_install(settings, files), files)
     if not dry_run:
         carry_out(plan, files)
-    _show_installed(engine, plan, files, dry_run=dry_run, as_json=as_json)
+    _show_installed(engine, plan, there, files, dry_run=dry_run, as_json=as_json)
 
 
 def _with_runtimes(settings: Settings, engine: str, root: str) -> Settings:
@@ -178,14 +178,19 @@ def _with_runtimes(settings: Settings, engine: str, root: str) -> Settings:
     return replace(settings, runtimes=runtimes, engine_version=version)
 
 
-def _show_installed(engine: str, plan: Plan, files: HostFiles, *, dry_run: bool, as_json: bool) -> None:
+def _show_installed(
+    engine: str, plan: Plan, there: tuple[Change, ...], files: HostFiles, *, dry_run: bool, as_json: bool
+) -> None:
     written = {files.real(change.path): change.data for change in plan.changes if change.data is not None}
     removed = [files.real(change.path) for change in plan.changes if change.data is None]
+    unchanged = [files.real(change.path) for change in there]
     if as_json:
         shown = {path: _readable(path, data) for path, data in written.items()}
-        document = {"engine": engine, "dry_run": dry_run, "files": shown, "removed": removed}
+        document = {"engine": engine, "dry_run": dry_run, "files": shown, "removed": removed, "unchanged": unchanged}
         print_json({**document, "next": list(plan.next_steps)})
         return
+    for path in unchanged:
+        click.echo(f"already there, not changed: {path}")
     for path, data in written.items():
         click.echo(f"{'would write' if dry_run else 'wrote'} {path}")
         if dry_run:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
+from dataclasses import replace
 
-from oci_hook.engines.plan import HostFiles, Plan
+from oci_hook.engines.plan import Change, HostFiles, Plan
 from oci_hook.errors import FileUnreadable
 from oci_hook.trusted_file import replace_file, sync_directory
 
@@ -30,6 +32,24 @@ def carry_out(plan: Plan, files: HostFiles) -> None:
     for directory in plan.directories:
         with contextlib.suppress(OSError):
             os.rmdir(files.real(directory))
+
+
+def without_those_there(plan: Plan, files: HostFiles) -> tuple[Plan, tuple[Change, ...]]:
+    """Take out of a plan what would not be another file than the one that is there.
+
+    Returns:
+        The plan that is left, and what was taken out.
+    """
+    there = tuple(change for change in plan.changes if _is_there(change, files))
+    return replace(plan, changes=tuple(change for change in plan.changes if change not in there)), there
+
+
+def _is_there(change: Change, files: HostFiles) -> bool:
+    with contextlib.suppress(OSError, FileUnreadable):  # what cannot be read is written
+        found = os.lstat(files.real(change.path))
+        if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == change.mode and found.st_uid == 0:
+            return files.read(change.path) == change.data
+    return False
 
 
 def _make_directories(path: str) -> None:

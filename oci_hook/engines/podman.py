@@ -7,8 +7,10 @@ import os
 from oci_hook.engines import hooks_directory
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
 from oci_hook.engines.plan import HostFiles, Plan, Settings, strings, table
+from oci_hook.invocation import is_packaged
 
 _CONFIGURATION = ("/usr/share/containers/containers.conf", "/etc/containers/containers.conf")
+_BRINGS_BACK = "an upgrade of the package, or `apt install --reinstall scz-smm`, brings its own back"
 _DROP_INS = "/etc/containers/containers.conf.d"
 
 
@@ -21,12 +23,22 @@ def plan_install(settings: Settings, files: HostFiles) -> Plan:
     """Write the hooks.d files; say what is left if podman does not read that directory."""
     directory = directory_of(settings)
     changes = hooks_directory.plan_files("podman", directory, settings, files)
-    return Plan(changes, next_steps=_next_steps(directory, files))
+    steps = _next_steps(directory, files)
+    if _is_the_packages(directory) and any(files.read(change.path) != change.data for change in changes):
+        steps += (f"{directory} has the package's files: {_BRINGS_BACK}; give --hooks-dir a directory of your own",)
+    return Plan(changes, next_steps=steps)
 
 
 def plan_removal(settings: Settings, files: HostFiles) -> Plan:
     """Remove the hooks.d files."""
-    return Plan(hooks_directory.plan_removal("podman", directory_of(settings), files))
+    directory = directory_of(settings)
+    changes = hooks_directory.plan_removal("podman", directory, files)
+    step = f"these files are the package's: {_BRINGS_BACK}; `apt remove scz-smm` takes all of it away"
+    return Plan(changes, next_steps=(step,) if changes and _is_the_packages(directory) else ())
+
+
+def _is_the_packages(directory: str) -> bool:
+    return is_packaged() and directory == DEFAULT_DIRECTORY
 
 
 def state(settings: Settings, files: HostFiles) -> str:

@@ -111,6 +111,38 @@ def test_a_dry_run_shows_what_install_writes_and_writes_nothing(root: Root, engi
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_there_already_is_not_written_again(root: Root, engine: str) -> None:
+    first = done(root.install(engine, "--json")).json
+    before = {path: (root / path).stat() for path in root.files()}
+    again = done(root.install(engine, "--json")).json
+    assert again["files"] == {}
+    assert set(again["unchanged"]) <= set(first["files"])
+    assert {path: (root / path).stat() for path in root.files()} == before
+    said = done(root.install(engine)).out
+    assert said.count("already there, not changed: ") == len(again["unchanged"]) > 0
+    assert "wrote" not in said
+
+
+def test_a_file_of_ours_with_another_mode_is_written_again(root: Root) -> None:
+    done(root.install("podman"))
+    (root / PODMAN_HOOKS / HOOKS[0]).chmod(0o600)
+    again = done(root.install("podman", "--json")).json
+    assert list(again["files"]) == [str(root / PODMAN_HOOKS / HOOKS[0])]
+    assert (root / PODMAN_HOOKS / HOOKS[0]).stat().st_mode & 0o777 == 0o644
+
+
+def test_the_packages_own_hooks(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    done(root.install("podman"))
+    monkeypatch.setattr("oci_hook.engines.podman.is_packaged", lambda: True)
+    assert done(root.install("podman", "--json")).json["next"] == []
+    (step,) = done(root.install("podman", "--timeout", "77", "--json")).json["next"]
+    assert "brings its own back" in step
+    (step,) = done(root.run("uninstall", "podman", "--json")).json["next"]
+    assert "apt install --reinstall scz-smm" in step
+    assert done(root.run("uninstall", "podman", "--json")).json["next"] == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_uninstall_takes_exactly_its_files_away(root: Root, engine: str) -> None:
     for name in ("etc/other.json", f"{PODMAN_HOOKS}/other.json", f"{SHIMS}/mine"):
         root.write(name, "{}")
