@@ -8,8 +8,13 @@ LOCKS := requirements-build.lock requirements-dev.lock
 # Folders too: a module that went away has to go from the virtual environment.
 SOURCES := pyproject.toml $(shell find oci_hook -name __pycache__ -prune -o \( -name '*.py' -o -name py.typed -o -type d \) -print)
 
+# For the packages: of the distribution's own Python, whatever else is on the PATH.
+PACKAGING := build/package/venv
+MANUAL := $(if $(wildcard packaging/manual.py),man)
+
 .DELETE_ON_ERROR:
 .PHONY: install demo test unit integration matrix gvisor bench lint format man lock clean help host host-tests
+.PHONY: install demo test unit integration matrix gvisor packaging package bench lint format lock clean help host host-tests
 
 install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
 
@@ -17,10 +22,14 @@ demo: install  ## the main job from beginning to end, on a real model; about a m
 	$(PYTHON) -m tests.demo
 
 test: host-tests install  ## every test; the parts side by side
-	$(PYTHON) -m tests.side_by_side unit integration matrix gvisor
+	$(PYTHON) -m tests.side_by_side unit integration matrix gvisor packaging
 
-unit integration matrix gvisor: host-tests install  ## one part of the tests
+unit integration matrix gvisor packaging: host-tests install  ## one part of the tests
 	$(PYTHON) -m tests.side_by_side $@
+
+package: $(PACKAGING)/.ready $(MANUAL)  ## dist/scz-smm_VERSION_ARCH.deb and .rpm
+	@echo 'make: building the packages'
+	@$(PACKAGING)/bin/python packaging/build_package.py
 
 bench: install  ## what the shim adds to a call of a runtime
 	$(PYTHON) -m tests.bench shim
@@ -53,6 +62,12 @@ $(VENV)/.dependencies: $(LOCKS) | host
 	@echo 'make: downloading and building what requirements-build.lock and requirements-dev.lock pin'
 	@$(PIP) install --require-hashes --only-binary=:all: --requirement requirements-build.lock
 	@$(PIP) install --require-hashes --no-build-isolation --requirement requirements-dev.lock
+	@touch $@
+
+$(PACKAGING)/.ready: requirements-build.lock requirements-package.lock | host
+	@/usr/bin/python3 -m venv --clear $(PACKAGING)
+	@$(PACKAGING)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --require-hashes \
+		--only-binary=:all: --requirement requirements-build.lock --requirement requirements-package.lock
 	@touch $@
 
 # Not editable: the hook runs from site-packages, as it does on a host. pip compiles the bytecode.
