@@ -106,7 +106,7 @@ def machine_suite() -> str:
 
 
 @functools.cache
-def _mirror() -> str:
+def mirror() -> str:
     """The URI of the machine's own Debian archive: where the suite that it runs comes from."""
     suites = {machine_suite(), "stable", "testing", "unstable", "sid"} - {""}
     for line in _run(["apt-get", "indextargets", "--format", _APT_FORMAT], seconds=_QUICK_SECONDS).splitlines():
@@ -164,7 +164,7 @@ class _Suite:
             (self.folder / part).mkdir(parents=True)
         (self.folder / "status").touch()
         keyring = next((path for path in _KEYRINGS if os.path.exists(path)), None)
-        lines = ["Types: deb", f"URIs: {_mirror()}", f"Suites: {self.suite}", "Components: main"]
+        lines = ["Types: deb", f"URIs: {mirror()}", f"Suites: {self.suite}", "Components: main"]
         lines += [f"Signed-By: {keyring}"] if keyring else []
         (self.folder / "suite.sources").write_text("\n".join(lines) + "\n")
         made.write_text(f"{self.folder}\n{time.time()}\n")
