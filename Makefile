@@ -10,11 +10,10 @@ SOURCES := pyproject.toml $(shell find oci_hook -name __pycache__ -prune -o \( -
 
 # For the packages: of the distribution's own Python, whatever else is on the PATH.
 PACKAGING := build/package/venv
-MANUAL := $(if $(wildcard packaging/manual.py),man)
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test unit integration matrix gvisor bench lint format man lock clean help host host-tests
-.PHONY: install demo test unit integration matrix gvisor packaging package bench lint format lock clean help host host-tests
+.PHONY: install demo test unit integration matrix gvisor packaging package man bench lint format lock clean help host
+.PHONY: host-tests
 
 install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
 
@@ -27,7 +26,7 @@ test: host-tests install  ## every test; the parts side by side
 unit integration matrix gvisor packaging: host-tests install  ## one part of the tests
 	$(PYTHON) -m tests.side_by_side $@
 
-package: $(PACKAGING)/.ready $(MANUAL)  ## dist/scz-smm_VERSION_ARCH.deb and .rpm
+package: $(PACKAGING)/.ready  ## dist/scz-smm_VERSION_ARCH.deb and .rpm
 	@echo 'make: building the packages'
 	@$(PACKAGING)/bin/python packaging/build_package.py
 

@@ -76,7 +76,6 @@ class Tree:
         kind: nFPM's: "" for a plain file, "config|noreplace" for one that the administrator changes.
         only: The packager that takes it; "": both.
         compress: With gzip, as man pages are.
-        may_be_absent: Others are still writing it.
     """
 
     source: str
@@ -84,7 +83,6 @@ class Tree:
     kind: str = ""
     only: str = ""
     compress: bool = False
-    may_be_absent: bool = False
 
 
 CONFIG = "config|noreplace"
@@ -92,22 +90,22 @@ TREES = (
     Tree("config/config.toml", "etc/scz-smm/config.toml", CONFIG),
     Tree("config/hooks.d", "usr/share/containers/oci/hooks.d"),
     Tree("config/systemd", "usr/lib/systemd/system"),
-    Tree("config/logrotate.d", "etc/logrotate.d", CONFIG, may_be_absent=True),
-    Tree("config/sysusers.d", "usr/lib/sysusers.d", may_be_absent=True),
-    Tree("config/tmpfiles.d", "usr/lib/tmpfiles.d", may_be_absent=True),
-    Tree("config/apparmor.d", "etc/apparmor.d", CONFIG, may_be_absent=True),
-    Tree("config/selinux", "usr/share/selinux/packages/scz-smm", may_be_absent=True),
-    Tree("config/kubernetes", f"{DOC}/examples/kubernetes", may_be_absent=True),
+    Tree("config/logrotate.d", "etc/logrotate.d", CONFIG),
+    Tree("config/sysusers.d", "usr/lib/sysusers.d"),
+    Tree("config/tmpfiles.d", "usr/lib/tmpfiles.d"),
+    Tree("config/apparmor.d", "etc/apparmor.d", CONFIG),
+    Tree("config/selinux", "usr/share/selinux/packages/scz-smm"),
+    Tree("config/kubernetes", f"{DOC}/examples/kubernetes"),
     Tree("config/cdi", f"{DOC}/examples/cdi"),
     Tree("config/containerd", f"{DOC}/examples/containerd"),
     Tree("config/containers.conf.d", f"{DOC}/examples/containers.conf.d"),
     Tree("config/crio", f"{DOC}/examples/crio"),
     Tree("config/docker", f"{DOC}/examples/docker"),
-    Tree("build/man", "usr/share/man", compress=True, may_be_absent=True),
-    Tree("build/completions/bash", "usr/share/bash-completion/completions", may_be_absent=True),
-    Tree("build/completions/fish", "usr/share/fish/vendor_completions.d", may_be_absent=True),
-    Tree("build/completions/zsh", "usr/share/zsh/vendor-completions", only="deb", may_be_absent=True),
-    Tree("build/completions/zsh", "usr/share/zsh/site-functions", only="rpm", may_be_absent=True),
+    Tree("build/man", "usr/share/man", compress=True),
+    Tree("build/completions/bash", "usr/share/bash-completion/completions"),
+    Tree("build/completions/fish", "usr/share/fish/vendor_completions.d"),
+    Tree("build/completions/zsh", "usr/share/zsh/vendor-completions", only="deb"),
+    Tree("build/completions/zsh", "usr/share/zsh/site-functions", only="rpm"),
     Tree("README.md", f"{DOC}/README.md"),
     Tree("SECURITY.md", f"{DOC}/SECURITY.md"),
     Tree("docs", f"{DOC}/docs"),
@@ -224,6 +222,14 @@ def run(command: list[str], *, cwd: Path | None = None, environment: dict[str, s
     return done.stdout
 
 
+def write_manual(source: Path, dependencies: Path, seconds: int) -> None:
+    """The manual pages and completions, into build/ of the sources: what `make man` does, by what is carried."""
+    environment = {"PYTHONPATH": f"{source}:{dependencies.resolve()}", "SOURCE_DATE_EPOCH": str(seconds)}
+    for program, folder in (("manual.py", "man"), ("completions.py", "completions")):
+        words = [sys.executable, "-B", str(source / "packaging" / program), str(source / "build" / folder)]
+        run(words, environment=environment)
+
+
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
@@ -259,8 +265,8 @@ def _files_of(source: Path, tree: Tree) -> list[tuple[str, Path]]:
         for path in sorted(place.rglob("*"))
         if path.is_file() and not str(path.relative_to(source)).startswith(LEFT_OUT)
     ]
-    if not found and not tree.may_be_absent:
-        raise PackageError(f"{tree.source} is missing or empty; `make package` makes what lies in build/")
+    if not found:
+        raise PackageError(f"{tree.source} is missing or empty")
     return found
 
 
@@ -464,9 +470,9 @@ def build(source: Path, work: Path, output: Path, dependencies: Path | None) -> 
         folder.mkdir(parents=True, exist_ok=True)
     seconds, version = source_seconds(source), source_version(source)
     arch = run(["/usr/bin/dpkg", "--print-architecture"]).strip()
-    entries = stage(
-        source, dependencies or collect_dependencies(source, work), work / "root", version=version, seconds=seconds
-    )
+    dependencies = dependencies or collect_dependencies(source, work)
+    write_manual(source, dependencies, seconds)
+    entries = stage(source, dependencies, work / "root", version=version, seconds=seconds)
     document = nfpm_document(source, work / "root", entries, version=version, arch=arch, seconds=seconds)
     settings = work / "nfpm.json"
     settings.write_text(json.dumps(document, indent=1, sort_keys=True))

@@ -52,12 +52,9 @@ def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> str:
 
 
 def copy_sources(folder: Path) -> Path:
-    """The checkout as it is now, with what `make man` made and without anything else that was built."""
+    """The checkout as it is now, without anything that was built."""
     names = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    made = [
-        str(path.relative_to(ROOT)) for part in ("man", "completions") for path in (ROOT / "build" / part).rglob("*")
-    ]
-    for name in filter(None, [*names, *made]):
+    for name in filter(None, names):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
