@@ -39,6 +39,9 @@ PASSPHRASE = b"correct horse battery staple\n"
 STEP_SECONDS = 120
 #: Blocks that do not run with their page, by their first line, and the test that runs the same.
 NOT_RUN = {
+    "mkdir -p /etc/scz-smm/tokens.d": "tests/unit/test_units.py",
+    "apt remove scz-smm": "tests/packaging/test_debian.py",
+    "apt install ./scz-smm_*.deb": "tests/packaging/test_debian.py",
     "docker run --rm --runtime scz-runc -e SMM_SCZ_MODEL=minilm:1 -e SMM_SCZ_PATH=/models/minilm \\": (
         "tests/matrix/test_docker.py"
     ),
