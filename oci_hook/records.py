@@ -208,7 +208,7 @@ class ContainerRecords:
         make_private_directory(self._runtime_directory)
         make_private_directory(self._directory)
         with self._locked():
-            remove_half_written(self._directory)
+            remove_half_written(self._directory, nobody_writes=True)
             self._replace(record)
 
     def _replace(self, record: ContainerRecord) -> None:
@@ -265,7 +265,7 @@ class ContainerRecords:
             return [record for _, record in self._all() if not record.is_alive()]
         found = []
         with self._locked():
-            remove_half_written(self._directory)
+            remove_half_written(self._directory, nobody_writes=True)
             for path, record in self._all():
                 if not record.is_alive():
                     with contextlib.suppress(FileNotFoundError):

@@ -145,13 +145,17 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) 
         raise FileUnreadable(f"{path}: {cause.strerror}") from cause
 
 
-def remove_half_written(directory: str) -> None:
-    """Remove what writers that were killed inside `replace_file` left; one that writes still is never that old."""
+def remove_half_written(directory: str, *, nobody_writes: bool = False) -> None:
+    """Remove what writers that were killed inside `replace_file` left.
+
+    Args:
+        directory: Where they wrote.
+        nobody_writes: The caller holds the writers' lock. Otherwise only what is so old that nobody writes it still.
+    """
     with contextlib.suppress(OSError):
         for entry in os.scandir(directory):
-            if (
-                _TEMPORARY.fullmatch(entry.name)
-                and time.time() - entry.stat(follow_symlinks=False).st_mtime > _OLD_SECONDS
+            if _TEMPORARY.fullmatch(entry.name) and (
+                nobody_writes or time.time() - entry.stat(follow_symlinks=False).st_mtime > _OLD_SECONDS
             ):
                 os.unlink(entry.path)
 

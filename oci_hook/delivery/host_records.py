@@ -167,8 +167,8 @@ class HostRecords:
         return tuple(found), tuple(unreadable)
 
     def remove_half_written(self) -> None:
-        """Remove what killed writers left."""
-        remove_half_written(self._directory)
+        """Remove what killed writers left; the caller holds the lock."""
+        remove_half_written(self._directory, nobody_writes=True)
 
     def remove(self, record: HostRecord) -> None:
         """Forget a record.
