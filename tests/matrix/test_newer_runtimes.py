@@ -120,7 +120,7 @@ def test_what_sid_holds_today(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_mirror_that_cannot_be_reached_is_no_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "_FOLDER", tmp_path)
-    monkeypatch.setattr(suites, "_mirror", lambda: "file:///nowhere/at/all")
+    monkeypatch.setattr(suites, "mirror", lambda: "file:///nowhere/at/all")
     with pytest.raises(SuiteError) as failed:
         program("sid", "runc")
     assert type(failed.value) is SuiteError

@@ -231,6 +231,12 @@ def test_policy_and_hook_agree(annotations: dict[str, str]) -> None:
         "smm.scz-model",
         "SCZ-SMM",
         "smm.SCZ/require",
+        "ssm.scz/model",
+        "smm.szc/path",
+        "sm.scz/token",
+        "smm.sczz/model",
+        "smm..scz/model.second",
+        "smmscz/containers",
     ],
 )
 def test_slips_that_the_hook_never_sees(key: str) -> None:
@@ -239,7 +245,7 @@ def test_slips_that_the_hook_never_sees(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["smm.sczz/model", "xsmm.scz/model", "example.com/smm.scz", "model", "sczsmm2/x", "smm/x"]
+    "key", ["smm.sczz/x", "ysmm.scz/model", "example.com/smm.scz", "model", "sczsmm2/x", "smm/x", "example.com/model"]
 )
 def test_other_peoples_annotations_are_let_in(key: str) -> None:
     assert ANNOTATIONS.refusals(request(pod({key: "minilm:1"}))) == []
@@ -371,6 +377,7 @@ NOT_ADMITTED: list[tuple[Callable[[Any], object], str]] = [
     (spec(shareProcessNamespace=True), HOST),
     (container(securityContext={"privileged": True}), PRIVILEGED),
     (container(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), PRIVILEGED),
+    (container(securityContext={"capabilities": {"add": ["CAP_DAC_READ_SEARCH"]}}), PRIVILEGED),
     (container(securityContext={"capabilities": {"add": ["NET_RAW", "CAP_SYS_PTRACE"]}}), PRIVILEGED),
     (container(securityContext={"capabilities": {"add": ["all"]}}), PRIVILEGED),
 ]
