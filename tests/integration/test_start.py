@@ -288,8 +288,8 @@ def test_bad_annotations(scene: Scene, runtime: str, reason: str, model: str, an
 @pytest.mark.parametrize(
     ("reason", "claims"),
     [
-        ("TokenExpired", {"iat": int(time.time()) - 900, "exp": int(time.time()) - 300}),
-        ("TokenExpired", {"nbf": int(time.time()) + 900}),
+        ("TokenExpired", {"iat": -900, "exp": -300}),  # times of tokens are seconds from the test's own beginning
+        ("TokenExpired", {"nbf": 900}),
         ("TokenClaimsRefused", {"exp": None}),
         ("IdentityRefused", {"sub": "system:serviceaccount:shop:mailer"}),
         ("IssuerUntrusted", {"iss": "https://elsewhere.example"}),
@@ -297,7 +297,9 @@ def test_bad_annotations(scene: Scene, runtime: str, reason: str, model: str, an
     ],
 )
 def test_bad_tokens(scene: Scene, reason: str, claims: dict[str, object]) -> None:
-    refused(scene, reason, craft_token(scene, **claims))
+    now = int(time.time())
+    made = {name: now + value if isinstance(value, int) else value for name, value in claims.items()}
+    refused(scene, reason, craft_token(scene, **made))
 
 
 def test_a_token_that_is_none(scene: Scene) -> None:
