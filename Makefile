@@ -13,7 +13,7 @@ PACKAGING := build/package/venv
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test unit integration matrix gvisor packaging package man bench lint format lock clean help host
-.PHONY: host-tests
+.PHONY: host-tests host-package
 
 install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
 
@@ -52,6 +52,9 @@ host:
 host-tests:
 	@packaging/prepare-host tests
 
+host-package:
+	@packaging/prepare-host package
+
 # A virtual environment that was copied or moved here, or lost its Python, starts anew.
 WORKS := grep -qs '^\#!$(CURDIR)/$(VENV)/' $(VENV)/bin/pip && $(PYTHON) -c 'import pip' 2>/dev/null
 $(shell [ ! -e $(VENV)/.dependencies ] || { $(WORKS); } || rm -f $(VENV)/.dependencies)
@@ -63,7 +66,7 @@ $(VENV)/.dependencies: $(LOCKS) | host
 	@$(PIP) install --require-hashes --no-build-isolation --requirement requirements-dev.lock
 	@touch $@
 
-$(PACKAGING)/.ready: requirements-build.lock requirements-package.lock | host
+$(PACKAGING)/.ready: requirements-build.lock requirements-package.lock | host-package
 	@/usr/bin/python3 -m venv --clear $(PACKAGING)
 	@$(PACKAGING)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --require-hashes \
 		--only-binary=:all: --requirement requirements-build.lock --requirement requirements-package.lock

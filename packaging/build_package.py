@@ -276,9 +276,18 @@ def _place(root: Path, tree: Tree, relative: str, path: Path) -> Entry:
     if tree.compress:
         target, data = f"{target}.gz", _gzipped(data)
     if target.startswith(DOC) and target.endswith(".md"):
-        data = data.replace(b"](config/", b"](examples/").replace(b"](../config/", b"](../examples/")
+        data = relinked(data)
     _write(root / target, data)
     return Entry(target, tree.kind, tree.only)
+
+
+def relinked(text: bytes) -> bytes:
+    """A document's links to what lies beside the documents in the sources, and elsewhere on a host."""
+    for tree in TREES:
+        if tree.source.startswith("config/"):
+            for up in ("", "../"):
+                text = text.replace(f"]({up}{tree.source}".encode(), f"](/{tree.target}".encode())
+    return text.replace(b"](LICENSE)", b"](https://www.apache.org/licenses/LICENSE-2.0)")
 
 
 def _copy(root: Path, path: Path, target: str) -> Entry:
@@ -364,7 +373,6 @@ def nfpm_document(
         "priority": "optional",
         "maintainer": MAINTAINER,
         "description": f"{SUMMARY}\n{DESCRIPTION}",
-        "homepage": "https://github.com/scz-smm/scz-smm",
         "license": "Apache-2.0",
         "mtime": moment,
         "umask": 0o022,

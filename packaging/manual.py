@@ -185,7 +185,7 @@ def _synopsis(page: Page) -> str:
     arguments = []
     for parameter in page.command.get_params(page.context):
         if isinstance(parameter, click.Option) and not parameter.hidden:
-            spelled = _option(parameter, page.context).rpartition(" , ")[2]
+            spelled = _first_long(_option(parameter, page.context).split(" , "))
             again = " Ns No ..." if parameter.multiple else ""
             lines.append(f".{spelled}{again}" if parameter.required else f".Op {spelled}{again}")
         elif isinstance(parameter, click.Argument):
@@ -193,6 +193,11 @@ def _synopsis(page: Page) -> str:
     if isinstance(page.command, click.Group):
         arguments.append(".Ar COMMAND\n.Op Ar ARGUMENTS")
     return "\n".join(lines + arguments)
+
+
+def _first_long(spellings: Sequence[str]) -> str:
+    """The long spelling that the command names first; others are aliases."""
+    return next((each for each in spellings if each.startswith("Fl \\-")), spellings[-1])
 
 
 def _commands(page: Page, every: Sequence[Page]) -> list[str]:

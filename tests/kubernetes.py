@@ -116,6 +116,9 @@ class Policy:
     def __init__(self, found: Sequence[Manifest], name: str) -> None:
         self.spec = one(found, "ValidatingAdmissionPolicy", name)["spec"]
         self.binding = one(found, "ValidatingAdmissionPolicyBinding", name)["spec"]
+        # Whatever else is said, the API server then refuses; also where it cannot evaluate the policy.
+        assert self.spec["failurePolicy"] == "Fail"
+        assert self.binding["validationActions"] in (["Deny"], ["Deny", "Audit"])
         self.messages = [each["message"] for each in self.spec["validations"]]
         self._variables = {each["name"]: each["expression"] for each in self.spec.get("variables", [])}
 

@@ -6,10 +6,14 @@ import contextlib
 import os
 import stat
 from dataclasses import replace
+from functools import partial
 
+from oci_hook.disk_space import Need, full_disk_explained
 from oci_hook.engines.plan import Change, HostFiles, Plan
 from oci_hook.errors import FileUnreadable
 from oci_hook.trusted_file import replace_file, sync_directory
+
+_ROOM = "free {size} on {mount} (`df -h {mount}`), then run it again: it goes on where it stopped"
 
 
 def carry_out(plan: Plan, files: HostFiles) -> None:
@@ -20,18 +24,24 @@ def carry_out(plan: Plan, files: HostFiles) -> None:
     """
     for change in plan.changes:
         path = files.real(change.path)
-        try:
-            if change.data is None:
-                os.unlink(path)
-                sync_directory(os.path.dirname(path))
-                continue
-            _make_directories(os.path.dirname(path))
-        except OSError as cause:
-            raise FileUnreadable(f"{path}: {cause.strerror}") from cause
-        replace_file(path, change.data, mode=change.mode)
+        need = Need.of([len(change.data or b"")], 4096, _ROOM)
+        with full_disk_explained(_existing(os.path.dirname(path)), partial(replace, need)):
+            _carry_out(change, path)
     for directory in plan.directories:
         with contextlib.suppress(OSError):
             os.rmdir(files.real(directory))
+
+
+def _carry_out(change: Change, path: str) -> None:
+    try:
+        if change.data is None:
+            os.unlink(path)
+            sync_directory(os.path.dirname(path))
+            return
+        _make_directories(os.path.dirname(path))
+    except OSError as cause:
+        raise FileUnreadable(f"{path}: {cause.strerror}") from cause
+    replace_file(path, change.data, mode=change.mode)
 
 
 def without_those_there(plan: Plan, files: HostFiles) -> tuple[Plan, tuple[Change, ...]]:
@@ -52,10 +62,17 @@ def _is_there(change: Change, files: HostFiles) -> bool:
     return False
 
 
+def _existing(path: str) -> str:
+    """The folder, or the nearest one above it that is there."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def _make_directories(path: str) -> None:
     """With mode 0755 whatever the umask is: engines and the users of rootless ones read what lies there."""
-    missing = []
-    while not os.path.isdir(path):
+    missing, there = [], _existing(path)
+    while path != there:
         missing.append(path)
         path = os.path.dirname(path)
     for directory in reversed(missing):

@@ -356,3 +356,20 @@ def test_a_damaged_entry_starts_nothing_until_it_is_added_again(
         assert running.stdout.encode() == expected
     finally:
         podman.rm("running")
+
+
+def test_a_full_disk_while_installing(scene: Scene, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "etc", "64k") as disk:
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        words = ("install", "--engine", "podman", "--hooks-dir", disk / "hooks.d")
+        tried = scene.sczctl(*words, check=False)
+        assert tried.returncode == FileUnreadable.code
+        assert f"4 KiB are needed, and the file system on {disk} has 0 KiB free" in tried.stderr
+        assert f"  remedy: free 4 KiB on {disk} (`df -h {disk}`), then run it again" in tried.stderr
+        assert [path for path in disk.rglob("*") if path.is_file()] == [filler]
+        filler.unlink()
+        scene.sczctl(*words)
+        assert len(list((disk / "hooks.d").iterdir())) == 2

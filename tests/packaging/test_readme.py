@@ -85,5 +85,14 @@ def test_the_readme_alone_is_enough(root: FreshRoot, packages: Packages, blocks:
     assert "TokenMissing (18)" in refused
     assert "sczctl token issue" in refused
     typed(root, blocks[REMOVE])
-    for path in ("/etc/scz-smm", "/var/lib/scz-smm", "/usr/bin/sczctl", "/usr/lib/scz-smm"):
+    assert root.call("ls", "/root/readme").stdout.split() == ["dist", "image", "image.tar", "minilm"]
+    gone = (
+        "/etc/scz-smm",
+        "/var/lib/scz-smm",
+        "/usr/bin/sczctl",
+        "/usr/lib/scz-smm",
+        "/var/lib/trial-tpm",
+        "/run/trial-tpm.pid",
+    )
+    for path in gone:
         assert root.call("test", "-e", path, check=False).returncode == 1, path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import configparser
 import grp
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -119,3 +120,16 @@ def test_the_directories(root: Path) -> None:
     os.utime(kept, (1, 1))
     code, _ = run("systemd-tmpfiles", f"--root={root}", "--clean", CONFIG / "tmpfiles.d/scz-smm.conf")
     assert (code, kept.exists()) == (0, True)
+
+
+def test_a_token_is_renewed_before_it_is_half_gone() -> None:
+    timer = (CONFIG / "systemd" / "scz-smm-token@.timer").read_text()
+    every = re.search(r"^OnUnitActiveSec=(\S+)$", timer, re.MULTILINE)
+    assert every is not None
+    code, said = run("systemd-analyze", "timespan", every[1])
+    microseconds = re.search(r"[uμ]s: ([0-9]+)", said)
+    assert microseconds is not None, (code, said)
+    service = (CONFIG / "systemd" / "scz-smm-token@.service").read_text()
+    lifetime = re.search(r"^Environment=.*\bTTL=([0-9]+)$", service, re.MULTILINE)
+    assert lifetime is not None
+    assert 2 * int(microseconds[1]) <= int(lifetime[1]) * 1_000_000
