@@ -383,8 +383,8 @@ def nfpm_document(
         "overrides": {
             "deb": {
                 "depends": deb_dependencies(needs, glibc),
-                "recommends": ["logrotate"],
-                "suggests": ["podman", "containerd", "cri-o", "docker.io", "swtpm", "tpm2-tools"],
+                # No more than a suggestion: on a system without it, it brings a mailer.
+                "suggests": ["logrotate", "podman", "containerd", "cri-o", "docker.io", "swtpm", "tpm2-tools"],
                 "scripts": _scripts(source / "packaging/deb", ("preinst", "postinst", "prerm", "postrm")),
             },
             "rpm": {
