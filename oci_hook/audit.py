@@ -24,11 +24,9 @@ from oci_hook.audit_chain import (
     Verified,
     format_time,
     head_of,
-    last_line,
-    newest_rotated,
     parse_line,
-    read_chain,
 )
+from oci_hook.audit_files import foreign_paths, newest_rotated, read_chain, read_end, unusable
 from oci_hook.documents import canonical
 from oci_hook.errors import AuditFailed, AuditRefused, FileUnreadable
 from oci_hook.locks import lock_descriptor
@@ -80,7 +78,7 @@ class AuditLog:
             with contextlib.ExitStack() as attempt:
                 descriptor = os.open(path, flags, 0o600)
                 attempt.callback(os.close, descriptor)
-                self._verify_ours(descriptor)
+                self._verify_ours(descriptor, path)
                 lock_descriptor(descriptor, what=path, timeout_seconds=_LOCK_SECONDS, error=AuditFailed)
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor)):
@@ -109,11 +107,14 @@ class AuditLog:
 
     def _end_of(self, previous: str, stack: contextlib.ExitStack) -> AuditHead:
         """Where a rotated file ends; it stays locked, and what a crash left torn in it is mended."""
-        if previous.endswith(".gz"):
-            return head_of(last_line(previous))
-        descriptor = self._open_locked(previous, stack, create=0)
-        line, torn = self._tail(descriptor)
-        head = head_of(line)
+        try:
+            if previous.endswith(".gz"):
+                return read_end(previous)
+            descriptor = self._open_locked(previous, stack, create=0)
+            line, torn = self._tail(descriptor)
+            head = head_of(line)
+        except AuditRefused as cause:
+            raise unusable(previous, cause) from cause
         if torn:
             lines, head = self._mended(head, torn)
             self._write(descriptor, lines)
@@ -149,11 +150,12 @@ class AuditLog:
         with self._locked():
             return target
 
-    def _verify_ours(self, descriptor: int) -> None:
+    @staticmethod
+    def _verify_ours(descriptor: int, path: str) -> None:
         """Whoever else could write the log could cut it, set the clock's floor, and hold its lock."""
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise AuditFailed(f"{self._path} is not a regular file that we alone can write")
+            raise AuditFailed(f"{path} is not a regular file that we alone can write")
 
     def _tail(self, descriptor: int) -> tuple[bytes, bytes]:
         """The last whole line, and the bytes after it that a crash left without a line feed."""
@@ -161,7 +163,7 @@ class AuditLog:
         start = max(0, size - 4 * LINE_LIMIT_BYTES)
         *lines, torn = os.pread(descriptor, size - start, start).split(b"\n")
         if not lines and start:
-            raise AuditRefused(f"{self._path} ends in a line that is not a record")
+            raise AuditRefused("the file ends in a line that is longer than a record")
         return (lines[-1] if lines else b""), torn
 
     def head(self) -> AuditHead:
@@ -174,6 +176,24 @@ class AuditLog:
         with self._locked() as descriptor:
             line, _ = self._tail(descriptor)
             return head_of(line)
+
+    def peek(self) -> AuditHead:
+        """The end of the chain as `head` would find it, its number 0 if there is none; nothing is written or made.
+
+        Raises:
+            AuditRefused: The last line is not a record, or what a new log would go on from is damaged.
+            AuditFailed: The log cannot be read.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                with contextlib.suppress(FileNotFoundError):
+                    line, _ = self._tail(self._open_locked(self._path, stack, create=0))
+                    if line:
+                        return head_of(line)
+                previous = newest_rotated(self._path)
+                return read_end(previous) if previous is not None else head_of(b"")
+        except OSError as cause:
+            raise AuditFailed(f"{self._path}: {cause.strerror}") from cause
 
     def append(self, event: str, **members: str | int | None) -> AuditHead:
         """Append one record and sync it to the disk; members that are None are left out.
@@ -249,6 +269,14 @@ class AuditLog:
     def verified(self, *, after: int = 0) -> Iterator[Verified]:
         """`records`, each with the digest of its line."""
         return read_chain(self._path, after=after)
+
+    def foreign(self) -> list[str]:
+        """What lies beside the log under its name and is none of its files: it is not read.
+
+        Raises:
+            AuditFailed: The directory cannot be read.
+        """
+        return foreign_paths(self._path)
 
 
 def text_line(record: dict[str, Any]) -> str:

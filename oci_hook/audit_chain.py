@@ -1,19 +1,15 @@
-"""The audit log as it is read: lines, the chain over them, and the files that it was rotated into.
+"""The audit log's lines, and the chain over them: what a record is, and whether each follows the one before.
 
-A file that was rotated away lies beside the log, under the log's name with something after it (`audit.jsonl.1`,
-`audit.jsonl-20260101.gz`, `audit.jsonl.000000000117`); which comes first is told by their first records, not by their
-names. The oldest may have been removed: then the chain begins with the `continued` record of the first that is there,
-and nothing here says what came before it. Nothing is written. Format: docs/specification.md, "Audit record".
+Which files the log consists of, and in what order: `audit_files`. Nothing is written. Format: docs/specification.md,
+"Audit record".
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, Any
@@ -24,9 +20,7 @@ from oci_hook.errors import AuditFailed, AuditRefused
 LINE_LIMIT_BYTES = 16 << 10
 FILE_LIMIT_BYTES = 4 << 30
 """Of one file, decompressed."""
-MAX_FILES = 4096
 EMPTY_HEAD = hashlib.sha256(b"").digest()
-_ROTATED = re.compile(r"[.-][0-9A-Za-z_.-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,47 +79,8 @@ def head_of(line: bytes) -> AuditHead:
     return AuditHead(record["seq"], datetime.fromisoformat(record["time"]).timestamp(), hashlib.sha256(line).digest())
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """An open file of the log; `first` is its first record's number, 0 if it has none."""
-
-    path: str
-    stream: IO[bytes]
-    first: int
-
-
-def rotated_paths(path: str) -> list[str]:
-    """The files that the log at `path` was rotated into, in no order; of one that is being compressed, the original.
-
-    Raises:
-        AuditFailed: The directory cannot be read, or has too many of them.
-    """
-    directory, base = os.path.split(path)
-    try:
-        names = set(os.listdir(directory))
-    except FileNotFoundError:
-        return []
-    except OSError as cause:
-        raise AuditFailed(f"{directory}: {cause.strerror}") from cause
-    found = {name for name in names if name.startswith(base) and _ROTATED.fullmatch(name[len(base) :])}
-    found = {name for name in found if not (name.endswith(".gz") and name[:-3] in found)}
-    if len(found) > MAX_FILES:
-        raise AuditFailed(f"{directory} has more than {MAX_FILES} files of the audit log")
-    return [os.path.join(directory, name) for name in sorted(found)]
-
-
-def _open(path: str) -> IO[bytes]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    file = os.fdopen(descriptor, "rb")
-    if path.endswith(".gz"):
-        import gzip
-
-        return gzip.GzipFile(fileobj=file, mode="rb")  # type: ignore[return-value]
-    return file
-
-
-def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
-    """Each line with its line feed; bounded, whatever a compressed file becomes.
+def lines_of(stream: IO[bytes], path: str) -> Iterator[bytes]:
+    """Each line of a file with its line feed; bounded, whatever a compressed file becomes.
 
     Raises:
         AuditRefused: It is longer than a record or a file can be, or not what gzip wrote.
@@ -133,146 +88,101 @@ def _lines(file: IO[bytes], path: str) -> Iterator[bytes]:
     """
     total = 0
     try:
-        while line := file.readline(LINE_LIMIT_BYTES + 2):
+        while line := stream.readline(LINE_LIMIT_BYTES + 2):
             total += len(line)
             if total > FILE_LIMIT_BYTES:
-                raise AuditRefused(f"{path} is larger than {FILE_LIMIT_BYTES} bytes")
+                raise AuditRefused(f"{path} is larger than {FILE_LIMIT_BYTES} bytes", remedy=_restore(path))
             yield line
     except (EOFError, zlib.error) as cause:
-        raise AuditRefused(f"{path} is not whole: {cause}") from cause
+        raise AuditRefused(f"{path} is not whole: {cause}", remedy=_restore(path)) from cause
     except OSError as cause:
         if cause.strerror is None:  # gzip's own
-            raise AuditRefused(f"{path} is not whole: {cause}") from cause
+            raise AuditRefused(f"{path} is not whole: {cause}", remedy=_restore(path)) from cause
         raise AuditFailed(f"{path}: {cause.strerror}") from cause
 
 
-def _first_sequence(path: str) -> int:
-    with _open(path) as file:
-        line = next(_lines(file, path), b"").rstrip(b"\n")
-    try:
-        return int(parse_line(line)["seq"]) if line else 0
-    except AuditRefused as cause:
-        raise AuditRefused(f"line 1 of {path} is not a record") from cause
+def _restore(path: str) -> str:
+    return f"restore {path} from a backup, or move it and the older files out of the folder, and keep them"
 
 
-def newest_rotated(path: str) -> str | None:
-    """The file that the log was rotated into last; None if there is none with a record.
-
-    Raises:
-        AuditRefused: One of them is no log.
-        AuditFailed: They cannot be read.
-    """
-    found = []
-    for each in rotated_paths(path):
-        try:
-            found.append((_first_sequence(each), each))
-        except FileNotFoundError:
-            continue  # renamed meanwhile: the caller, who holds the log's lock, finds that when it opens one
-        except OSError as cause:
-            raise AuditFailed(f"{each}: {cause.strerror}") from cause
-    return max((each for each in found if each[0]), default=(0, None))[1]
-
-
-def last_line(path: str) -> bytes:
-    """The last whole line of a file, which may be compressed.
-
-    Raises:
-        AuditRefused: It is not whole.
-        AuditFailed: It cannot be read.
-        OSError: It cannot be opened.
-    """
-    last = b""
-    with _open(path) as file:
-        for line in _lines(file, path):
-            if line.endswith(b"\n"):
-                last = line[:-1]
-    return last
-
-
-def read_chain(path: str, *, after: int = 0) -> Iterator[Verified]:
-    """All records in order, across the files of the log, each verified against the one before.
+def first_sequence(stream: IO[bytes], path: str, *, may_be_torn: bool = False) -> int:
+    """The number of a file's first record, 0 if it has none; the file is at its beginning again.
 
     Args:
-        path: Of the log.
-        after: Files with no record of a higher number are not read.
+        stream: The file.
+        path: Its name in messages.
+        may_be_torn: An only line that a crash left without its line feed is no record.
 
     Raises:
-        AuditRefused: The chain is broken; the message names file and line.
-        AuditFailed: The log cannot be read.
+        AuditRefused: Its first line is no record.
+        AuditFailed: It cannot be read.
     """
-    with ExitStack() as stack:
-        try:
-            files = _opened(path, after, stack)
-        except OSError as cause:
-            raise AuditFailed(f"{path}: {cause.strerror}") from cause
-        chain = _Chain()
-        for file in files:
-            yield from chain.records(file, last=file is files[-1])
+    line = next(lines_of(stream, path), b"")
+    stream.seek(0)
+    if not line or (may_be_torn and not line.endswith(b"\n")):
+        return 0
+    try:
+        return int(parse_line(line.rstrip(b"\n"))["seq"])
+    except AuditRefused as cause:
+        raise AuditRefused(f"line 1 of {path} is not a record", remedy=_restore(path)) from cause
 
 
-def _opened(path: str, after: int, stack: ExitStack) -> list[_File]:
-    """The files in the chain's order: opened together, as logrotate may rename them while they are read."""
-    for _ in range(8):
-        with ExitStack() as attempt:
-            try:
-                files, seen = [], set()
-                for name in [*rotated_paths(path), path]:
-                    if name == path and not os.path.lexists(path):
-                        continue
-                    stream = attempt.enter_context(_open(name))
-                    found = os.fstat(stream.fileno())
-                    if (found.st_dev, found.st_ino) not in seen:
-                        seen.add((found.st_dev, found.st_ino))
-                        files.append(_File(name, stream, 0))
-            except FileNotFoundError:
-                continue  # renamed meanwhile
-            stack.enter_context(attempt.pop_all())
-            break
-    else:
-        raise AuditFailed(f"{path} is being rotated again and again")
-    ordered = []
-    for file in files:
-        line = next(_lines(file.stream, file.path), b"")
-        file.stream.seek(0)
-        try:
-            torn = file.path == path and not line.endswith(b"\n")  # by a crash, if this is its only line
-            first = int(parse_line(line.rstrip(b"\n"))["seq"]) if line and not torn else 0
-        except AuditRefused as cause:
-            raise AuditRefused(f"line 1 of {file.path} is not a record") from cause
-        if first or file.path == path:
-            ordered.append(_File(file.path, file.stream, first or 1 << 62))  # the log itself may have none yet
-    ordered.sort(key=lambda file: file.first)
-    begin = max((index for index, file in enumerate(ordered) if file.first <= after + 1), default=0)
-    return ordered[begin:]
+def end_of(stream: IO[bytes], path: str) -> AuditHead:
+    """The chain's end after the last whole line of a file.
+
+    Raises:
+        AuditRefused: It is not whole, or its last line is no record.
+        AuditFailed: It cannot be read.
+    """
+    if not path.endswith(".gz"):
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - 4 * LINE_LIMIT_BYTES))
+    last = b""
+    for line in lines_of(stream, path):
+        if line.endswith(b"\n"):
+            last = line[:-1]
+    stream.seek(0)
+    try:
+        return head_of(last)
+    except AuditRefused as cause:
+        raise AuditRefused(f"the last line of {path} is not a record", remedy=_restore(path)) from cause
 
 
-class _Chain:
-    """The chain's state from line to line."""
+class Chain:
+    """The chain's state from line to line.
 
-    def __init__(self) -> None:
-        self._previous: bytes | None = None
-        self._sequence = 0
+    Args:
+        after: The end of what came before and is not read; None: what is read begins with the oldest record.
+    """
 
-    def records(self, file: _File, *, last: bool) -> Iterator[Verified]:
-        """The records of one file; only the last file may end in a line that a crash tore."""
+    def __init__(self, after: AuditHead | None) -> None:
+        self._previous = after.digest if after is not None else None
+        self._sequence = after.sequence if after is not None else 0
+
+    def records(self, stream: IO[bytes], path: str, *, last: bool) -> Iterator[Verified]:
+        """The records of one file; only the last file may end in a line that a crash tore.
+
+        Raises:
+            AuditRefused: The chain is broken; the message names file and line.
+            AuditFailed: The file cannot be read.
+        """
         torn_number, raw = 0, b""
-        for number, raw in enumerate(_lines(file.stream, file.path), 1):
+        for number, raw in enumerate(lines_of(stream, path), 1):
             line = raw.rstrip(b"\n")
             try:
                 record = parse_line(line)
             except AuditRefused:
                 if torn_number:
-                    raise AuditRefused(f"line {torn_number} of {file.path} is not a record") from None
+                    raise AuditRefused(f"line {torn_number} of {path} is not a record") from None
                 torn_number, self._previous = number, hashlib.sha256(line).digest()
                 continue  # only a `recovered` record that names these bytes excuses them
             if torn_number and (record.get("event"), record.get("torn")) != ("recovered", _hex(self._previous)):
-                raise AuditRefused(f"line {torn_number} of {file.path} is not a record")
+                raise AuditRefused(f"line {torn_number} of {path} is not a record")
             torn_number = 0
-            self._verify_link(record, file.path, number)
+            self._verify_link(record, path, number)
             self._previous, self._sequence = hashlib.sha256(line).digest(), record["seq"]
             yield Verified(record, self._previous)
         if torn_number and not (last and not raw.endswith(b"\n")):
-            raise AuditRefused(f"line {torn_number} of {file.path} is not a record")
+            raise AuditRefused(f"line {torn_number} of {path} is not a record")
 
     def _verify_link(self, record: dict[str, Any], path: str, number: int) -> None:
         if self._previous is None:

@@ -109,6 +109,12 @@ def show_audit(config_file: str, /, limit: int | None, reverse: bool, as_json: b
         chosen = reversed(last) if reverse else iter(last)
     for record in chosen:
         click.echo(json.dumps(record, sort_keys=True) if as_json else printable(text_line(record)))
+    _warn_of_foreign(log)
+
+
+def _warn_of_foreign(log: AuditLog) -> None:
+    for path in log.foreign():
+        click.echo(printable(f"{path} is none of the log's files by its name, and was not read"), err=True)
 
 
 def _digest_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -145,6 +151,7 @@ def verify_audit(config_file: str, from_head: str | None, as_json: bool) -> None
             f"no record has the digest {from_head}, nor does the oldest follow it: the log was cut or exchanged",
             remedy="keep the log for an investigation; look for rotated files that were moved away",
         )
+    _warn_of_foreign(log)
     head = last.digest.hex() if last else EMPTY_HEAD.hex()
     begins = first.record["seq"] if first else 0
     if as_json:

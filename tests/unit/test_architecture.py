@@ -31,6 +31,7 @@ FLOORS = {
         "config",
         "audit",
         "audit_chain",
+        "audit_files",
         "journal",
         "invocation",
         "disk_space",

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from oci_hook import audit_chain
+from oci_hook import audit_chain, metrics
 from oci_hook.audit import AuditLog
 from oci_hook.errors import AuditFailed, AuditRefused
-from tests.commands import Household, done, misused, refused
+from tests.commands import Household, done, misused, refused, snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 1_700_000_000.0
@@ -183,6 +183,173 @@ def test_hostile_rotated_files(log: AuditLog, path: Path, folder: Path, monkeypa
         list(log.records())
 
 
+# --- what lies beside the log -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copy", [".bak", ".old", ".2", "-20260131"])
+@pytest.mark.parametrize("name", [".1", ".1.gz", ".000000000010"])
+def test_a_copy_of_an_earlier_moment_takes_nothing_away(path: Path, copy: str, name: str) -> None:
+    clock = iter(NOW + 60 * number for number in range(100))
+    log = AuditLog(str(path), lambda: next(clock))
+    fill(log, 5)
+    shutil.copy(path, f"{path}{copy}")
+    assert sequence(log) == list(range(1, 6))
+    fill(log, 5)
+    assert sequence(log) == list(range(1, 11))
+    counters = metrics.Counters()
+    metrics.update(counters, log)
+    if name.endswith(".gz"):
+        compress(path, f"{path}{name}")
+    else:
+        path.rename(f"{path}{name}")
+    assert AuditLog(str(path)).peek().sequence == 10
+    head = AuditLog(str(path), lambda: NOW).append("released", container="c")
+    assert (head.sequence, head.seconds) == (12, NOW + 540)  # the clock's floor, too
+    assert sequence(log) == list(range(1, 13))
+    metrics.update(counters, log)
+    assert (counters.sequence, counters.released) == (12, 1)
+
+
+def test_files_that_disagree_are_refused(log: AuditLog, path: Path, folder: Path) -> None:
+    fill(log)
+    three = path.read_bytes()
+    fill(log, 2)
+    five = path.read_bytes()
+    other = AuditLog(str(folder.parent / "other" / "audit.jsonl"), lambda: NOW)
+    fill(other, 4, "d")
+    path.rename(f"{path}.1")
+    fill(log, 1)
+    Path(f"{path}.2").write_bytes(Path(other.path).read_bytes())
+    with pytest.raises(AuditRefused, match=r"line 1 of .*\.2 is not that of .*\.1") as caught:
+        list(log.records())
+    assert "move the other out" in caught.value.advice
+    Path(f"{path}.2").write_bytes(three.splitlines(keepends=True)[1] + three.splitlines(keepends=True)[2])
+    for after in (0, 1, 2, 4):  # it lies within the other
+        with pytest.raises(AuditRefused, match="does not follow"):
+            list(log.records(after=after))
+    Path(f"{path}.2").unlink()
+    Path(f"{path}.1.gz").write_bytes(gzip.compress(five))
+    assert sequence(log) == list(range(1, 8))
+    Path(f"{path}.1").write_bytes(three)  # the shorter of two: the other has the rest
+    assert sequence(log) == list(range(1, 8))
+    path.write_bytes(three)
+    Path(f"{path}.1").unlink()
+    with pytest.raises(AuditRefused, match="lacks: the log was cut"):
+        list(log.records())
+
+
+def test_a_gz_that_is_not_of_the_file_beside_it(log: AuditLog, path: Path) -> None:
+    """Compression was on, then off: `.1.gz` and `.1` are two files of the log."""
+    fill(log)
+    compress(path, f"{path}.1.gz")
+    fill(log)
+    path.rename(f"{path}.1")
+    fill(log)
+    assert sequence(log) == list(range(1, 12))
+
+
+FOREIGN = {
+    "checksum": ".sha256",
+    "text": ".txt",
+    "half compressed": ".1.gz.tmp",
+    "folder": ".d",
+    "xz": ".2.xz",
+    "emacs": "~",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_neighbour_stops_nothing(log: AuditLog, path: Path, name: str) -> None:
+    fill(log)
+    if name == ".d":
+        Path(f"{path}{name}").mkdir()
+    else:
+        Path(f"{path}{name}").write_bytes(b"\xfd7zXZ\x00 no record\n")
+    log.rotate()
+    fill(log, 1)
+    assert sequence(log) == [1, 2, 3, 4, 5]
+    assert log.foreign() == [f"{path}{name}"]
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "cut", "folder", "link"])
+@pytest.mark.parametrize("newest", [".1", ".1.gz", ".000000000009"])
+def test_an_old_damaged_file_does_not_stop_a_new_log(log: AuditLog, path: Path, newest: str, damage: str) -> None:
+    fill(log)
+    compress(path, f"{path}.2.gz")
+    old = Path(f"{path}.2.gz")
+    fill(log)
+    good = old.read_bytes()
+    damage_file(old, damage)
+    os.utime(old, (NOW, NOW), follow_symlinks=False)
+    counters = metrics.Counters()
+    if newest.endswith(".gz"):
+        compress(path, f"{path}{newest}")
+    else:
+        path.rename(f"{path}{newest}")
+    assert log.append("grant", container="after").sequence == 9
+    with pytest.raises((AuditRefused, AuditFailed), match=r"audit\.jsonl\.2\.gz"):
+        list(log.records())
+    assert [record["seq"] for record in log.records(after=7)] == [8, 9]
+    if old.is_dir():
+        old.rmdir()
+    old.unlink(missing_ok=True)
+    old.write_bytes(good)
+    metrics.update(counters, log)
+    assert (counters.sequence, sequence(log)) == (9, list(range(1, 10)))
+
+
+def damage_file(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "link":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b"no gzip\n" if how == "rubbish" else data[:-9])
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "cut", "folder", "link"])
+@pytest.mark.parametrize("name", [".1", ".1.gz"])
+def test_the_newest_damaged_file_stops_a_new_log(log: AuditLog, path: Path, name: str, damage: str) -> None:
+    fill(log)
+    log.rotate()
+    fill(log)
+    newest = Path(f"{path}{name}")
+    if name.endswith(".gz"):
+        compress(path, str(newest))
+    else:
+        path.rename(newest)
+        if damage == "cut":
+            newest.write_bytes(newest.read_bytes() + b"no record\n")
+    if name.endswith(".gz") or damage != "cut":
+        damage_file(newest, damage)
+    for attempt in (log.head, log.peek, lambda: log.append("grant", container="c")):
+        with pytest.raises((AuditRefused, AuditFailed)) as caught:
+            attempt()
+        assert str(newest) in caught.value.message
+        assert str(newest) in caught.value.advice or attempt == log.peek
+    assert not path.exists() or path.read_bytes() == b""
+    newest.rename(path.parent / "kept")  # the remedy
+    assert log.append("grant", container="c").sequence == 5
+
+
+def test_reading_an_empty_log_writes_nothing(log: AuditLog, path: Path, folder: Path) -> None:
+    fill(log)
+    log.rotate()
+    path.write_bytes(b"")
+    before = snapshot(folder)
+    assert AuditLog(str(path)).peek() == AuditLog(f"{path}.000000000003").peek()
+    assert sequence(log) == [1, 2, 3]
+    assert snapshot(folder) == before
+    path.unlink()
+    before = snapshot(folder)
+    assert log.peek().sequence == 3
+    assert snapshot(folder) == before
+    assert AuditLog(str(folder / "none" / "audit.jsonl")).peek().sequence == 0
+    assert snapshot(folder) == before
+
+
 EFFECTS = ("rename", "write", "fsync", "ftruncate", "open")
 
 
@@ -224,6 +391,33 @@ def appender(path: str, number: int) -> None:
     log = AuditLog(path)
     for each in range(12):
         log.append("grant", container=f"{number}-{each}")
+
+
+def test_what_logrotate_is_told_for_all_logs_does_not_hold_for_ours(folder: Path, path: Path, tmp_path: Path) -> None:
+    ours, everyone, state = tmp_path / "ours", tmp_path / "logrotate.conf", tmp_path / "logrotate.state"
+    ours.write_text((ROOT / "config/logrotate.d/scz-smm").read_text().replace("/var/log/scz-smm", str(folder)))
+    everyone.write_text(
+        "dateext\ndateformat .x%s\ncompresscmd /usr/bin/base64\nuncompresscmd /usr/bin/base64\ncompressext .xz\n"
+        f"compressoptions --wrap=0\ncopytruncate\nolddir /var/log\ninclude {ours}\n"
+    )
+    for each in (ours, everyone):
+        each.chmod(0o644)
+    log = AuditLog(str(path))
+    fill(log)
+    for day in (1, 2):  # a date's name serves once
+        command = ["/usr/sbin/logrotate", "--state", str(state), "--force", str(everyone)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.returncode, ran.stderr) == (0, ""), ran
+        (rotated,) = (each for each in folder.iterdir() if each != path and not each.name.endswith(".gz"))
+        assert rotated.name.startswith("audit.jsonl-20")
+        rotated.rename(folder / f"audit.jsonl-2023111{day}")
+        fill(log, 1)
+    assert {each.name for each in folder.iterdir()} == {
+        "audit.jsonl",
+        "audit.jsonl-20231111.gz",
+        "audit.jsonl-20231112",
+    }
+    assert sequence(log) == list(range(1, 8))
 
 
 def test_nothing_is_lost_while_logrotate_and_we_rotate(folder: Path, path: Path, tmp_path: Path) -> None:
@@ -336,3 +530,25 @@ def test_rotate_as_a_command(house: Household) -> None:
     assert Path(f"{path}.000000000005").read_bytes() == before
     assert done(house.ctl("audit", "rotate")).err == "there is nothing to rotate\n"
     assert done(house.ctl("audit", "rotate", "--dry-run", "--json")).json == {"dry_run": True, "path": None}
+
+
+def test_what_is_not_read_is_named(house: Household) -> None:
+    path = house.host / "log" / "audit.jsonl"
+    Path(f"{path}.bak\x1b").write_bytes(b"x")
+    for words in (("verify",), ("verify", "--json"), ("show",)):
+        shown = done(house.ctl("audit", *words)).err
+        assert shown == f"{path}.bak? is none of the log's files by its name, and was not read\n"
+
+
+def test_commands_that_read_begin_no_log(house: Household) -> None:
+    path = house.host / "log" / "audit.jsonl"
+    path.rename(f"{path}.1")
+    for content in (None, b"", b'{"cl'):
+        if content is not None:
+            path.write_bytes(content)
+            path.chmod(0o600)
+        before = snapshot(house.host)
+        for words in (("audit", "verify"), ("audit", "show"), ("audit", "rotate", "--dry-run"), ("metrics",), ("ps",)):
+            done(house.ctl(*words))
+        house.ctl("doctor")
+        assert snapshot(house.host) == before
