@@ -18,7 +18,7 @@ from oci_hook.cli.checks import host as host_checks
 from oci_hook.cli.checks.models import StoredSize, check_room, judge_timeout, needed_seconds
 from oci_hook.cli.checks.package import check_package
 from oci_hook.config import Config, load_config
-from tests.commands import done, flip_bit
+from tests.commands import done, flip_bit, snapshot
 from tests.unit.test_cli_doctor import Host, make_host
 
 GIB = 1 << 30
@@ -181,6 +181,22 @@ def test_the_chain_is_followed_for_a_bounded_time(host: Host, monkeypatch: pytes
     log.write_bytes(lines[0] + lines[2])
     status, message, remedy = host.check("audit log")
     assert (status, "does not follow" in message, "sczctl audit verify" in remedy) == ("fail", True, True)
+
+
+def test_a_log_that_was_rotated_is_not_begun(host: Host) -> None:
+    path = host.host / "log/audit.jsonl"
+    log = AuditLog(str(path))
+    log.append("closed", container="c")
+    path.rename(f"{path}.1")
+    for made in (False, True):  # as logrotate's `create` would
+        if made:
+            path.touch(0o600)
+        before = snapshot(path.parent)
+        assert host.check("audit log")[1] == f"{path}, 1 record, chained"
+        assert snapshot(path.parent) == before
+    Path(f"{path}.1").write_bytes(b"no record\n")
+    status, message, remedy = host.check("audit log")
+    assert (status, f"{path}.1" in message, f"restore {path}.1" in remedy) == ("fail", True, True)
 
 
 def test_room_for_the_audit_log(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,15 +201,15 @@ def check_audit(config: Config) -> Iterator[Check]:
     try:
         room = os.statvfs(place)
         log = AuditLog(path)
-        head = log.head() if place == path else None
-        looked = _verify_chain(log) if head is not None else ""
+        head = log.peek()
+        looked = f", {_verify_chain(log)}" if head.sequence else " (not yet begun)"
     except SczError as error:
         yield failed("audit log", error)
         return
     except OSError as error:
         yield Check("audit log", "fail", f"{place}: {error.strerror}", f"mend {place}")
         return
-    behind = head.seconds - config.token_leeway_seconds - time.time() if head is not None else 0.0
+    behind = head.seconds - config.token_leeway_seconds - time.time()
     left = room.f_bavail * room.f_frsize
     if behind > 0:
         yield Check("audit log", "fail", f"the clock is {behind:.0f} s behind the last record", ClockRefused.remedy)
@@ -219,7 +219,7 @@ def check_audit(config: Config) -> Iterator[Check]:
         message = f"{left // _MIB} MiB are left for {path}; a log that cannot be written refuses every start"
         yield Check("audit log", "warn", message, f"free space on the file system of {place} (`df {place}`)")
     else:
-        yield Check("audit log", "ok", path + (f", {looked}" if head is not None else " (not yet begun)"))
+        yield Check("audit log", "ok", path + looked)
 
 
 def _verify_chain(log: AuditLog) -> str:
