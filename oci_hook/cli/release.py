@@ -76,8 +76,8 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
         result = reclaim(record, record.held[index], others=others, lazy=lazy, dry_run=dry_run)
         results.append((index, result))
         if result.state in ("released", "detached", "absent") and not dry_run:
+            _audit(AuditLog(config.audit_file), record, index, result)  # first: what is marked is never looked at again
             records.mark_released(record, record.held[index].device)
-            _audit(AuditLog(config.audit_file), record, index, result)
         if not as_json:
             _show(record, index, result)
     if as_json:

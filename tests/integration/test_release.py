@@ -137,6 +137,22 @@ def test_the_memory_comes_back_and_the_container_goes_on(scene: Scene, runtime: 
     assert list((scene.runtime_directory / "containers").iterdir()) == []
 
 
+def test_a_release_that_was_not_recorded_is_recorded_by_the_next(scene: Scene) -> None:
+    """The audit record comes first: what ends `sczctl release` before it leaves a model that is not marked."""
+    with shell(scene) as container:
+        scene.audit.chmod(0o666)  # we do not write to a log that others could write
+        try:
+            failed = scene.sczctl("release", container.id, check=False)
+        finally:
+            scene.audit.chmod(0o600)
+        assert failed.returncode == 65
+        assert not container.mounted()
+        assert [each["event"] for each in events(scene, container.id)] == ["grant", "outcome"]
+        assert container.release()[1]["state"] == "absent"
+        assert scene.sczctl("release", container.id, check=False).returncode == 1
+        assert [each["event"] for each in events(scene, container.id)] == ["grant", "outcome", "released"]
+
+
 def test_a_restart_gives_the_model_anew(scene: Scene) -> None:
     token = scene.token("restart-token")
     words = ["--annotation", "smm.scz/model=small:1", "--volume", f"{token}:{TOKEN_PATH}:ro"]
