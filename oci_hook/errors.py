@@ -341,7 +341,7 @@ class Terminated(CouldNotTell):
 
 class InstallationIncomplete(CouldNotTell):
     code, summary = 72, "the installation of scz-smm is incomplete, or being changed right now"
-    remedy = "wait for an upgrade to end; else `dpkg --configure -a`, then `apt install --reinstall scz-smm`"
+    remedy = "`dpkg --configure -a`, `apt install --reinstall scz-smm`; with rpm: `rpm -U --replacepkgs FILE`"
 
 
 def all_errors() -> dict[int, type[SczError]]:

@@ -22,7 +22,7 @@ try:
 
     code = main(sys.argv[1:])
 except Exception as error:
-    remedy = "`dpkg --configure -a`, then `apt install --reinstall scz-smm`"
+    remedy = "`dpkg --configure -a`, `apt install --reinstall scz-smm`; with rpm: `rpm -U --replacepkgs FILE`"
     problem = f"{type(error).__name__}: {error}".splitlines()[0]
     print(f"scz-hook: InstallationIncomplete (72): {_PLACE}: {problem}; remedy: {remedy}", file=sys.stderr)
     code = 72

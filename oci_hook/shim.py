@@ -4,7 +4,8 @@ For engines that have no hooks (containerd, Docker). A script that `sczctl insta
 configuration; nothing of that comes from a container. The call is looked at only as far as needed: a container without
 an annotation of ours reaches the runtime with config.json untouched. Arguments, descriptors, working directory and
 signal mask pass as they are, the exit code is the runtime's own, since it is exec. Only the environment is thinned.
-Any problem ends the call with a code of `errors.py`, and the runtime does not run. This module has the one broad
+Any problem ends the call with a code of `errors.py`, and the runtime does not run. Only while the package is replaced,
+damaged or gone does the script itself pass on what creates no container. This module has the one broad
 `except` of this entry point. Until something of ours is seen, `os` and `_signal` are all that is imported, as `json`,
 `typing` and `signal` take longer than the interpreter's own start.
 OCI runtime specification, "POSIX-platform Hooks"; the command line that engines use: runc's.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # `signal` without its enumerations
 import os
 
-from oci_hook.oci.command_line import NAMES, Command, kind_of, read_command
+from oci_hook.oci.command_line import CREATING, NAMES, Command, kind_of, read_command
 
 _LIMIT_BYTES = 4 << 20
 _MAX_FIRST_LINE_BYTES = 255  # BINPRM_BUF_SIZE of Linux (include/uapi/linux/binfmts.h), less the end of the line
@@ -266,7 +267,7 @@ def shim_script(*, runtime: str, engine: str, config_file: str) -> bytes:
     Raises:
         EngineUnsupported: Nothing that the shim knows, or a path that a script's first line cannot have.
     """
-    from oci_hook.errors import EngineUnsupported
+    from oci_hook.errors import EngineUnsupported, InstallationIncomplete
     from oci_hook.invocation import ENGINES, interpreter
 
     if not os.path.isabs(runtime) or not kind_of(runtime):
@@ -287,9 +288,30 @@ def shim_script(*, runtime: str, engine: str, config_file: str) -> bytes:
         "        raise ImportError('the package is being installed or upgraded, or that was cut off')",
         "    from oci_hook.shim import main",
         "except Exception as error:",  # as in launch.py
-        "    print(f'scz-runtime: InstallationIncomplete (72): {error}; remedy: `dpkg --configure -a`, '",
-        "        'then `apt install --reinstall scz-smm`', file=sys.stderr)",
+        *("    " + line for line in _without_us(runtime)),
+        f"    print(f'scz-runtime: InstallationIncomplete (72): {{error}}; remedy: '{InstallationIncomplete.remedy!a},",
+        "        file=sys.stderr)",
         "    sys.exit(72)",
         f"sys.exit(main(sys.argv[1:], runtime={runtime!a}, engine={engine!a}, config_file={config_file!a}))",
     )
     return first_line + b"\n" + "\n".join(lines).encode() + b"\n"
+
+
+def _without_us(runtime: str) -> tuple[str, ...]:
+    """What the script does while we are replaced, damaged or gone: containers that are there can be stopped and entered.
+
+    A word anywhere that is a creating verb, or begins one, ends in the refusal: nothing starts without the check.
+    """
+    return (
+        f"if not any(word and verb.startswith(word) for word in sys.argv[1:] for verb in {tuple(sorted(CREATING))!a}):",
+        "    import _signal",
+        "    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):",
+        "        _signal.signal(number, _signal.SIG_DFL)",
+        f"    kept, families = {tuple(sorted(_KEPT))!a}, {_KEPT_FAMILIES!a}",
+        "    environment = {name: value for name, value in os.environb.items()",
+        f"        if name in kept or (name.startswith(families) and name != {_COERCED!a})}}",
+        "    try:",
+        f"        os.execve({runtime!a}, [{runtime!a}, *sys.argv[1:]], environment)",
+        "    except OSError as problem:",
+        f"        error = f'{{error}}; and the runtime cannot be started: {{problem}}'",
+    )

@@ -74,6 +74,7 @@ def test_a_damaged_one_refuses_in_one_line(place: Path, module: str, damage: Cal
     assert len(done.stderr.splitlines()) == 1
     assert "InstallationIncomplete (72)" in done.stderr
     assert "apt install --reinstall scz-smm" in done.stderr
+    assert "rpm -U --replacepkgs FILE" in done.stderr
 
 
 def test_one_that_is_being_replaced_refuses(place: Path) -> None:
@@ -97,20 +98,67 @@ def test_a_dependency_that_only_a_model_needs(place: Path, tmp_path: Path) -> No
     assert [refusal.code for refusal in load_refusals(str(tmp_path / "run"))] == [InstallationIncomplete.code]
 
 
-def test_a_shim_of_one_that_is_being_replaced(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CREATES = ("create", "run", "restore", "creat", "r")  # a word that a runtime might complete is refused, too
+
+
+@pytest.fixture
+def script(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shim of that copy, before a runtime that says what it is given."""
     monkeypatch.setattr("oci_hook.shim.__file__", str(place / "oci_hook/shim.py"))
-    script = tmp_path / "scz-runc"
-    script.write_bytes(shim_script(runtime="/bin/runc", engine="docker", config_file="/none.toml"))
-    script.chmod(0o755)
+    (tmp_path / "runc").write_text("#!/bin/sh\nprintf '%s\\n' \"$0\" \"$@\"; tr '\\0' '\\n' </proc/$$/environ\n")
+    (tmp_path / "runc").chmod(0o755)
+    written = tmp_path / "scz-runc"
+    written.write_bytes(shim_script(runtime=f"{tmp_path}/runc", engine="docker", config_file="/none.toml"))
+    written.chmod(0o755)
+    return written
+
+
+def shim(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/bin", "LC_ALL": "C", "LD_LIBRARY_PATH": "/evil", "GODEBUG": "x"}
+    return subprocess.run([script, *words], env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def mark(place: Path) -> None:
     (place / ".incomplete").touch()
-    done = subprocess.run([script, "create", "c1"], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("change", [mark, shutil.rmtree])
+@pytest.mark.parametrize("before", [(), ("--debug",), ("--root", "/r"), ("--log=l", "--"), ("--unheard-of", "state")])
+@pytest.mark.parametrize("verb", CREATES)
+def test_a_shim_alone_creates_nothing(
+    place: Path, script: Path, change: Callable[[Path], None], before: tuple[str, ...], verb: str
+) -> None:
+    change(place)
+    done = shim(script, *before, verb, "c1")
     assert (done.returncode, done.stdout) == (InstallationIncomplete.code, "")
     assert len(done.stderr.splitlines()) == 1
     assert "apt install --reinstall scz-smm" in done.stderr
+    assert "rpm -U --replacepkgs FILE" in done.stderr
 
 
-def test_the_code_is_known() -> None:
+@pytest.mark.parametrize("change", [mark, shutil.rmtree])
+@pytest.mark.parametrize("words", [(), ("--version",), ("--root", "", "state", "c1"), ("exec", "c1", "sh"), ("kill", "c1")])
+def test_a_shim_alone_passes_all_else_on(
+    place: Path, script: Path, change: Callable[[Path], None], words: tuple[str, ...]
+) -> None:
+    change(place)
+    done = shim(script, *words)
+    expected = [str(script.with_name("runc")), *words, "PATH=/bin", "LC_ALL=C"]
+    assert (done.returncode, sorted(done.stdout.splitlines()), done.stderr) == (0, sorted(expected), "")
+
+
+def test_a_shim_alone_whose_runtime_is_gone(place: Path, script: Path) -> None:
+    mark(place)
+    script.with_name("runc").unlink()
+    done = shim(script, "state", "c1")
+    assert (done.returncode, len(done.stderr.splitlines())) == (InstallationIncomplete.code, 1)
+    assert "cannot be started" in done.stderr
+
+
+def test_the_code_is_known_with_the_same_remedy(place: Path) -> None:
     assert all_errors()[72] is InstallationIncomplete
+    mark(place)
+    assert hook(place, PLAIN).stderr.endswith(f"remedy: {InstallationIncomplete.remedy}\n")
 
 
 def test_the_package_names_the_distributions_python(monkeypatch: pytest.MonkeyPatch) -> None:
