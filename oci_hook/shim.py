@@ -298,7 +298,7 @@ def shim_script(*, runtime: str, engine: str, config_file: str) -> bytes:
 
 
 def _without_us(runtime: str) -> tuple[str, ...]:
-    """What the script does while we are replaced, damaged or gone: containers that are there can be stopped and entered.
+    """What the script does while we are replaced, damaged or gone: what runs can be stopped and entered.
 
     A word anywhere that is a creating verb, or begins one, ends in the refusal: nothing starts without the check.
     """
@@ -313,5 +313,5 @@ def _without_us(runtime: str) -> tuple[str, ...]:
         "    try:",
         f"        os.execve({runtime!a}, [{runtime!a}, *sys.argv[1:]], environment)",
         "    except OSError as problem:",
-        f"        error = f'{{error}}; and the runtime cannot be started: {{problem}}'",
+        "        error = f'{error}; and the runtime cannot be started: {problem}'",
     )

@@ -38,6 +38,7 @@ _MEANT_FOR = {
     "runtimes": ("containerd", "docker"),
     "engine_config": ("cri-o", "containerd", "docker"),
     "engine_version": ("containerd",),
+    "keep_scripts": ("containerd", "docker"),
 }
 
 
@@ -213,6 +214,7 @@ def _show_next(plan: Plan) -> None:
 
 
 @click.command()
+@click.option("--keep-scripts", is_flag=True, help="containerd, Docker: leave the shim's scripts to what runs.")
 @_with_options
 def uninstall(
     config_file: str,
@@ -234,7 +236,7 @@ def uninstall(
         document = {"engine": engine, "dry_run": dry_run, "files": removed, "changed": changed}
         print_json({**document, "next": list(plan.next_steps)})
         return
-    if not plan.changes:
+    if not plan.changes and not plan.next_steps:
         click.echo(f"nothing of ours is there for {engine}", err=True)
     for path in changed:
         click.echo(f"{'would change' if dry_run else 'changed'} {path}")

@@ -103,8 +103,8 @@ def _import_step(found: Configuration, path: str) -> str:
 def plan_removal(settings: Settings, files: HostFiles) -> Plan:
     """Remove the drop-in, then the scripts; say what of ours is left in files of the administrator's."""
     path, folder = drop_in_of(settings), os.path.join(settings.shim_directory, "containerd")
-    gone = [path, *(each for each in files.below(folder) if os.path.basename(each).startswith("scz-"))]
-    changes = tuple(Change(each, None) for each in gone if files.exists(each))
+    scripts, of_scripts = settings.scripts_to_remove("containerd", files)
+    changes = (*((Change(path, None),) if files.exists(path) else ()), *scripts)
     steps = []
     try:
         found = load_configuration(_main(settings), files)
@@ -115,9 +115,10 @@ def plan_removal(settings: Settings, files: HostFiles) -> Plan:
     for file, section in found.sections(without=path):
         for name, handler in table(section, "containerd", "runtimes").items():
             if str(table(handler, "options").get("BinaryName", "")).startswith(f"{folder}/"):
-                steps.append(f"take the handler {name} out of {file}: its script is gone")
-    if changes:
-        steps += ["remove the containers of these handlers: containerd cannot stop them without the script", _RESTART]
+                fate = "starts no container" if settings.keep_scripts else "is gone"
+                steps.append(f"take the handler {name} out of {file}: its script {fate}")
+    if changes or (steps and settings.keep_scripts):
+        steps += [*of_scripts, _RESTART]
     return Plan(changes, (folder, settings.shim_directory), tuple(steps))
 
 

@@ -71,10 +71,9 @@ def plan_removal(settings: Settings, files: HostFiles) -> Plan:
         if "runtimes" in rest:
             rest["runtimes"] = left
         changes = (Change(path, _written(data, rest) if rest else None),)
-    scripts = [each for each in files.below(folder) if os.path.basename(each).startswith("scz-")]
-    changes += tuple(Change(each, None) for each in scripts)
-    steps = ("remove the containers of these runtimes: dockerd cannot stop them without the script", _RELOAD)
-    return Plan(changes, (folder, settings.shim_directory), steps if changes else ())
+    scripts, steps = settings.scripts_to_remove("docker", files)
+    changes += scripts
+    return Plan(changes, (folder, settings.shim_directory), (*steps, _RELOAD) if changes else ())
 
 
 def state(settings: Settings, files: HostFiles) -> str:

@@ -46,6 +46,7 @@ class Settings:
         engine_config: The engine's own main file; None: its default place.
         engine_version: Of containerd; None if nobody knows.
         script: Makes the shim's script (`oci_hook.shim.shim_script`).
+        keep_scripts: On removing, leave the shim's: containers that were started through them need them.
     """
 
     config_file: str
@@ -56,6 +57,7 @@ class Settings:
     engine_config: str | None = None
     engine_version: tuple[int, int] | None = None
     script: Callable[..., bytes] | None = None
+    keep_scripts: bool = False
 
     def script_path(self, engine: str, handler: str) -> str:
         """Where the script for a handler lies."""
@@ -77,6 +79,22 @@ class Settings:
             )
             for runtime in self.runtimes
         )
+
+    def scripts_to_remove(self, engine: str, files: HostFiles) -> tuple[tuple[Change, ...], tuple[str, ...]]:
+        """The scripts of an engine that go when it is put back, and what a person then has to know.
+
+        Raises:
+            FileUnreadable: Their directory cannot be read.
+        """
+        below = files.below(os.path.join(self.shim_directory, engine))
+        found = [path for path in below if os.path.basename(path).startswith("scz-")]
+        if self.keep_scripts:
+            return (), tuple(
+                f"remove {path} when no container is left that was started through it: those need it to be stopped"
+                for path in found
+            )
+        step = f"remove the containers that were started through the shim: {engine} cannot stop them without the script"
+        return tuple(Change(path, None) for path in found), (step,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def purge(tmp_path: Path, before: str, after: str) -> subprocess.CompletedProces
     )
 
 
-LEFT = "find /var/lib/scz-smm /etc/scz-smm /var/log/scz-smm /run/scz-smm /usr/local/libexec -mindepth 1 2>/dev/null || true"
+LEFT = "find /var/lib/scz-smm /etc/scz-smm /var/log/scz-smm /run/scz-smm /usr/local/libexec -mindepth 1 2>&- || true"
 GONE = "for place in /var/lib /etc /var/log /run; do test ! -e $place/scz-smm; done"
 
 
@@ -38,7 +38,8 @@ def test_a_store_on_a_disk_of_its_own_is_emptied(tmp_path: Path) -> None:
     before = "mount -t tmpfs disk /var/lib/scz-smm; mkdir /var/lib/scz-smm/models; touch /var/lib/scz-smm/models/file"
     done = purge(tmp_path, before, f"{LEFT}; ls -d /var/lib/scz-smm")
     assert (done.returncode, done.stdout) == (0, "/var/lib/scz-smm\n")
-    assert done.stderr == "scz-smm: /var/lib/scz-smm stays; to remove it: umount /var/lib/scz-smm; rm -r /var/lib/scz-smm\n"
+    place = "/var/lib/scz-smm"
+    assert done.stderr == f"scz-smm: {place} stays; to remove it: umount {place}; rm -r {place}\n"
 
 
 def test_what_is_mounted_below_is_neither_entered_nor_fatal(tmp_path: Path) -> None:

@@ -374,8 +374,12 @@ def test_containerd_1_keeps_the_administrators_section(root: Root, version: str)
     assert done(root.install("containerd", "--engine-version", version, "--json")).json["next"] == [
         "systemctl restart containerd"
     ]
+    kept = done(root.run("uninstall", "containerd", "--keep-scripts")).out
+    assert "its script starts no container" in kept
+    assert f"remove /{SHIMS}/containerd/scz-runc when" in kept
     removed = done(root.run("uninstall", "containerd", "--json")).json
     assert "take the handler scz-runc out of /etc/containerd/config.toml" in removed["next"][0]
+    assert "its script is gone" in removed["next"][0]
     assert main.read_text() == before.decode() + lines
 
 
@@ -498,6 +502,25 @@ def test_docker_installed_again_keeps_the_runtimes_arguments(root: Root) -> None
     done(root.install("docker"))
     written = json.loads((root / DAEMON).read_text())["runtimes"]["scz-runc"]
     assert written == {"path": f"/{SHIMS}/docker/scz-runc", "runtimeArgs": ["--debug"]}
+
+
+@pytest.mark.parametrize("engine", ["containerd", "docker"])
+def test_scripts_stay_for_what_runs(root: Root, engine: str) -> None:
+    """As the package leaves them when it is removed; the engine does not know them any more."""
+    script, configuration = f"{SHIMS}/{engine}/scz-runc", {"containerd": CONTAINERD_DROP_IN, "docker": DAEMON}[engine]
+    done(root.install(engine))
+    told = done(root.run("uninstall", engine, "--keep-scripts", "--json")).json
+    assert told["files"] == [str(root / configuration)]
+    assert f"remove /{script} when no container is left" in told["next"][0]
+    assert "systemctl" in told["next"][-1]
+    assert root.files() == {script}
+    assert "nothing of ours is there" in done(root.run("uninstall", engine, "--keep-scripts")).err
+    assert str(root / script) in done(root.run("uninstall", engine, "--json")).json["files"]
+    assert root.files() == set()
+
+
+def test_scripts_are_kept_for_containerd_and_docker_alone(root: Root) -> None:
+    misused(root.run("uninstall", "cri-o", "--keep-scripts"), "--keep-scripts")
 
 
 def test_docker_keeps_a_default_runtime_that_is_ours(root: Root) -> None:

@@ -137,7 +137,9 @@ def test_a_shim_alone_creates_nothing(
 
 
 @pytest.mark.parametrize("change", [mark, shutil.rmtree])
-@pytest.mark.parametrize("words", [(), ("--version",), ("--root", "", "state", "c1"), ("exec", "c1", "sh"), ("kill", "c1")])
+@pytest.mark.parametrize(
+    "words", [(), ("--version",), ("--root", "", "state", "c1"), ("exec", "c1", "sh"), ("kill", "c1")]
+)
 def test_a_shim_alone_passes_all_else_on(
     place: Path, script: Path, change: Callable[[Path], None], words: tuple[str, ...]
 ) -> None:
