@@ -122,3 +122,13 @@ def root(
     with _making[1][request.param].result() as entered:
         entered.apt("update")
         yield entered
+
+
+@pytest.fixture(scope="module")
+def clean(root: FreshRoot) -> FreshRoot:
+    """The system without the package and what it left, whatever an earlier module did to it, and however it ended."""
+    if root.call("dpkg-query", "--show", "scz-smm", check=False).returncode == 0:
+        root.call("apt-get", "-yq", "purge", "scz-smm")
+    traces = (f"/{place}/scz-smm" for place in ("etc", "var/lib", "var/log", "run", "usr/lib", "usr/local/libexec"))
+    root.call("rm", "-rf", "--one-file-system", *traces)
+    return root

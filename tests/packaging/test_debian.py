@@ -15,6 +15,7 @@ from oci_hook.invocation import Invocation
 from tests.fresh_root import FreshRoot
 from tests.packaging.conftest import OLDER, Packages
 from tests.packaging.story import Story
+from tests.runtimes import make_bundle
 
 PRIVATE = "usr/lib/scz-smm"
 HOOK = ("/usr/bin/python3", "-I", "-S", "/usr/lib/scz-smm/oci_hook/launch.py", "--config", "/etc/scz-smm/config.toml")
@@ -22,11 +23,14 @@ HOOKS = "/usr/share/containers/oci/hooks.d"
 STATE = json.dumps({"ociVersion": "1.0.2", "id": "plain", "pid": 1, "bundle": "/none", "annotations": {"other": "1"}})
 DATA = ("etc/scz-smm", "var/lib/scz-smm", "var/log/scz-smm", "run/scz-smm")
 INCOMPLETE = InstallationIncomplete.code
+SCRIPTS = "usr/local/libexec/scz-smm"
+SHIM = f"/{SCRIPTS}/docker/scz-runc --root /run/plain"
 
 
 @pytest.fixture(scope="module")
-def debs(root: FreshRoot, packages: Packages) -> dict[str, str]:
+def debs(clean: FreshRoot, packages: Packages) -> dict[str, str]:
     """Paths in the system of both versions."""
+    root = clean
     for name, path in (("new.deb", packages.deb), ("older.deb", packages.older_deb)):
         shutil.copy(path, root / f"root/{name}")
     return {"new": "/root/new.deb", "older": "/root/older.deb"}
@@ -173,8 +177,10 @@ def test_an_unpacked_package_refuses_until_it_is_configured(root: FreshRoot, deb
     hook_refuses_and_says_why(root)
     sczctl = root.call("sczctl", "ps", check=False)
     assert (sczctl.returncode, "apt install --reinstall scz-smm" in sczctl.stderr) == (INCOMPLETE, True)
-    shim = root.call("/usr/local/libexec/scz-smm/docker/scz-runc", "create", "x", check=False)
+    shim = root.call(*SHIM.split(), "create", "x", check=False)
     assert (shim.returncode, "apt install --reinstall scz-smm" in shim.stderr) == (INCOMPLETE, True)
+    runc = root.call(*SHIM.split(), "state", "x", check=False)  # runc itself, or that there is none yet
+    assert "container does not exist" in runc.stderr or "runtime cannot be started" in runc.stderr
     root.call("dpkg", "--configure", "--pending")
     works(root, __version__)
 
@@ -259,23 +265,38 @@ def test_an_upgrade_while_a_container_holds_a_model(root: FreshRoot, story: Stor
 
 
 def test_removal_cleans_the_engines_and_keeps_models_and_keys(root: FreshRoot, story: Story) -> None:
+    """And the shim's scripts, without which no engine could stop or enter what was started through them."""
     root.sh("""mkdir -p /etc/docker && echo '{"log-level": "info"}' >/etc/docker/daemon.json""")
     root.call("sczctl", "install", "--engine", "docker", "--runtime", "/usr/bin/runc")
     root.call("sczctl", "install", "--engine", "containerd", "--runtime", "/usr/bin/runc")
     root.call("sczctl", "install", "--engine", "cri-o")
-    kept = {path: snapshot(root, path) for path in ("var/lib/scz-smm", "etc/scz-smm/trust")}
+    make_bundle(root / "root/bundle", args=["sleep", "3600"])
+    root.sh(f"{SHIM} create --bundle /root/bundle plain </dev/null >/dev/null 2>&1; {SHIM} start plain")
+    kept = {path: snapshot(root, path) for path in ("var/lib/scz-smm", "etc/scz-smm/trust", SCRIPTS)}
+    assert len(kept[SCRIPTS]) == 2
     assert all(kept.values())
     removed = root.call("apt-get", "-yq", "remove", "scz-smm")
     assert "WARNING: containers hold models now" in removed.stdout + removed.stderr
+    assert f"remove /{SCRIPTS}/docker/scz-runc when no container is left" in removed.stdout
     assert {path: snapshot(root, path) for path in kept} == kept
     assert exists(root, "etc/scz-smm/config.toml")
-    for gone in (PRIVATE, "usr/bin/sczctl", f"{HOOKS[1:]}/scz-smm-prestart.json", "usr/local/libexec/scz-smm"):
+    for gone in (PRIVATE, "usr/bin/sczctl", f"{HOOKS[1:]}/scz-smm-prestart.json"):
         assert not exists(root, gone)
     for gone in ("etc/containerd/conf.d/50-scz-smm.toml", "etc/crio/crio.conf.d/50-scz-smm.conf"):
         assert not exists(root, gone)
     assert json.loads((root / "etc/docker/daemon.json").read_text()) == {"log-level": "info"}
     assert story.reads("first")
     assert story.reads("second")
+
+
+def test_what_the_shim_started_is_entered_and_stopped_without_the_package(root: FreshRoot, story: Story) -> None:
+    assert not exists(root, PRIVATE)
+    assert root.call(*SHIM.split(), "exec", "plain", "/bin/busybox", "echo", "in").stdout == "in\n"
+    refused = root.call(*SHIM.split(), "create", "--bundle", "/root/bundle", "other", check=False)
+    assert (refused.returncode, "InstallationIncomplete (72)" in refused.stderr) == (INCOMPLETE, True)
+    root.call(*SHIM.split(), "kill", "plain", "KILL")
+    root.call(*SHIM.split(), "delete", "--force", "plain")
+    assert json.loads(root.call(*SHIM.split(), "list", "--format", "json").stdout or "[]") in (None, [])
 
 
 def snapshot(root: FreshRoot, path: str) -> dict[str, bytes]:
@@ -295,6 +316,6 @@ def test_purge_removes_models_and_keys(root: FreshRoot, story: Story) -> None:
     assert story.holders() == 0
     purged = root.call("apt-get", "-yq", "purge", "scz-smm")
     assert "WARNING" not in purged.stdout + purged.stderr
-    for path in (*DATA, PRIVATE):
+    for path in (*DATA, PRIVATE, SCRIPTS):
         assert not exists(root, path)
     assert root.call("dpkg-query", "--show", "scz-smm", check=False).returncode != 0

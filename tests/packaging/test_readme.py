@@ -63,7 +63,8 @@ def blocks() -> list[str]:
     return [block[0].text for block in found if isinstance(block[0], Script)]
 
 
-def test_the_readme_alone_is_enough(root: FreshRoot, packages: Packages, blocks: list[str]) -> None:
+def test_the_readme_alone_is_enough(clean: FreshRoot, packages: Packages, blocks: list[str]) -> None:
+    root = clean
     make, _, install = blocks[INSTALL].partition("\n")
     assert make == "make package"
     (root / "root/readme/dist").mkdir(parents=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook import __version__
+from oci_hook.errors import InstallationIncomplete
 from tests.fresh_root import FreshRoot
 from tests.packaging.conftest import OLDER, TOOLS, Packages, run
 
@@ -40,8 +41,10 @@ def stub(packages: Packages, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rpm(root: FreshRoot, packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Rpm:
+def rpm(clean: FreshRoot, packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Rpm:
     """rpm, working below the system's root; the stub is installed, and what it stands for is there."""
+    root = clean
+    root.call("rm", "-rf", "/var/lib/rpm")
     depends = run("dpkg-deb", "--field", packages.deb, "Depends").strip()
     root.call("apt-get", "satisfy", "-yq", "--no-install-recommends", depends)
 
@@ -70,6 +73,26 @@ def test_rpm_installs_it_and_its_scriptlets_run(root: FreshRoot, rpm: Rpm, packa
     assert rpm("--verify", "scz-smm") == ""
 
 
+def test_after_an_upgrade_that_was_cut_off_it_refuses_and_the_remedy_mends_it(
+    root: FreshRoot, rpm: Rpm, packages: Packages
+) -> None:
+    """rpm looks for space before it changes anything; where that is not enough, it undoes nothing and tells nobody."""
+    place = root / PRIVATE
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40k,mode=0755", "full", str(place / "oci_hook")]
+    run(*mount)
+    try:
+        rpm("--upgrade", "--ignoresize", packages.rpm, code=1)
+    finally:
+        run("umount", place / "oci_hook")
+    assert rpm("--query", "scz-smm").startswith(f"scz-smm-{OLDER}")
+    state = '{"ociVersion":"1.0.2","id":"plain","pid":1,"bundle":"/none","annotations":{"other":"1"}}'
+    hook = root.call(*LAUNCH.split(), stdin=state, check=False)
+    assert (hook.returncode, "`rpm -U --replacepkgs FILE`" in hook.stderr) == (InstallationIncomplete.code, True)
+    rpm("--upgrade", "--replacepkgs", packages.older_rpm)
+    assert root.call(*LAUNCH.split(), stdin=state).returncode == 0
+    assert rpm("--verify", "scz-smm") == ""
+
+
 def test_an_upgrade_keeps_the_configuration(root: FreshRoot, rpm: Rpm, packages: Packages) -> None:
     config = root / "etc/scz-smm/config.toml"
     config.write_text(config.read_text() + "\n# the administrator's\n")
@@ -94,7 +117,8 @@ def test_erasing_it_cleans_the_engines_and_keeps_models_and_keys(root: FreshRoot
     rpm("--erase", "scz-smm")
     assert not (root / PRIVATE).exists()
     assert not (root / "usr/bin/sczctl").exists()
-    assert not (root / "usr/local/libexec/scz-smm").exists()
+    script = "/usr/local/libexec/scz-smm/docker/scz-runc"  # stays for what was started through it, and starts nothing
+    assert root.call(script, "create", "x", check=False).returncode == InstallationIncomplete.code
     assert json.loads((root / "etc/docker/daemon.json").read_text()) == {"log-level": "info"}
     assert (root / "var/lib/scz-smm/models/kept").exists()
     assert (root / "etc/scz-smm/config.toml.rpmsave").read_text().endswith("# the administrator's\n")

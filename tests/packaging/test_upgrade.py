@@ -11,8 +11,9 @@ from tests.packaging.conftest import Packages
 NEXT = {"bookworm": "trixie"}
 
 
-def test_the_package_outlives_an_upgrade_of_the_distribution(root: FreshRoot, packages: Packages) -> None:
+def test_the_package_outlives_an_upgrade_of_the_distribution(clean: FreshRoot, packages: Packages) -> None:
     """On trixie, which has no successor yet, it says that the package works there after all that was done to it."""
+    root = clean
     shutil.copy(packages.deb, root / "root/new.deb")
     root.apt("install", "/root/new.deb")
     before = root.call("python3", "--version").stdout
