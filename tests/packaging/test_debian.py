@@ -185,6 +185,36 @@ def test_an_unpacked_package_refuses_until_it_is_configured(root: FreshRoot, deb
     works(root, __version__)
 
 
+def test_an_unpacked_package_is_removed_whole_and_the_engines_are_named(root: FreshRoot, debs: dict[str, str]) -> None:
+    root.call("sczctl", "install", "--engine", "docker", "--runtime", "/usr/bin/runc")
+    root.call("sczctl", "install", "--engine", "containerd", "--runtime", "/usr/bin/runc")
+    root.call("dpkg", "--unpack", debs["new"])
+    removed = root.call("apt-get", "-yq", "remove", "scz-smm")
+    for file in ("/etc/docker/daemon.json", "/etc/containerd/conf.d/50-scz-smm.toml"):
+        assert f"WARNING: {file} still names what is gone" in removed.stdout + removed.stderr
+    assert not exists(root, PRIVATE)
+    root.apt("install", debs["new"])
+    works(root, __version__)
+    root.call("sczctl", "uninstall", "--engine", "containerd")
+    root.call("sczctl", "uninstall", "--engine", "docker")
+    root.call("sczctl", "install", "--engine", "docker", "--runtime", "/usr/bin/runc")
+
+
+def test_a_package_that_was_not_configured_to_the_end_still_cleans_the_engines(
+    root: FreshRoot, debs: dict[str, str]
+) -> None:
+    root.call("dpkg", "--unpack", debs["new"])
+    root.sh("mv /usr/lib/scz-smm/maintain /root/maintain && ln -s /bin/false /usr/lib/scz-smm/maintain")
+    assert root.call("dpkg", "--configure", "scz-smm", check=False).returncode != 0
+    root.sh("rm /usr/lib/scz-smm/maintain && mv /root/maintain /usr/lib/scz-smm/maintain")
+    assert "half-configured" in root.call("dpkg-query", "--show", "--showformat=${Status}", "scz-smm").stdout
+    removed = root.call("apt-get", "-yq", "remove", "scz-smm")
+    assert "WARNING" not in removed.stdout + removed.stderr
+    assert not exists(root, "etc/docker/daemon.json")
+    root.apt("install", debs["new"])
+    works(root, __version__)
+
+
 @pytest.mark.parametrize("lost", ["oci_hook/hook.py", "oci_hook/errors.py", "oci_hook/oci"])
 def test_lost_modules_are_refused_and_a_reinstallation_mends_it(
     root: FreshRoot, debs: dict[str, str], lost: str
@@ -270,6 +300,7 @@ def test_removal_cleans_the_engines_and_keeps_models_and_keys(root: FreshRoot, s
     root.call("sczctl", "install", "--engine", "docker", "--runtime", "/usr/bin/runc")
     root.call("sczctl", "install", "--engine", "containerd", "--runtime", "/usr/bin/runc")
     root.call("sczctl", "install", "--engine", "cri-o")
+    root.call("sczctl", "cdi", "generate", "--all")
     make_bundle(root / "root/bundle", args=["sleep", "3600"])
     root.sh(f"{SHIM} create --bundle /root/bundle plain </dev/null >/dev/null 2>&1; {SHIM} start plain")
     kept = {path: snapshot(root, path) for path in ("var/lib/scz-smm", "etc/scz-smm/trust", SCRIPTS)}
@@ -282,7 +313,11 @@ def test_removal_cleans_the_engines_and_keeps_models_and_keys(root: FreshRoot, s
     assert exists(root, "etc/scz-smm/config.toml")
     for gone in (PRIVATE, "usr/bin/sczctl", f"{HOOKS[1:]}/scz-smm-prestart.json"):
         assert not exists(root, gone)
-    for gone in ("etc/containerd/conf.d/50-scz-smm.toml", "etc/crio/crio.conf.d/50-scz-smm.conf"):
+    for gone in (
+        "etc/containerd/conf.d/50-scz-smm.toml",
+        "etc/crio/crio.conf.d/50-scz-smm.conf",
+        "etc/cdi/scz-smm.json",
+    ):
         assert not exists(root, gone)
     assert json.loads((root / "etc/docker/daemon.json").read_text()) == {"log-level": "info"}
     assert story.reads("first")
