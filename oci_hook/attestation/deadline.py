@@ -1,5 +1,8 @@
 """A hard deadline for work that cannot be interrupted: it runs in a forked child, which is killed when time is up.
 
+A child that hangs in the kernel (a driver, a FUSE server that never answers) survives SIGKILL until that lets go: it is
+left to itself. It holds no output of its parent's, as a runtime waits until a hook's is closed.
+
 A call into tpm2-tss blocks in C until the TPM answers, which a broken one never does. The child opens what it needs
 (lock, TPM) itself, so that the kernel takes all of it back when the child ends. The result comes back over a pipe; the
 child shares nothing else. It must be forked from a single-threaded process.
@@ -23,6 +26,7 @@ from oci_hook.linux.syscalls import failing, prctl_set_pdeathsig
 RESULT_LIMIT_BYTES: Final = 1 << 20
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LENGTH_BYTES: Final = 4
+_REAP_SECONDS: Final = 2.0
 _GOOD, _BAD = b"+", b"-"
 
 
@@ -77,7 +81,7 @@ class Deadline:
     ) -> None:
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)  # not yet reaped: the pid is still ours
-            os.waitpid(self._pid, 0)
+            _reap(self._pid)
             self._pid = None
         if self._read_fd >= 0:
             os.close(self._read_fd)
@@ -106,6 +110,18 @@ class Deadline:
                 raise InternalError("the TPM's child sent more than 1 MiB")
 
 
+def _reap(pid: int) -> None:
+    """Wait for a killed child, and not for one that hangs in the kernel."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if poll.poll(1000 * _REAP_SECONDS):
+            os.waitpid(pid, os.WNOHANG)
+    finally:
+        os.close(pidfd)
+
+
 def _run_child(action: Callable[[], bytes], write_fd: int, parent: int) -> NoReturn:
     try:
         prctl_set_pdeathsig(signal.SIGKILL)
@@ -113,6 +129,9 @@ def _run_child(action: Callable[[], bytes], write_fd: int, parent: int) -> NoRet
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            for standard in (0, 1, 2):
+                os.dup2(null, standard)
             lock_memory()  # mlockall is not inherited, and a secret will be here
             _send(write_fd, _framed(_outcome(action, write_fd)))
     finally:

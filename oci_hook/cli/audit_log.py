@@ -16,7 +16,7 @@ import click
 
 from oci_hook.audit import EMPTY_HEAD, EVENTS, AuditLog, text_line
 from oci_hook.cli import print_json, printable
-from oci_hook.cli.options import DRY_RUN, JSON
+from oci_hook.cli.options import DRY_RUN, JSON, container_of
 from oci_hook.config import load_config
 from oci_hook.errors import AuditRefused, all_errors
 
@@ -83,7 +83,7 @@ def audit() -> None:
 
 
 @audit.command("show")
-@click.option("--container", metavar="ID", help="Only records of containers whose id begins so.")
+@click.option("--container", metavar="ID", callback=container_of, help="Only records of containers whose id begins so.")
 @click.option("--event", "events", type=click.Choice(EVENTS), multiple=True, help="Only these; may be repeated.")
 @click.option("--model", metavar="NAME[:VERSION]", help="Only records of this model.")
 @click.option("--subject", help="Only records of this identity.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -17,12 +18,9 @@ from oci_hook.records import ContainerRecord, ContainerRecords
 _HEADINGS = ("CONTAINER", "MODEL", "OWNER", "MANIFEST", "SINCE", "MIB", "RUNTIME", "PID", "PATH", "IDENTITY")
 
 
-def _row(record: ContainerRecord) -> dict[str, Any]:
+def _row(record: ContainerRecord, taken: Sequence[int | None]) -> dict[str, Any]:
     """The record, what its models take now, and what its process is doing; the process may end at any time."""
-    from oci_hook.delivery.reclaim import memory_bytes
-
     row = dataclasses.asdict(record)
-    taken = memory_bytes(record)
     models = [
         {
             "model": model,
@@ -52,7 +50,10 @@ def ps(config_file: str, as_json: bool) -> None:
     MIB is what the model's file system takes now; `-`: it is not mounted there any more, or cannot be seen. PID is the
     container's process (under gVisor its sandbox).
     """
-    rows = [_row(record) for record in ContainerRecords(load_config(config_file).runtime_directory).live()]
+    from oci_hook.delivery.resident import memory_bytes
+
+    records = ContainerRecords(load_config(config_file).runtime_directory).live()
+    rows = [_row(record, taken or ()) for record, taken in zip(records, memory_bytes(records), strict=True)]
     rows = [row for row in rows if row["holds"]]
     if as_json:
         print_json(rows)

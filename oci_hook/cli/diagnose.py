@@ -11,6 +11,7 @@ import click
 from oci_hook.audit import format_time
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.completion import complete_refused
+from oci_hook.cli.options import container_of
 from oci_hook.errors import all_errors
 from oci_hook.report import Refusal, explain, load_refusals, reporting_config
 
@@ -22,7 +23,7 @@ _RAISED_BY_RUNTIMES = {
 
 
 @click.command()
-@click.argument("what", required=False, shell_complete=complete_refused)
+@click.argument("what", required=False, callback=container_of, shell_complete=complete_refused)
 @click.option("--codes", is_flag=True, help="List every exit code of the hook.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj

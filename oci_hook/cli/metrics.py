@@ -72,17 +72,17 @@ def metrics(config_file: str, output: str | None, group: int, as_json: bool) -> 
 
 
 def _resident(runtime_directory: str) -> list[Resident]:
-    from oci_hook.delivery.reclaim import memory_bytes
+    from oci_hook.delivery.resident import memory_bytes
 
     found = []
-    for record in ContainerRecords(runtime_directory).live():
-        if record.delivered:
-            taken = memory_bytes(record)
-            found += [
-                Resident(model, (taken[index] if index < len(taken) else None) or 0)
-                for index, model in enumerate(record.models)
-                if not record.is_released(index)
-            ]
+    records = [record for record in ContainerRecords(runtime_directory).live() if record.delivered]
+    for record, seen in zip(records, memory_bytes(records), strict=True):
+        taken = seen or ()
+        found += [
+            Resident(model, (taken[index] if index < len(taken) else None) or 0)
+            for index, model in enumerate(record.models)
+            if not record.is_released(index)
+        ]
     return found
 
 

@@ -43,6 +43,13 @@ def names_of(context: click.Context, parameter: click.Parameter, value: tuple[st
     return value
 
 
+def container_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Check an option that is a container's id or its beginning: every id begins with nothing (an unset variable)."""
+    if value == "":
+        raise click.BadParameter("it is empty: give a container's id, or its beginning")
+    return value
+
+
 def version_of(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
     """Check an option that is a model's version."""
     if not re.fullmatch(VERSION, value):

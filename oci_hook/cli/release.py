@@ -10,7 +10,7 @@ import click
 from oci_hook.audit import AuditLog
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.completion import complete_containers
-from oci_hook.cli.options import DRY_RUN, JSON
+from oci_hook.cli.options import DRY_RUN, JSON, container_of
 from oci_hook.config import load_config
 from oci_hook.delivery.reclaim import Reclaimed, reclaim
 from oci_hook.documents import shown
@@ -18,22 +18,24 @@ from oci_hook.errors import EngineUnsupported
 from oci_hook.journal import tell
 from oci_hook.records import ContainerRecord, ContainerRecords
 
-_BUSY, _LATER = 3, 4
+_BUSY, _LATER, _UNKNOWN = 3, 4, 5
 _SHOWN = 32
 _WORDS = {
     "released": "released; its memory is free",
     "detached": "taken from the container's sight; its memory comes back when its last user is gone",
     "busy": "still used; nothing was changed (--lazy takes it away all the same)",
     "covered": "another mount lies over it or in it; nothing was changed (unmount that first, in the container)",
-    "absent": "not mounted there any more: the container has unmounted it itself",
+    "absent": "not mounted there any more: the container has unmounted it itself; its memory is free",
+    "unknown": "the container has unmounted it itself; nobody is seen who keeps its memory, nor that it is free",
     "would-release": "would be released",
     "would-detach": "would be taken from the container's sight; its memory would come back with its last user",
 }
+_UNMOUNTED = "the container has unmounted it itself; its memory comes back when its last user is gone"
 _GVISOR = "nothing was changed: gVisor keeps open what its container has opened once; its memory comes back at its end"
 
 
 @click.command()
-@click.argument("container", shell_complete=complete_containers)
+@click.argument("container", callback=container_of, shell_complete=complete_containers)
 @click.argument("model", required=False)
 @click.option(
     "--lazy", "--force", is_flag=True, help="Also if it is used: its memory then comes back with its last user."
@@ -50,8 +52,9 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
     users are listed. The container gets the model anew when it is started again. gVisor keeps open what its container
     has opened once: there only a model that nobody has read can be released, and none in a pod's container.
 
-    Exit codes: 0 the memory is free, 1 no such container or model, 3 a model stays mounted, 4 with --lazy: a model
-    is gone from sight, and its memory comes back later.
+    Exit codes: 0 the memory is free, 1 no such container or model, 3 a model stays mounted, 4 a model is gone from
+    sight (with --lazy, or unmounted by the container itself), and its memory comes back later, 5 the container has
+    unmounted a model itself, and whether its memory is free cannot be told.
     """
     config = load_config(config_file)
     records = ContainerRecords(config.runtime_directory)
@@ -70,12 +73,12 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
         what = f"no model {printable(model)}" if model else "no model any more"
         click.echo(f"container {printable(record.container_id)} holds {what}", err=True)
         return 1
-    others = [held for other in records.live() if other != record for held in other.held if not held.released]
+    others = [other for other in records.live() if other != record]
     results = []
     for index in chosen:
         result = reclaim(record, record.held[index], others=others, lazy=lazy, dry_run=dry_run)
         results.append((index, result))
-        if result.state in ("released", "detached", "absent") and not dry_run:
+        if _is_done(result, lazy=lazy) and not dry_run:
             _audit(AuditLog(config.audit_file), record, index, result)  # first: what is marked is never looked at again
             records.mark_released(record, record.held[index].device)
         if not as_json:
@@ -87,7 +90,14 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
     states = {result.state for _, result in results}
     if states & {"busy", "covered"}:
         return _BUSY
+    if "unknown" in states:
+        return _UNKNOWN
     return _LATER if states & {"detached", "would-detach"} else 0
+
+
+def _is_done(result: Reclaimed, *, lazy: bool) -> bool:
+    """Whether it was taken away, or is gone; what the container itself unmounted and keeps stays in `ps` without --lazy."""
+    return result.state in ("released", "absent") or (result.state == "detached" and (lazy or bool(result.path)))
 
 
 def _choose(record: ContainerRecord, model: str | None) -> list[int]:
@@ -139,6 +149,8 @@ def _show(record: ContainerRecord, index: int, result: Reclaimed) -> None:
     where = record.destinations[index]
     moved = f" (now at {result.path})" if result.path and not result.path.endswith(where) else ""
     words = _GVISOR if result.state == "busy" and record.runtime == "runsc" else _WORDS[result.state]
+    if result.state == "detached" and not result.path:
+        words = _UNMOUNTED
     click.echo(printable(f"{record.models[index]} at {where}{moved}: {words}"))
     for use in result.uses[:_SHOWN]:
         click.echo(printable(f"  {use.pid} {use.command}: {use.what} {use.path}"))

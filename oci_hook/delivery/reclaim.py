@@ -1,9 +1,10 @@
-"""Models in a running container: how much memory they take, and how one is taken away before the container's end.
+"""How a model is taken away from a running container before that ends.
 
 A child enters the mount namespace that the record names, whose process is held meanwhile. A mount is the model's if its
 id, its superblock's number, its source and its `f_fsid` are all those of the record, wherever its directory has been
 moved to; nothing else is touched. That its memory came back is the kernel's word: IN_UNMOUNT, which comes when the
-last mount, open file and mapping of the whole file system is gone.
+last mount, open file and mapping of the whole file system is gone. Of a model that its container unmounted itself it is
+that the number of its superblock is given away again.
 
 It decides about no record and no audit log (`cli.containers`). Sources: umount2(2), inotify(7); docs/adr/0011.
 """
@@ -19,13 +20,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from oci_hook.delivery.holder import MOUNT_NAMESPACE, foreign_namespaces, open_directory, own_mount_namespace
-from oci_hook.errors import EngineUnsupported, HolderGone, SczError
+from oci_hook.delivery.holder import open_directory
+from oci_hook.delivery.resident import find_mount, hold_namespace, memory_bytes, open_mount, own_proc
+from oci_hook.errors import EngineUnsupported, HolderGone
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import Mount
 from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
-from oci_hook.linux.processes import HeldProcess
-from oci_hook.linux.usage import Use, find_uses
+from oci_hook.linux.usage import Use, find_remains, find_uses
 from oci_hook.records import ContainerRecord, HeldModel
 
 _ANSWER_SECONDS = 10.0
@@ -33,7 +34,7 @@ _GONE_SECONDS = 2.0
 _EVENT = struct.Struct("=iIII")
 _WHAT = "the process that looks at the container's mounts"
 
-State = Literal["released", "detached", "busy", "covered", "absent", "would-release", "would-detach"]
+State = Literal["released", "detached", "busy", "covered", "absent", "unknown", "would-release", "would-detach"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Reclaimed:
     Attributes:
         state: `released`: its memory is free. `detached`: the container sees it no more, its users keep its memory.
             `busy`: it is used and stays. `covered`: another mount lies over it or in it; it stays. `absent`: it was
-            not there any more. `would-…`: of a dry run.
+            not there any more, and its memory is free. `unknown`: it was not there any more, and whether its memory
+            is free cannot be told. `would-…`: of a dry run.
         path: Where it was, as the namespace names it; empty if it was not there.
         uses: Who keeps its memory, as far as /proc tells.
     """
@@ -53,97 +55,15 @@ class Reclaimed:
     uses: tuple[Use, ...]
 
 
-def memory_bytes(record: ContainerRecord) -> tuple[int | None, ...]:
-    """What each model of a container takes now, in the order of `held`; None: it is not there or cannot be seen."""
-    try:
-        with ExitStack() as stack:
-            namespace_fd = _hold_namespace(record, stack)
-            keep = () if namespace_fd is None else (namespace_fd,)
-
-            def body(_channel: Channel) -> Report:
-                proc_fd = _own_proc()
-                if namespace_fd is not None:
-                    enter_mount_namespace(namespace_fd)
-                return {"bytes": [_taken(proc_fd, model) for model in record.held]}
-
-            child = stack.enter_context(Child(_WHAT, body, gone=HolderGone, keep=keep))
-            return tuple(child.receive(_ANSWER_SECONDS)["done"]["bytes"])
-    except SczError:
-        return tuple(None for _ in record.held)
-
-
-def _hold_namespace(record: ContainerRecord, stack: ExitStack) -> int | None:
-    """Open the namespace that a record names, with its process held; None: it is our own.
-
-    Raises:
-        HolderGone: Process or namespace are others by now.
-        SystemCallFailed: /proc cannot be read.
-    """
-    if record.keeper == (0, 0):
-        if record.namespace != own_mount_namespace():
-            raise HolderGone("the models are in another mount namespace than this process's")
-        return None
-    process = stack.enter_context(HeldProcess(record.keeper[0]))
-    if process.start_time != record.keeper[1]:
-        raise HolderGone(f"process {record.keeper[0]} ended, and another one has its number")
-    namespace_fd = process.open(MOUNT_NAMESPACE)
-    stack.callback(os.close, namespace_fd)
-    seen = os.fstat(namespace_fd)
-    if (seen.st_dev, seen.st_ino) != record.namespace or record.namespace in foreign_namespaces():
-        raise HolderGone(f"process {process.pid} is in another mount namespace than its container was given")
-    return namespace_fd
-
-
-def _own_proc() -> int:
-    with syscalls.failing("our own /proc directory cannot be opened"):
-        return os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-def _find(proc_fd: int, model: HeldModel) -> Mount | None:
-    for mount in mounts.load_mountinfo(proc_fd):
-        if (mount.mount_id, mount.device, mount.source) == (model.mount_id, model.device, mounts.SOURCE):
-            return mount
-    return None
-
-
-def _open(mount: Mount, model: HeldModel) -> int | None:
-    """Open the mount's root; None if something else lies there."""
-    try:
-        fd = open_directory(mount.mount_point)
-    except OSError:
-        return None
-    if syscalls.statx_mount_id(fd) == mount.mount_id and os.fstatvfs(fd).f_fsid == model.fsid:
-        return fd
-    os.close(fd)
-    return None
-
-
-def _taken(proc_fd: int, model: HeldModel) -> int | None:
-    mount = None if model.released else _find(proc_fd, model)
-    fd = _open(mount, model) if mount is not None else None
-    if fd is None:
-        return None
-    try:
-        seen = os.fstatvfs(fd)
-        if seen.f_blocks:
-            return (seen.f_blocks - seen.f_bfree) * seen.f_bsize
-        total = 0  # a ramfs counts nothing
-        for _, _, files, directory in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
-            total += sum(os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512 for name in files)
-        return total
-    finally:
-        os.close(fd)
-
-
 def reclaim(
-    record: ContainerRecord, model: HeldModel, *, others: Sequence[HeldModel] = (), lazy: bool, dry_run: bool
+    record: ContainerRecord, model: HeldModel, *, others: Sequence[ContainerRecord] = (), lazy: bool, dry_run: bool
 ) -> Reclaimed:
     """Take one model away from a running container.
 
     Args:
         record: The container's.
         model: One of its `held`.
-        others: Of other containers: the number of a superblock that is gone may be one of theirs by now.
+        others: Other containers: the number of a superblock that is gone may be one of theirs by now.
         lazy: Also if it is used: then it goes from the container's sight, and its memory with its last user.
         dry_run: Only look.
 
@@ -159,7 +79,7 @@ def reclaim(
             remedy="end the container: its model's memory comes back then",
         )
     with ExitStack() as stack:
-        namespace_fd = _hold_namespace(record, stack)
+        namespace_fd = hold_namespace(record, stack)
         if namespace_fd is None:
             raise HolderGone("the models are in our own mount namespace")
 
@@ -171,13 +91,10 @@ def reclaim(
         path = str(seen["path"])
         if seen["state"] == "covered":
             return Reclaimed("covered", path, ())
-        absent = seen["state"] == "absent"
-        uses = find_uses(model.device, model.mount_id, without=frozenset({os.getpid(), child.pid}), counted=absent)
-        if absent:
-            if any(each.device == model.device and each.fsid != model.fsid for each in others):
-                uses = ()
-            # A copy that the container made is not the mount that we made: its to unmount.
-            return Reclaimed("busy" if uses else "absent", path, uses)
+        ours = frozenset({os.getpid(), child.pid})
+        if seen["state"] == "absent":
+            return _look_for_remains(model, others, ours)
+        uses = find_uses(model.device, model.mount_id, without=ours)
         # gVisor keeps open what its container has opened once, and shows it whatever is mounted on the host: a lazy
         # unmount would hide nothing there, nor give anything back before the container ends.
         if uses and (not lazy or record.runtime == "runsc"):
@@ -192,16 +109,40 @@ def reclaim(
     return Reclaimed(state, path, find_uses(model.device, model.mount_id, without=frozenset({os.getpid()})))
 
 
+def _look_for_remains(model: HeldModel, others: Sequence[ContainerRecord], ours: frozenset[int]) -> Reclaimed:
+    """What is left of a model that its container unmounted itself, with files on it still open perhaps.
+
+    Two live superblocks never have one number. So it is gone once its number is free, a mount of another name's, or
+    that of a model which another container sees.
+    """
+    holders = [each for each in others if any(_is_later(held, model) for held in each.held)]
+    for record, taken in zip(holders, memory_bytes(holders), strict=True):
+        seen = zip(record.held, taken or (), strict=False)
+        if any(size is not None and _is_later(held, model) for held, size in seen):
+            return Reclaimed("absent", "", ())
+    remains = find_remains(model.device, without=ours)
+    if remains.another or mounts.is_free_number(model.device):
+        return Reclaimed("absent", "", ())
+    uses = (*remains.copies, *remains.files)
+    if remains.copies:  # a copy that the container made is not the mount that we made: its to unmount
+        return Reclaimed("busy", "", uses)
+    return Reclaimed("detached" if uses else "unknown", "", uses)
+
+
+def _is_later(held: HeldModel, model: HeldModel) -> bool:
+    return held.device == model.device and held.fsid != model.fsid
+
+
 def _reclaim_in_namespace(channel: Channel, namespace_fd: int, model: HeldModel) -> Report:
     """The child: enter, look, say what is there, wait, unmount."""
-    proc_fd = _own_proc()
+    proc_fd = own_proc()
     enter_mount_namespace(namespace_fd)
-    mount = _find(proc_fd, model)
+    mount = find_mount(proc_fd, model)
     if mount is None:
         channel.send({"state": "absent", "path": ""})
         channel.receive()
         return {"state": "absent"}
-    fd = _open(mount, model)
+    fd = open_mount(mount, model)
     inside = [each.mount_point for each in mounts.load_mountinfo(proc_fd) if each.parent_id == mount.mount_id]
     if fd is None or inside:
         # Its place is another's now, or another's mount would go with it.

@@ -25,6 +25,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SOURCE = "scz-smm"
 """What mountinfo and df show as a model's device."""
 _MOUNTINFO_LIMIT_BYTES = 16 << 20
+_MOST_NUMBERS = 500
 _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 _NUMBER = re.compile(rb"[0-9]{1,10}")
@@ -191,6 +192,28 @@ def create_memory_filesystem(size_bytes: int, inodes: int, kind: MemoryFilesyste
             return DetachedMount(fd=syscalls.fsmount(context), kind=kind, huge=huge)
         finally:
             os.close(context)
+
+
+def is_free_number(device: str) -> bool:
+    """Whether the kernel gives a superblock's number away now: proof that no file system has it, nor any file on one.
+
+    The kernel gives the lowest number that is free, so file systems are made and kept until one gets this number, or a
+    higher one. False: it is taken, or too many lower ones are free to try it.
+
+    Args:
+        device: `major:minor` of a file system without a disk.
+
+    Raises:
+        SystemCallFailed: The kernel refuses to make one.
+    """
+    major, wanted = (int(part) for part in device.split(":"))
+    with ExitStack() as stack:
+        for _ in range(_MOST_NUMBERS if major == 0 else 0):
+            made = stack.enter_context(create_memory_filesystem(PAGE_BYTES, 1, MemoryFilesystem.RAMFS))
+            minor = os.minor(os.fstat(made.fd).st_dev)
+            if minor >= wanted:
+                return minor == wanted
+    return False
 
 
 def _ask_for_huge_pages(context_fd: int) -> bool:

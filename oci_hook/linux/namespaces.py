@@ -121,6 +121,7 @@ class Child:
         body: Runs in the child; what it returns is its last report. A `SczError` that it raises arrives in the parent.
         gone: The error for a child that ends without a report, or does not answer in time.
         keep: The descriptors that stay open in the child; None keeps all.
+        ending_seconds: How long it is waited for once it was killed.
 
     Raises:
         SystemCallFailed: There is no process or descriptor left.
@@ -133,7 +134,9 @@ class Child:
         *,
         gone: type[SczError],
         keep: Iterable[int] | None = None,
+        ending_seconds: float = _TERMINATION_SECONDS,
     ) -> None:
+        self._ending_seconds = ending_seconds
         self._what = what
         self._gone = gone
         self._status: int | None = None
@@ -224,7 +227,7 @@ class Child:
         if not self._wait(0):
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            if not self._wait(_TERMINATION_SECONDS):
+            if not self._wait(self._ending_seconds):
                 raise SystemCallFailed(f"{self._what} (pid {self._pid}) cannot be ended: it waits for a device")
 
     def _wait(self, timeout_seconds: float) -> bool:

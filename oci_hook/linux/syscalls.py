@@ -70,6 +70,7 @@ IN_DELETE_SELF: Final = 0x400
 IN_UNMOUNT: Final = 0x2000
 
 _STATX_MNT_ID: Final = 0x1000
+_AT_STATX_DONT_SYNC: Final = 0x4000
 _STA_UNSYNC: Final = 0x40  # linux/timex.h
 _TIMEX_LONGS: Final = 32  # struct timex is 208 bytes at most
 
@@ -118,7 +119,9 @@ class _Statx(ctypes.Structure):
 
     _fields_ = (
         ("stx_mask", ctypes.c_uint32),
-        ("before_mnt_id", ctypes.c_uint8 * 140),
+        ("before_dev", ctypes.c_uint8 * 132),
+        ("stx_dev_major", ctypes.c_uint32),
+        ("stx_dev_minor", ctypes.c_uint32),
         ("stx_mnt_id", ctypes.c_uint64),
         ("after_mnt_id", ctypes.c_uint8 * 104),
     )
@@ -229,6 +232,13 @@ def statx_mount_id(fd: int) -> int:
     if not value.stx_mask & _STATX_MNT_ID:
         raise OSError(95, "statx: no mount id; Linux 5.8 or later is needed", about)
     return int(value.stx_mnt_id)
+
+
+def statx_device(path: str) -> str:
+    """`major:minor` of the superblock of what a magic link of /proc leads to; no server (FUSE) is asked for it."""
+    value = _Statx()
+    _checked(_libc.statx(AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, 0, _structure(value)), "statx", path)
+    return f"{value.stx_dev_major}:{value.stx_dev_minor}"
 
 
 def setns(namespace_fd: int, namespace_type: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -38,37 +38,88 @@ class Use:
     path: str
 
 
-def find_uses(device: str, mount_id: int, *, without: frozenset[int], counted: bool = False) -> tuple[Use, ...]:
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What is there still of a file system whose one known mount is gone.
+
+    Attributes:
+        another: Its superblock's number is another's: that file system is gone.
+        copies: Mounts of it elsewhere.
+        files: Open files, mappings and directories on it, whether or not a mount of it is seen anywhere.
+    """
+
+    another: bool
+    copies: tuple[Use, ...] = ()
+    files: tuple[Use, ...] = ()
+
+
+def find_uses(device: str, mount_id: int, *, without: frozenset[int]) -> tuple[Use, ...]:
     """Every use of a file system but the one mount that is asked about.
 
     Args:
         device: `major:minor` of its superblock, which lives.
         mount_id: Of the mount that is not a use.
         without: Pids that are left out.
-        counted: That mount is a use, too, wherever it is; or it is gone, and then only mounts of our name and files on
-            them count, as the number of its superblock may be another's by now.
 
     Raises:
         SystemCallFailed: /proc cannot be read.
     """
+    pids = _pids(without)
+    ids, copies = {mount_id}, []
+    for pid, visible in _views(pids):
+        theirs = [mount for mount in visible if mount.device == device and mount.source == mounts.SOURCE]
+        copies += [Use(pid, _command(pid), "mount", each.mount_point) for each in theirs if each.mount_id not in ids]
+        ids |= {each.mount_id for each in theirs}
+    return (*copies, *_files_of(pids, device, lambda _, found: found in ids))
+
+
+def find_remains(device: str, *, without: frozenset[int]) -> Remains:
+    """Who keeps a file system that was unmounted: it may live on without any mount that is seen (`umount -l`).
+
+    Args:
+        device: `major:minor` of its superblock, or what was that.
+        without: Pids that are left out.
+
+    Raises:
+        SystemCallFailed: /proc cannot be read.
+    """
+    pids = _pids(without)
+    devices: dict[int, str] = {}
+    copies = []
+    for pid, visible in _views(pids):
+        for each in visible:
+            if each.device == device and each.source != mounts.SOURCE:  # the source of a copy is the mount's own
+                return Remains(another=True)
+            if each.device == device and each.mount_id not in devices:
+                copies.append(Use(pid, _command(pid), "mount", each.mount_point))
+            devices[each.mount_id] = each.device
+
+    def is_on_it(link: str, mount_id: int) -> bool:
+        return (devices[mount_id] if mount_id in devices else syscalls.statx_device(link)) == device
+
+    return Remains(another=False, copies=tuple(copies), files=_files_of(pids, device, is_on_it))
+
+
+def _pids(without: frozenset[int]) -> list[int]:
     with syscalls.failing("/proc cannot be read"):
         pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
-    pids = [pid for pid in pids if pid not in without]
-    ids, copies = _mounts_of(device, set() if counted else {mount_id}, pids)
-    if not ids:
-        return ()
+    return [pid for pid in pids if pid not in without]
+
+
+def _files_of(pids: list[int], device: str, is_on_it: Callable[[str, int], bool]) -> tuple[Use, ...]:
     major, minor = (int(part) for part in device.split(":"))
     mapped = f"{major:02x}:{minor:02x}".encode()
-    found = list(copies)
+    found: dict[tuple[int, str, str], Use] = {}
     for pid in pids:
         with suppress(OSError, SczError):  # one that ended meanwhile uses nothing
-            found += {use.what + use.path: use for use in _uses_of(pid, ids, mapped)}.values()
-    return tuple(found)
+            for use in _uses_of(pid, is_on_it, mapped):
+                found[pid, use.what, use.path] = use
+    return tuple(found.values())
 
 
-def _mounts_of(device: str, ids: set[int], pids: list[int]) -> tuple[set[int], list[Use]]:
-    """The ids of all mounts of the file system, and those that are new, each in the name of one process."""
-    copies, seen = [], set()
+def _views(pids: list[int]) -> Iterator[tuple[int, tuple[mounts.Mount, ...]]]:
+    """The mounts that processes see, once for each mount namespace and root, in the name of one process."""
+    seen = set()
     for pid in pids:
         with suppress(OSError, SczError):
             namespace = os.stat(f"/proc/{pid}/ns/mnt").st_ino
@@ -78,31 +129,23 @@ def _mounts_of(device: str, ids: set[int], pids: list[int]) -> tuple[set[int], l
             seen.add(view)
             proc_fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                theirs = [
-                    mount
-                    for mount in mounts.load_mountinfo(proc_fd)
-                    if mount.device == device and mount.source == mounts.SOURCE
-                ]
+                visible = mounts.load_mountinfo(proc_fd)
             finally:
                 os.close(proc_fd)
-            copies += [
-                Use(pid, _command(pid), "mount", each.mount_point) for each in theirs if each.mount_id not in ids
-            ]
-            ids |= {each.mount_id for each in theirs}
-    return ids, copies
+            yield pid, visible
 
 
-def _uses_of(pid: int, ids: set[int], mapped: bytes) -> Iterator[Use]:
+def _uses_of(pid: int, is_on_it: Callable[[str, int], bool], mapped: bytes) -> Iterator[Use]:
     for what, name in (("working directory", "cwd"), ("root directory", "root")):
         fd = os.open(f"/proc/{pid}/{name}", os.O_PATH | os.O_CLOEXEC)
         try:
-            if _mount_id(f"/proc/self/fdinfo/{fd}") in ids:
+            if is_on_it(f"/proc/{pid}/{name}", _mount_id(f"/proc/self/fdinfo/{fd}")):
                 yield Use(pid, _command(pid), what, os.readlink(f"/proc/{pid}/{name}"))
         finally:
             os.close(fd)
     for name in os.listdir(f"/proc/{pid}/fd"):
         with suppress(OSError, SczError):
-            if _mount_id(f"/proc/{pid}/fdinfo/{name}") in ids:
+            if is_on_it(f"/proc/{pid}/fd/{name}", _mount_id(f"/proc/{pid}/fdinfo/{name}")):
                 yield Use(pid, _command(pid), "open file", os.readlink(f"/proc/{pid}/fd/{name}"))
     maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
     for line in read_bounded(maps, "maps", _MAPS_BYTES).splitlines():

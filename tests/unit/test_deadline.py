@@ -6,12 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from oci_hook.attestation.deadline import RESULT_LIMIT_BYTES, Deadline, with_deadline
 from oci_hook.errors import InternalError, Refused, SczError, TpmTimeout, all_errors
+from tests.stuck import stuck_filesystem
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +171,21 @@ def test_other_work_goes_on_meanwhile() -> None:
     with Deadline(lambda: b"done", 10) as running:
         time.sleep(0.05)
         assert running.result() == b"done"
+
+
+def test_a_child_that_no_signal_reaches_is_left_behind(tmp_path: Path) -> None:
+    """It waits in the kernel for a server that never answers: as a TPM's driver can make it, or a container's FUSE."""
+    with stuck_filesystem(tmp_path):
+        running = Deadline(lambda: os.readlink(tmp_path / "x").encode(), 0.2)
+        pid = int(_children()[-1])
+        with running, pytest.raises(TpmTimeout):
+            running.result()
+        assert str(pid) in _children()
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL  # once the server is gone
+
+
+def test_the_child_holds_no_output() -> None:
+    """A runtime reads a hook's output to its end, which a child that is left behind would keep away."""
+    seen = with_deadline(lambda: "\n".join(os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)).encode(), 10)
+    assert seen.split() == [b"/dev/null"] * 3

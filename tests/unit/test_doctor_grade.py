@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -30,7 +31,9 @@ from oci_hook.cli.checks.kernel import load_kernel_state
 from oci_hook.errors import TokenMalformed
 from oci_hook.linux.mounts import parse_mountinfo
 from oci_hook.linux.processes import process_start_time
-from oci_hook.records import ContainerRecord, ContainerRecords
+from oci_hook.records import ContainerRecord, ContainerRecords, HeldModel
+from tests.stuck import stuck_filesystem
+from tests.unshared import container as unshared_container
 
 GOOD = ContainerFacts(
     sandbox="none",
@@ -43,6 +46,20 @@ GOOD = ContainerFacts(
     swapped_bytes=0,
     mounts=(ModelMount("/models/m", True),),
     token_seconds=600,
+)
+RECORD = ContainerRecord(
+    container_id="c" * 64,
+    bundle="/bundle",
+    pid=1,
+    start_time=0,
+    seconds=1,
+    references=("m",),
+    models=("m:1",),
+    manifests=("sha256:" + "0" * 64,),
+    destinations=("/models/m",),
+    subject="s",
+    size_bytes=1,
+    delivered=True,
 )
 HOST = HostFacts(stores_cores=False, core_program="", plain_swap=False, software_tpm=False)
 
@@ -84,6 +101,8 @@ def test_secure_is_where_nothing_is_found() -> None:
         (mount(kind="ext4"), {}, "mount-kind", "insecure"),
         ({}, {"software_tpm": True}, "software-tpm", "weak"),
         ({"token_seconds": TOKEN_SECONDS + 1}, {}, "long-token", "weak"),
+        ({"recorded": False}, {}, "unknown-sandbox", "weak"),
+        ({"recorded": False, "sandbox": "unknown"}, {}, "unknown-sandbox", "weak"),
     ],
 )
 def test_each_reason(container: dict[str, Any], host: dict[str, Any], name: str, weight: str) -> None:
@@ -166,8 +185,9 @@ def test_a_limit_for_cores() -> None:
 
 
 def test_what_lies_at_a_destination() -> None:
-    paths = ["/models/m", "/models/r/", "/models/w", "/models/s", "/models/hidden", "/models/absent"]
-    found = model_mounts(paths, parse_mountinfo(MOUNTINFO.encode()))
+    paths = ("/models/m", "/models/r/", "/models/w", "/models/s", "/models/hidden", "/models/absent")
+    six = dataclasses.replace(RECORD, destinations=paths, models=("m:1",) * 6)
+    found = model_mounts(six, parse_mountinfo(MOUNTINFO.encode()), None)
     assert found == (
         ModelMount("/models/m", True, True, "tmpfs", True),
         ModelMount("/models/r/", True, True, "ramfs", False),
@@ -176,6 +196,25 @@ def test_what_lies_at_a_destination() -> None:
         ModelMount("/models/hidden", False),
         ModelMount("/models/absent", False),
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken", "present"),
+    [
+        ({}, (4096,), True),
+        ({}, None, True),
+        ({"mount_id": 32}, (4096,), False),
+        ({"device": "0:62"}, (4096,), False),
+        ({}, (None,), False),  # the numbers are those of the record, and yet it is not that file system
+        ({"released": True}, (None,), None),
+    ],
+)
+def test_a_source_alone_makes_no_model(
+    changes: dict[str, Any], taken: tuple[int | None, ...] | None, present: bool | None
+) -> None:
+    held = dataclasses.replace(HeldModel(7, "0:61", 31, 4096, "o"), **changes)
+    one = dataclasses.replace(RECORD, destinations=("/models/m",), held=(held,))
+    assert [each.present for each in model_mounts(one, parse_mountinfo(MOUNTINFO.encode()), taken)] == [present]
 
 
 def token(claims: object) -> bytes:
@@ -219,20 +258,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 def record(directory: Path, pid: int, bundle: Path, **changes: Any) -> ContainerRecords:
     bundle.mkdir(exist_ok=True)
-    made = ContainerRecord(
-        container_id="c" * 64,
-        bundle=str(bundle),
-        pid=pid,
-        start_time=process_start_time(pid) or 0,
-        seconds=1,
-        references=("m",),
-        models=("m:1",),
-        manifests=("sha256:" + "0" * 64,),
-        destinations=("/models/m",),
-        subject="s",
-        size_bytes=1,
-        delivered=True,
-    )
+    made = dataclasses.replace(RECORD, bundle=str(bundle), pid=pid, start_time=process_start_time(pid) or 0)
     records = ContainerRecords(str(directory))
     records.write(dataclasses.replace(made, **changes))
     return records
@@ -244,7 +270,8 @@ def test_a_process_without_any_wall(process: subprocess.Popen[bytes], tmp_path: 
     assert (found.grade, found.sandbox, found.pid) == ("insecure", "none", process.pid)
     names = {reason.name for reason in found.reasons}
     assert {"privileged", "no-user-namespace", "host-pids", "mount-gone"} <= names
-    assert found.unseen == ("its token's lifetime",)
+    assert found.unseen[-1] == "its token's lifetime"
+    assert "whether what is mounted at its models' places is what was delivered" in found.unseen
 
 
 def test_the_token_is_found_by_the_annotation_and_no_link_leads_out(
@@ -286,3 +313,60 @@ def test_a_process_that_ended_is_no_container(process: subprocess.Popen[bytes], 
     record(tmp_path / "run", process.pid, tmp_path / "bundle", start_time=1)
     assert list(grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST)) == []
     assert list(grade_containers(str(tmp_path / "none"), "/nowhere/token", HOST)) == []
+
+
+def test_a_token_for_which_no_signal_ends_the_wait(process: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    """The child that reads waits in the kernel, for a server that never answers: doctor goes on without it."""
+    place, bundle = tmp_path / "fuse", tmp_path / "bundle"
+    place.mkdir()
+    record(tmp_path / "run", process.pid, bundle, runtime="crun")
+    (bundle / "config.json").write_text(json.dumps({"annotations": {"smm.scz/token": f"{place}/token"}}))
+    with stuck_filesystem(place):
+        (found,) = grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST)
+        assert "its token's lifetime" in found.unseen
+        assert found.grade == "insecure"
+
+
+@pytest.mark.parametrize("name", ["qemu-worker", "runsc", "exe", "cloud-hypervisor"])
+@pytest.mark.parametrize("released", [True, False])
+def test_the_name_of_a_program_is_no_sandbox(tmp_path: Path, name: str, released: bool) -> None:
+    program = tmp_path / name
+    shutil.copy("/bin/sleep", program)
+    held = (HeldModel(7, "0:61", 31, 4096, "o", released),)
+    with subprocess.Popen([program, "600"], stdin=subprocess.DEVNULL) as started:
+        try:
+            own = os.stat(f"/proc/{started.pid}/ns/mnt")
+            start_time = process_start_time(started.pid) or 0
+            known = {"held": held, "keeper": (started.pid, start_time), "namespace": (own.st_dev, own.st_ino)}
+            for runtime in ("runc", "crun"):
+                record(tmp_path / "run", started.pid, tmp_path / "bundle", runtime=runtime, **known)
+                (found,) = grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST)
+                assert (found.grade, found.sandbox) == ("insecure", "none")
+                assert "privileged" in {reason.name for reason in found.reasons}
+            record(tmp_path / "run", started.pid, tmp_path / "bundle")  # of an earlier version
+            (found,) = grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST)
+            assert (found.grade, found.sandbox) == ("weak", "unknown")
+            assert [reason.name for reason in found.reasons] == ["unknown-sandbox"]
+            record(tmp_path / "run", started.pid, tmp_path / "bundle", runtime="runsc", **known)
+            (found,) = grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST)
+            assert found.sandbox == "gvisor"
+        finally:
+            started.kill()
+
+
+def test_a_mount_that_only_calls_itself_a_model_s(tmp_path: Path) -> None:
+    """What the container mounts in the model's place gets its numbers anew, as they are the lowest that are free."""
+    with unshared_container(tmp_path) as one:
+        records = ContainerRecords(str(tmp_path / "run"))
+        records.write(one.record)
+
+        def seen() -> set[str]:
+            (found,) = grade_containers(str(tmp_path / "run"), "/nowhere/token", HOST)
+            return {reason.name for reason in found.reasons if reason.name.startswith("mount-")}
+
+        assert "mount-gone" not in seen()
+        one.do(
+            f"umount {one.path}; mount -t tmpfs -o ro,noswap scz-smm {one.path} || mount -t ramfs scz-smm {one.path}"
+        )
+        assert "scz-smm" in one.do("cat /proc/self/mountinfo")
+        assert seen() == {"mount-gone"}

@@ -10,12 +10,14 @@ import contextlib
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from oci_hook.attestation.deadline import with_deadline
 from oci_hook.cli.checks.grade import ContainerFacts, Grade, HostFacts, ModelMount, Reason, Sandbox, grade
+from oci_hook.delivery.resident import memory_bytes
 from oci_hook.documents import decode_base64url, parse_object
 from oci_hook.errors import FileUnreadable, HolderGone, SczError, TokenMalformed
 from oci_hook.linux.mounts import SOURCE, Mount, load_mountinfo
@@ -25,13 +27,11 @@ from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.trusted_file import load_file, read_regular
 
 _TOKEN_LIMIT_BYTES = 16 << 10
-_TOKEN_READ_SECONDS = 3.0
+_TOKEN_READ_SECONDS, _ALL_TOKENS_SECONDS = 3.0, 15.0
 _SPEC_LIMIT_BYTES = 4 << 20
 MOST_CONTAINERS = 1000
-_SANDBOXES: tuple[tuple[re.Pattern[str], Sandbox], ...] = (
-    (re.compile(r"runsc.*|exe"), "gvisor"),  # runsc runs itself again as /proc/self/exe
-    (re.compile(r"qemu.*|cloud-hypervisor|firecracker|stratovirt|containerd-shim-kata.*"), "vm"),
-)
+_SANDBOXES: Mapping[str, Sandbox] = {"runc": "none", "crun": "none", "runsc": "gvisor"}
+_CALLED_SANDBOX = re.compile(r"runsc.*|exe|qemu.*|cloud-hypervisor|firecracker|stratovirt|containerd-shim-kata.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,11 @@ def grade_containers(runtime_directory: str, token_path: str, host: HostFacts) -
         token_path: Where a container has its token if its annotation says nothing.
         host: What they share.
     """
-    for record in ContainerRecords(runtime_directory).live()[:MOST_CONTAINERS]:
+    records = ContainerRecords(runtime_directory).live()[:MOST_CONTAINERS]
+    tokens = _Tokens(token_path)
+    for record, taken in zip(records, memory_bytes(records), strict=True):
         try:
-            facts, unseen = load_facts(record, token_path)
+            facts, unseen = load_facts(record, taken, tokens)
         except HolderGone:
             continue  # it ended meanwhile
         except (SczError, OSError, ValueError) as error:
@@ -70,8 +72,15 @@ def grade_containers(runtime_directory: str, token_path: str, host: HostFacts) -
         )
 
 
-def load_facts(record: ContainerRecord, token_path: str) -> tuple[ContainerFacts, list[str]]:
+def load_facts(
+    record: ContainerRecord, taken: Sequence[int | None] | None, tokens: _Tokens
+) -> tuple[ContainerFacts, list[str]]:
     """What is known of a container, and what could not be seen of it.
+
+    Args:
+        record: The container's.
+        taken: What its models take, as `memory_bytes` saw them.
+        tokens: Reads its token.
 
     Raises:
         HolderGone: Its process ended.
@@ -82,16 +91,17 @@ def load_facts(record: ContainerRecord, token_path: str) -> tuple[ContainerFacts
         if process.start_time != record.start_time:
             raise HolderGone(f"process {record.pid} is another now")
         status = parse_status(process.read("status").decode("utf-8", "replace"))
-        mounts = model_mounts(record.destinations, load_mountinfo(process.proc_fd))
-        mounts = tuple(
-            ModelMount(mount.path, None) if record.is_released(index) else mount for index, mount in enumerate(mounts)
-        )
-        # A container that calls its program like a runtime's sandbox has the model's mount; a sandbox has none.
-        sandbox = "none" if any(mount.present for mount in mounts) else _sandbox(process)
+        recorded = record.runtime in _SANDBOXES and len(record.held) == len(record.models)
+        mounts = model_mounts(record, load_mountinfo(process.proc_fd), taken)
+        sandbox = _sandbox(record, process, mounts)
         if sandbox != "none":
             mounts = tuple(ModelMount(path, None) for path in record.destinations)
             unseen.append("its mounts, capabilities and filters: they are inside the sandbox")
-        token_seconds = _token_seconds(process, record, token_path) if sandbox == "none" else None
+        elif not recorded:
+            unseen.append("whether what is mounted at its models' places is what was delivered")
+        elif taken is None:
+            unseen.append("its models: they could not be opened in time")
+        token_seconds = tokens.load_seconds(process, record) if sandbox == "none" else None
         if token_seconds is None:
             unseen.append("its token's lifetime")
         facts = ContainerFacts(
@@ -105,6 +115,7 @@ def load_facts(record: ContainerRecord, token_path: str) -> tuple[ContainerFacts
             swapped_bytes=status.swapped_bytes,
             mounts=mounts,
             token_seconds=token_seconds,
+            recorded=recorded,
         )
         process.verify_same()
     return facts, unseen
@@ -115,14 +126,13 @@ def _identity(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _sandbox(process: HeldProcess) -> Sandbox:
-    """What its executable says: only a runtime that root installed runs as the process of a record."""
-    name = os.path.basename(process.arguments()[0]) if process.arguments() else ""
-    executable = process.executable_name()
-    for pattern, kind in _SANDBOXES:
-        if pattern.fullmatch(executable) and (kind == "vm" or name.startswith("runsc")):
-            return kind
-    return "none"
+def _sandbox(record: ContainerRecord, process: HeldProcess, mounts: Sequence[ModelMount]) -> Sandbox:
+    """What the record says. A program's name is chosen by who made the image: it is worth no more than `unknown`."""
+    if record.runtime in _SANDBOXES:
+        return _SANDBOXES[record.runtime]
+    if any(mount.present for mount in mounts):  # a sandbox has none of the model's mounts outside
+        return "none"
+    return "unknown" if _CALLED_SANDBOX.fullmatch(process.executable_name()) else "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +172,30 @@ def parse_core_limit(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def model_mounts(destinations: Sequence[str], mounts: Sequence[Mount]) -> tuple[ModelMount, ...]:
-    """What lies at each destination: the last mount there is what the container sees."""
+def model_mounts(
+    record: ContainerRecord, mounts: Sequence[Mount], taken: Sequence[int | None] | None
+) -> tuple[ModelMount, ...]:
+    """What lies at each destination: the last mount there is what the container sees.
+
+    It is the model's if it is the one that the record names, and was opened as that: a container that may mount chooses
+    the source of a mount, and gets the numbers of one that it has unmounted. A record without mounts: by the source.
+    """
     found = []
-    for path in destinations:
+    for index, path in enumerate(record.destinations):
+        if record.is_released(index):
+            found.append(ModelMount(path, None))
+            continue
         here = [mount for mount in mounts if mount.mount_point == os.path.normpath(path)]
-        if not here or here[-1].source != SOURCE:
+        held = record.held[index] if len(record.held) == len(record.models) else None
+        top = here[-1] if here else None
+        if (
+            top is None
+            or top.source != SOURCE
+            or (held is not None and (top.mount_id, top.device) != (held.mount_id, held.device))
+            or (held is not None and taken is not None and taken[index] is None)
+        ):
             found.append(ModelMount(path, False))
             continue
-        top = here[-1]
         read_only = "ro" in top.options and "ro" in top.super_options
         found.append(ModelMount(path, True, read_only, top.kind, "noswap" in top.super_options))
     return tuple(found)
@@ -179,17 +204,30 @@ def model_mounts(destinations: Sequence[str], mounts: Sequence[Mount]) -> tuple[
 # --- the token --------------------------------------------------------------------------------------------------------
 
 
-def _token_seconds(process: HeldProcess, record: ContainerRecord, token_path: str) -> int | None:
-    """How long the token at its place in the container is valid; None if there is none that can be read in time.
+class _Tokens:
+    """Reads the tokens of one run's containers, within one time for all.
 
-    The container may have put a file system of its own there (FUSE), which never answers: a child waits for it.
+    Args:
+        path: Where a container has its token if its annotation says nothing.
     """
-    named = _annotations(record.bundle).get("smm.scz/token", token_path)
-    path = named if isinstance(named, str) and named.startswith("/") else token_path
-    with contextlib.suppress(SczError):
-        found = with_deadline(lambda: str(_read_lifetime(process, path)).encode(), _TOKEN_READ_SECONDS)
-        return int(found) if found != b"None" else None
-    return None
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._until = time.monotonic() + _ALL_TOKENS_SECONDS
+
+    def load_seconds(self, process: HeldProcess, record: ContainerRecord) -> int | None:
+        """How long the token at its place in the container is valid; None if there is none that can be read in time.
+
+        The container may have put a file system of its own there (FUSE), which never answers: a child waits for it.
+        """
+        named = _annotations(record.bundle).get("smm.scz/token", self._path)
+        path = named if isinstance(named, str) and named.startswith("/") else self._path
+        seconds = min(_TOKEN_READ_SECONDS, self._until - time.monotonic())
+        with contextlib.suppress(SczError):
+            if seconds > 0:
+                found = with_deadline(lambda: str(_read_lifetime(process, path)).encode(), seconds)
+                return int(found) if found != b"None" else None
+        return None
 
 
 def _read_lifetime(process: HeldProcess, path: str) -> int | None:

@@ -17,7 +17,7 @@ from typing import Literal
 from oci_hook.cli.checks.kernel import MEND_CORES, KernelState
 
 Grade = Literal["secure", "weak", "insecure"]
-Sandbox = Literal["none", "gvisor", "vm"]
+Sandbox = Literal["none", "gvisor", "unknown"]
 
 TOKEN_SECONDS = 24 * 3600
 """A bearer token that is valid for longer is one that somebody may still find useful."""
@@ -55,7 +55,8 @@ class ContainerFacts:
     """A running container as its process and its record show it.
 
     Attributes:
-        sandbox: What stands between its processes and this kernel.
+        sandbox: What stands between its processes and this kernel, as the record says; `unknown`: it does not, and what
+            its process runs is called like a sandbox.
         user_namespace: It has one of its own.
         host_uid: Of its first process, on this host.
         capabilities: What its first process can ever have (bounding and effective), by number.
@@ -65,6 +66,7 @@ class ContainerFacts:
         swapped_bytes: Of its first process, in swap now.
         mounts: Its models.
         token_seconds: How long its identity token is valid from its issue; None: not seen.
+        recorded: The record says which runtime made it, and which mounts are the models'.
     """
 
     sandbox: Sandbox
@@ -77,6 +79,7 @@ class ContainerFacts:
     swapped_bytes: int
     mounts: tuple[ModelMount, ...]
     token_seconds: int | None
+    recorded: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,9 @@ def _mounts(container: ContainerFacts, host: HostFacts) -> Iterator[Reason]:
 
 
 def _isolation(container: ContainerFacts) -> Iterator[Reason]:
+    if not container.recorded:
+        message = "unknown sandbox: its record lacks runtime and mounts (an earlier version's, or a start under way)"
+        yield Reason("unknown-sandbox", "weak", message, "start the container again")
     if container.sandbox != "none":
         return  # another kernel stands between; what its process on the host has says nothing of the workload
     if not container.user_namespace:
@@ -172,7 +178,7 @@ def _memory(container: ContainerFacts, host: HostFacts) -> Iterator[Reason]:
             message = f"{container.swapped_bytes // 1024} KiB of its memory are in swap that is not encrypted"
             yield Reason("swapped", "insecure", message, "swapoff -a; encrypt it (crypttab(5), `swap`) before swapon")
         else:
-            what = {"none": "the application's own copy", "gvisor": "the sandbox's memory", "vm": "the VM's memory"}
+            what = {"none": "the application's own copy", "gvisor": "the sandbox's memory", "unknown": "its memory"}
             message = f"{what[container.sandbox]} may go to swap that is not encrypted"
             yield Reason("swap", "weak", message, "swapoff -a, or encrypt it (crypttab(5), `swap`)")
 
