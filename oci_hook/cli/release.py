@@ -96,7 +96,7 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
 
 
 def _is_done(result: Reclaimed, *, lazy: bool) -> bool:
-    """Whether it was taken away, or is gone; what the container itself unmounted and keeps stays in `ps` without --lazy."""
+    """Whether it was taken away, or is gone; what the container unmounted and keeps stays in `ps` without --lazy."""
     return result.state in ("released", "absent") or (result.state == "detached" and (lazy or bool(result.path)))
 
 
