@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,13 @@ class Container:
     def reclaim(self, *others: ContainerRecord, **how: bool) -> Reclaimed:
         options: dict[str, Any] = {"lazy": False, "dry_run": False, **how}
         return reclaim(self.record, self.record.held[0], others=others, **options)
+
+    def settled(self, *others: ContainerRecord) -> Reclaimed:
+        """The answer, once no file system of other tests' has the number of one that is gone."""
+        until = time.monotonic() + 60
+        while (found := self.reclaim(*others)).state == "unknown" and time.monotonic() < until:
+            time.sleep(0.2)
+        return found
 
 
 def told(process: subprocess.Popen[str], command: str) -> str:

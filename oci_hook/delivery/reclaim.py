@@ -15,6 +15,7 @@ import errno
 import os
 import select
 import struct
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from oci_hook.records import ContainerRecord, HeldModel
 
 _ANSWER_SECONDS = 10.0
 _GONE_SECONDS = 2.0
+_TRIES, _PAUSE_SECONDS = 20, 0.1
 _EVENT = struct.Struct("=iIII")
 _WHAT = "the process that looks at the container's mounts"
 
@@ -120,10 +122,14 @@ def _look_for_remains(model: HeldModel, others: Sequence[ContainerRecord], ours:
         seen = zip(record.held, taken or (), strict=False)
         if any(size is not None and _is_later(held, model) for held, size in seen):
             return Reclaimed("absent", "", ())
-    remains = find_remains(model.device, without=ours)
-    if remains.another or mounts.is_free_number(model.device):
-        return Reclaimed("absent", "", ())
-    uses = (*remains.copies, *remains.files)
+    for left in reversed(range(_TRIES)):
+        remains = find_remains(model.device, without=ours)
+        if remains.another or mounts.is_free_number(model.device):
+            return Reclaimed("absent", "", ())
+        uses = (*remains.copies, *remains.files)
+        if uses or not left:
+            break
+        time.sleep(_PAUSE_SECONDS)  # a file system that somebody makes just now may have the number for a moment
     if remains.copies:  # a copy that the container made is not the mount that we made: its to unmount
         return Reclaimed("busy", "", uses)
     return Reclaimed("detached" if uses else "unknown", "", uses)

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ class Shell:
 
     def release(self, *words: str) -> tuple[int, dict[str, Any]]:
         """`sczctl release --json` of the container; its exit code, and what it says of the one model."""
+        until = time.monotonic() + 60  # other tests' file systems may have the number of one that is gone
         done = self.scene.sczctl("release", self.id, "--json", *words, check=False)
-        assert done.returncode in (0, 3, 4, 5), done.stderr
+        while done.returncode == 5 and time.monotonic() < until:
+            done = self.scene.sczctl("release", self.id, "--json", *words, check=False)
+        assert done.returncode in (0, 3, 4), done.stderr
         (model,) = json.loads(done.stdout)["models"]
         return done.returncode, model
 
@@ -255,7 +259,12 @@ def test_a_container_that_has_unmounted_it_itself(scene: Scene) -> None:
         assert [(use["pid"], use["what"]) for use in model["uses"]] == [(container.pid, "open file")]
         assert ps(scene)
         container.do("exec 3<&-")
+        until = (
+            time.monotonic() + 60
+        )  # hosts of other tests have records of their own, and file systems with this number
         code, model = container.release()
+        while code == 4 and container.pid not in {use["pid"] for use in model["uses"]} and time.monotonic() < until:
+            code, model = container.release()
         assert (code, model["state"], model["uses"]) == (0, "absent", [])
         assert ps(scene) == []
     assert [each.get("state") for each in events(scene, container.id)][2:] == ["absent", None]

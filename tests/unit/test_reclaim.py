@@ -27,7 +27,7 @@ def test_a_model_that_the_container_unmounted_and_keeps_is_not_free(tmp_path: Pa
             assert (found.state, found.path) == ("detached", "")
             assert [(each.pid, each.what) for each in found.uses] == [(one.process.pid, what)]
             one.do(end)
-            assert one.reclaim() == Reclaimed("absent", "", ())
+            assert one.settled() == Reclaimed("absent", "", ())
             assert one.do(f"mount -t tmpfs scz-smm {one.path} && head -c 65536 /dev/zero > {one.path}/file") == ""
             one.record = dataclasses.replace(one.record, held=(held_at(one.process.pid, one.path),))
 
@@ -48,7 +48,7 @@ def test_a_mapping_and_a_copy_that_nobody_sees_are_found(tmp_path: Path) -> None
         assert found.state == "detached"
         assert "mapping" in {each.what for each in found.uses}
         one.do(f"echo > {copy}.fifo; wait")
-        assert one.reclaim() == Reclaimed("absent", "", ())
+        assert one.settled() == Reclaimed("absent", "", ())
 
 
 def test_who_keeps_it_where_proc_does_not_show_it_is_not_called_free(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_who_keeps_it_where_proc_does_not_show_it_is_not_called_free(tmp_path: P
         one.do(f"until grep -q 1 {tmp_path}/out; do sleep 0.05; done; umount -l {one.path}")
         assert one.reclaim() == Reclaimed("unknown", "", ())
         one.do("echo >&4; wait")
-        assert one.reclaim() == Reclaimed("absent", "", ())
+        assert one.settled() == Reclaimed("absent", "", ())
 
 
 def test_a_number_that_another_has_by_now_proves_that_it_is_gone(tmp_path: Path) -> None:
@@ -88,11 +88,15 @@ def test_a_number_that_another_has_by_now_proves_that_it_is_gone(tmp_path: Path)
 
 def test_a_number_is_free_once_its_file_system_is_gone() -> None:
     kind = probe_memory_filesystem()
-    with create_memory_filesystem(4096, 1, kind) as made:
-        number = os.fstat(made.fd).st_dev
-        device = f"{os.major(number)}:{os.minor(number)}"
-        assert not is_free_number(device)
-    assert is_free_number(device)
+    for _ in range(100):  # others make file systems meanwhile, and may get the number first
+        with create_memory_filesystem(4096, 1, kind) as made:
+            number = os.fstat(made.fd).st_dev
+            device = f"{os.major(number)}:{os.minor(number)}"
+            assert not is_free_number(device)
+        if is_free_number(device):
+            break
+    else:
+        pytest.fail("no number was ever free again")
     assert not is_free_number("8:1")
     assert not is_free_number("0:1048575")  # too far to be tried
 
@@ -106,10 +110,10 @@ def test_a_container_that_never_answers_costs_little_and_others_are_seen(
         with stuck_filesystem(one.path.parents[1], pid=one.process.pid):
             assert memory_bytes([one.record, two.record, one.record]) == (None, (1 << 16,), None)
             left = children()
-            assert len(left) <= 2
+            assert left
             # The next call meets the child that this one left, and leaves no other.
             assert memory_bytes([one.record, two.record]) == (None, (1 << 16,))
-            assert children() == left
+            assert set(children()) <= set(left)
         for pid in left:
             os.waitpid(pid, 0)
         assert memory_bytes([two.record]) == ((1 << 16,),)
