@@ -261,7 +261,7 @@ def test_a_container_that_has_unmounted_it_itself(scene: Scene) -> None:
         container.do("exec 3<&-")
         until = (
             time.monotonic() + 60
-        )  # hosts of other tests have records of their own, and file systems with this number
+        )  # other tests have records and file systems of their own
         code, model = container.release()
         while code == 4 and container.pid not in {use["pid"] for use in model["uses"]} and time.monotonic() < until:
             code, model = container.release()
