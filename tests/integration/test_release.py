@@ -259,9 +259,7 @@ def test_a_container_that_has_unmounted_it_itself(scene: Scene) -> None:
         assert [(use["pid"], use["what"]) for use in model["uses"]] == [(container.pid, "open file")]
         assert ps(scene)
         container.do("exec 3<&-")
-        until = (
-            time.monotonic() + 60
-        )  # other tests have records and file systems of their own
+        until = time.monotonic() + 60  # other tests have records and file systems of their own
         code, model = container.release()
         while code == 4 and container.pid not in {use["pid"] for use in model["uses"]} and time.monotonic() < until:
             code, model = container.release()
