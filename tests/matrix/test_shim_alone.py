@@ -47,7 +47,9 @@ class Alone:
         shutil.copytree(PACKAGE, self.place / "oci_hook", ignore=shutil.ignore_patterns("__pycache__"))
         self.script = folder / f"scz-{kind}"
         command = [sys.executable, "-I", "-S", "-c", _SCRIPT, self.place, f"/usr/bin/{kind}", folder / "config.toml"]
-        self.script.write_bytes(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+        self.script.write_bytes(
+            subprocess.run([*map(str, command)], capture_output=True, check=True, timeout=60).stdout
+        )
         self.script.chmod(0o755)
         self.flags = (*own_runsc().flags, "--ignore-cgroups") if kind == "runsc" else ()
         self.name = f"scz-alone-{uuid.uuid4().hex[:8]}"
