@@ -37,6 +37,7 @@ _EXIT_STATUS = (
     ("10\\(en79", "An error: one line that says what failed, and one with the remedy, are on standard error."),
     ("130", "Interrupted."),
 )
+_BRIEF = 40
 _EXPLAINED = ".Ic sczctl why Ar CODE\nand\n.Xr scz-hook 8\nexplain each number."
 
 
@@ -117,9 +118,12 @@ def _as_it_is(text: str) -> str:
     return "\n".join(literal(line) if line.strip() else "" for line in text.splitlines())
 
 
-def _option(option: click.Option, context: click.Context) -> str:
-    """All spellings of an option, with its value."""
-    named = literal(option.make_metavar(context)).replace("|", "|\\:")  # a long list of words may be broken there
+def _option(option: click.Option, context: click.Context, *, brief: bool = False) -> str:
+    """All spellings of an option, with its value; `brief`: without long lists of words, which adjust no line."""
+    said = option.make_metavar(context)
+    if brief and len(said) > _BRIEF:
+        said = str(option.name).rstrip("s").upper()
+    named = literal(said).replace("|", "|\\:")  # a long list of words may be broken there
     value = "" if option.is_flag or option.count else f" Ar {named}"
     spellings = [*sorted(option.opts, key=len), *option.secondary_opts]
     return " , ".join(f"Fl {literal(spelling.removeprefix('-'))}{value}" for spelling in spellings)
@@ -185,7 +189,7 @@ def _synopsis(page: Page) -> str:
     arguments = []
     for parameter in page.command.get_params(page.context):
         if isinstance(parameter, click.Option) and not parameter.hidden:
-            spelled = _first_long(_option(parameter, page.context).split(" , "))
+            spelled = _first_long(_option(parameter, page.context, brief=True).split(" , "))
             again = " Ns No ..." if parameter.multiple else ""
             lines.append(f".{spelled}{again}" if parameter.required else f".Op {spelled}{again}")
         elif isinstance(parameter, click.Argument):
