@@ -49,7 +49,7 @@ def rpm(clean: FreshRoot, packages: Packages, tmp_path_factory: pytest.TempPathF
     root.call("apt-get", "satisfy", "-yq", "--no-install-recommends", depends)
 
     # Debian 12's rpm asks for it, and that of Debian 13 does not know it.
-    asked = subprocess.run(["rpm", "--version"], capture_output=True, check=False).returncode == 0
+    asked = subprocess.run(["rpm", "--force-debian", "--version"], capture_output=True, check=False).returncode == 0
 
     def call(*words: str | Path, code: int = 0) -> str:
         options = ["--root", str(root.folder), "--dbpath", "/var/lib/rpm", *(["--force-debian"] if asked else [])]
