@@ -33,9 +33,9 @@ class Container:
         return reclaim(self.record, self.record.held[0], others=others, **options)
 
     def settled(self, *others: ContainerRecord) -> Reclaimed:
-        """The answer, once no file system of other tests' has the number of one that is gone."""
+        """The answer, once no file system of other tests' has the number of one that is gone: `absent`."""
         until = time.monotonic() + 60
-        while (found := self.reclaim(*others)).state == "unknown" and time.monotonic() < until:
+        while (found := self.reclaim(*others)).state != "absent" and time.monotonic() < until:
             time.sleep(0.2)
         return found
 
