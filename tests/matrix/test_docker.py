@@ -19,7 +19,7 @@ import pytest
 from oci_hook.errors import all_errors
 from tests.dockerd import Docker
 from tests.integration.conftest import FILES, contents
-from tests.integration.test_start import hook_processes
+from tests.integration.test_start import hook_processes, model_mounts
 from tests.runtimes import Runsc, newer_runsc, own_runsc
 from tests.scene import TOKEN_PATH, Scene
 from tests.shims import write_shim
@@ -117,22 +117,10 @@ def ran(scene: Scene) -> bool:
     return (scene.host / "docker-trace/ran").exists()
 
 
-def model_mounts(docker: Docker) -> list[str]:
-    """Mounts of models in the mount namespaces of all processes: those of this daemon's containers."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/mountinfo"):
-        with contextlib.suppress(OSError):
-            lines = path.read_text().splitlines()
-            ours = [line for line in lines if " scz-smm " in line]
-            if ours and any(str(docker.directory) in line for line in lines):
-                found |= set(ours)
-    return sorted(found)
-
-
 def nothing_left(docker: Docker, scene: Scene) -> None:
     """No container's mounts, processes or records; engines take bundles away a moment after a container's end."""
     deadline = time.monotonic() + 60
-    while any(left := (model_mounts(docker), docker.bundles(), hook_processes(scene), records(scene))):
+    while any(left := (model_mounts(scene), docker.bundles(), hook_processes(scene), records(scene))):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
@@ -152,7 +140,7 @@ def test_a_container_reads_exactly_what_was_packed(scene: Scene, run: Run, runti
 def test_plaintext_goes_with_the_container(docker: Docker, scene: Scene, run: Run, runtime: str) -> None:
     done = run("exec sleep 1000", "--detach", "--name=one", runtime=runtime, token=scene.token())
     assert done.returncode == 0, (done.stderr, scene.why())
-    assert model_mounts(docker) != []
+    assert model_mounts(scene) != []
     seen = docker.call("exec", "one", "cat", "/models/small/config.json").stdout
     assert seen == contents("config.json", FILES["config.json"]).decode()
     (row,) = json.loads(scene.sczctl("ps", "--json").stdout)
@@ -265,7 +253,7 @@ def test_a_container_without_ours_is_unchanged(docker: Docker, scene: Scene, run
     document = json.loads((bundle / "config.json").read_text())
     assert "scz-smm" not in json.dumps(document)
     assert all("oci_hook" not in json.dumps(entry) for entry in (document.get("hooks") or {}).values())
-    assert model_mounts(docker) == []
+    assert model_mounts(scene) == []
     wait_until(lambda: ran(scene))
 
 

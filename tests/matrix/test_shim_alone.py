@@ -53,7 +53,7 @@ class Alone:
         self.script.chmod(0o755)
         self.flags = (*own_runsc().flags, "--ignore-cgroups") if kind == "runsc" else ()
         self.name = f"scz-alone-{uuid.uuid4().hex[:8]}"
-        hook = prestart("/bin/false")  # as ours ends then
+        hook = prestart("/bin/sh", "-c", "cat > /dev/null; exit 1")  # ours ends so then; crun 1.8.1 needs a reader
         self.bundle = make_bundle(folder / "bundle", args=["sleep", "600"], hooks={"poststop": [hook]})
 
     def call(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
