@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from oci_hook import __version__
 from tests.packaging.conftest import ROOT, Packages, build, copy_sources, run
 
 PRIVATE = "usr/lib/scz-smm"
+MODULES = ("programs", "dependencies", "staging", "libraries", "build_package")
 DOC = "usr/share/doc/scz-smm"
 SCRIPTS = sorted(
     path
@@ -44,15 +46,14 @@ TAKEN = {
 
 
 @pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    """packaging/build_package.py; its folder's name is that of a library."""
-    spec = importlib.util.spec_from_file_location("build_package", ROOT / "packaging/build_package.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def builder() -> Iterator[SimpleNamespace]:
+    """What packaging/build_package.py is made of; its folder, whose name is a library's, is its programs' own path."""
+    sys.path.insert(0, str(ROOT / "packaging"))
+    try:
+        modules = [importlib.import_module(name) for name in MODULES]
+        yield SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+    finally:
+        sys.path.remove(str(ROOT / "packaging"))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_our_modules_and_the_locked_dependencies_lie_side_by_side(
 
 
 def test_a_backend_for_each_python_and_one_of_everything_else(
-    builder: ModuleType, files: dict[str, tuple[tarfile.TarInfo, bytes]]
+    builder: SimpleNamespace, files: dict[str, tuple[tarfile.TarInfo, bytes]]
 ) -> None:
     compiled = [path for path in files if path.endswith(".so")]
     backends = {path.split("cpython-")[1].split("-")[0] for path in compiled if "_cffi_backend" in path}
@@ -247,7 +248,7 @@ def test_there_are_scripts_to_check() -> None:
 # --- what the builder refuses ---
 
 
-def test_a_library_that_no_package_is_named_for(builder: ModuleType, tmp_path: Path) -> None:
+def test_a_library_that_no_package_is_named_for(builder: SimpleNamespace, tmp_path: Path) -> None:
     source = tmp_path / "x.c"
     source.write_text("int main(void) { return 0; }")
     run("gcc", "-shared", "-Wl,--no-as-needed", "-lm", "-lcrypt", "-o", tmp_path / "x.so", source)
@@ -255,7 +256,7 @@ def test_a_library_that_no_package_is_named_for(builder: ModuleType, tmp_path: P
         builder.library_needs(tmp_path)
 
 
-def test_wheels_that_disagree(builder: ModuleType, tmp_path: Path) -> None:
+def test_wheels_that_disagree(builder: SimpleNamespace, tmp_path: Path) -> None:
     for name, text in (("a", "1"), ("b", "2")):
         with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as wheel:
             wheel.writestr("same.py", text)
@@ -267,13 +268,13 @@ def test_wheels_that_disagree(builder: ModuleType, tmp_path: Path) -> None:
         builder.unpack_wheel(tmp_path / "b.whl", target)
 
 
-def test_sources_without_a_part(builder: ModuleType, tmp_path: Path) -> None:
+def test_sources_without_a_part(builder: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "config/hooks.d").mkdir(parents=True)
     with pytest.raises(builder.PackageError, match=r"config/config\.toml is missing"):
         builder.stage(tmp_path, tmp_path, tmp_path / "root", version="1", seconds=1)
 
 
-def test_sources_without_a_time(builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_without_a_time(builder: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     with pytest.raises(builder.PackageError, match="SOURCE_DATE_EPOCH"):
@@ -282,7 +283,7 @@ def test_sources_without_a_time(builder: ModuleType, tmp_path: Path, monkeypatch
     assert builder.source_seconds(tmp_path) == 17
 
 
-def test_every_locked_project_has_its_block(builder: ModuleType) -> None:
+def test_every_locked_project_has_its_block(builder: SimpleNamespace) -> None:
     text = (ROOT / "requirements.lock").read_text()
     blocks = builder.lock_blocks(text)
     assert set(blocks) == set(re.findall(r"^(\S+)==", text, re.MULTILINE))
