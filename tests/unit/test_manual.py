@@ -334,7 +334,10 @@ def test_the_hook_takes_the_options_of_its_page_and_no_other() -> None:
     words = [word for name in options for word in (f"--{name}", values.get(name, "/x"))]
     for stage in STAGES:
         assert parse_invocation([*words, stage]) is not None
-        assert f"Cm {stage}" in text or f"| {stage}" in text
+    synopsis, description = text.split(".Sh SYNOPSIS")[1].split(".Sh DESCRIPTION")
+    stages = [line.removeprefix(".Cm ").split(" | ") for line in synopsis.splitlines() if line.startswith(".Cm ")]
+    assert stages == [list(STAGES)]
+    assert all(f".Cm {stage}" in description for stage in STAGES)
     assert parse_invocation(["--verbose", "1", "prestart"]) is None
     asked = subprocess.run(
         [sys.executable, "-c", "import sys; from oci_hook.hook import main; sys.exit(main(['--help']))"],
