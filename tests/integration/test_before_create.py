@@ -22,7 +22,9 @@ from typing import Any
 
 import pytest
 
-from oci_hook.errors import all_errors
+from oci_hook.before_create import adopt, discard, known
+from oci_hook.config import load_config
+from oci_hook.errors import HolderRefused, all_errors
 from tests.integration.conftest import FILES, contents
 from tests.runtimes import make_bundle
 from tests.scene import TOKEN_PATH, Scene
@@ -526,6 +528,43 @@ def test_asked_twice_it_is_made_once(vms: Sandboxes) -> None:
         assert record["creator"] != list(creator)
     shutil.rmtree(bundle)
     vms.scene.sczctl("sweep")
+    assert vms.left() == []
+
+
+def test_reached_by_two_ways_it_is_adopted_once(vms: Sandboxes) -> None:
+    """The engine's own hooks and the shim's."""
+    bundle = vms.bundle(hooks=True)
+    done = vms.run(bundle)
+    assert read(done.stdout) == SUMS, done
+    assert len(json.loads((bundle / "config.json").read_text())["hooks"]["prestart"]) == 2
+
+
+def test_what_the_nri_plugin_calls(vms: Sandboxes) -> None:
+    config = load_config(str(vms.scene.config))
+    assert known(config) == ()
+    adopted, never = vms.bundle(), vms.bundle()
+    before_create(vms.scene, "adopted", adopted, known=False)
+    before_create(vms.scene, "never", never, known=False)
+    assert known(config) == ("adopted", "never")
+    with subprocess.Popen(["/bin/sleep", "600"]) as hypervisor:
+        adopt("adopted", "", hypervisor.pid, config)
+        adopt("adopted", "", hypervisor.pid, config)
+        with pytest.raises(HolderRefused, match="another process's"):
+            adopt("adopted", "", os.getpid(), config)
+        with pytest.raises(HolderRefused, match="nothing was made ready"):
+            adopt("unknown", "", hypervisor.pid, config)
+        # One of this name lives: it is neither prepared anew nor touched.
+        assert ask(vms.scene, "adopted", adopted, known=False).returncode == CODES["HolderRefused"]
+        vms.scene.sczctl("sweep")
+        assert len(vms.mounts()) == 2
+        assert [row["pid"] for row in vms.ps()] == [hypervisor.pid, os.getpid()]
+        hypervisor.kill()
+    vms.scene.sczctl("sweep")
+    assert known(config) == ("never",)
+    discard("never", "", config)
+    discard("never", "", config)
+    discard("unknown", "/nowhere", config)
+    assert known(config) == ()
     assert vms.left() == []
 
 
