@@ -23,7 +23,7 @@ from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _USAGE = (
     f"usage: scz-hook [--config FILE] [--engine {'|'.join(ENGINES)}] [--request KEY=VALUE]... [--spec-digest HEX] "
-    f"{'|'.join(STAGES)}   (OCI state on standard input)"
+    f"{'|'.join(STAGES)}   (OCI state on standard input; precreate: config.json)"
 )
 
 
@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = None
     try:
         _isolate()
+        if invocation.stage == "precreate":
+            from oci_hook.precreate import main as filter_configuration
+
+            return filter_configuration(invocation)
         state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
         # Some runtimes pass no annotations: config.json has them. A digest is looked at whatever is there by now.
         if not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest:
