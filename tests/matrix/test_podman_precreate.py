@@ -404,7 +404,9 @@ def passed(house: House, words: Sequence[str]) -> str | None:
     house.scene.podman.hooks_directories = [house.root / "recorders"]
     for path in house.recordings.iterdir():
         path.unlink()
-    name = house.scene.podman.create(["--annotation", "smm.scz/require=runtime=kata", *words, house.scene.image, "true"])
+    name = house.scene.podman.create(
+        ["--annotation", "smm.scz/require=runtime=kata", *words, house.scene.image, "true"]
+    )
     house.scene.podman.start_container(name, check=False)
     data = (house.recordings / "a-before").read_bytes()
     assert data == (house.recordings / "z-after").read_bytes()
