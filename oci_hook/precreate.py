@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from oci_hook.errors import EngineUnsupported, HolderGone, SczError, SystemCallFailed
 from oci_hook.invocation import Invocation
@@ -21,6 +22,9 @@ from oci_hook.oci.annotations import Requests, gather_requests, has_ours
 from oci_hook.oci.precreate import Precreate, container_id, parse_precreate, with_mounts
 from oci_hook.oci.spec import MAX_SPEC_BYTES, Spec
 from oci_hook.oci.state import State
+
+if TYPE_CHECKING:
+    from oci_hook.config import Config
 
 ENGINE = "podman"
 RUNTIME = "kata"
@@ -103,12 +107,26 @@ def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, config_f
     harden_process()
     facts = read_engine_facts(ENGINE, spec.annotations)
     asking = Asking(state.container_id, "", spec, facts, requests, RUNTIME, _creator(state.pid))
+    _forget_failed(state.container_id, config)
     entries = prepare(asking, config)
     try:
         _write(with_mounts(data, [{**asdict(entry), "type": "bind"} for entry in entries]))
     except BaseException:
         discard(state.container_id, "", config)
         raise
+
+
+def _forget_failed(container: str, config: Config) -> None:
+    """Take away what an earlier start left that came to nothing: each start of podman's is admitted anew.
+
+    podman's API service creates many containers, and one of them time and again: that it lives still says nothing.
+    """
+    from oci_hook.before_create import discard
+    from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostRecords
+
+    earlier = HostRecords(config.runtime_directory).find(container, "")
+    if isinstance(earlier, BoundRecord) and earlier.container == NOBODY:
+        discard(container, earlier.bundle, config)
 
 
 def _creator(pid: int) -> tuple[int, int]:

@@ -389,6 +389,37 @@ def test_a_hook_that_takes_too_long_is_ended_and_leaves_nothing(house: House) ->
     assert house.run(*words).returncode == 0  # its token is free again, too
 
 
+def test_each_start_by_the_api_service_is_admitted_anew(house: House) -> None:
+    """The service outlives a creation that fails, so nothing shows that it failed."""
+    podman = house.scene.podman
+    socket = house.scene.directory / "api.sock"
+    words = [*house.words(token="t20"), house.scene.image, "/no-such-program"]
+    name = podman.create(words, runtime=house.like.runtime)
+    service = subprocess.Popen(
+        podman.command("system", "service", "--time=0", f"unix://{socket}"), env=podman.environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(socket.exists)
+        remote = [*podman.namespace.prefix, "podman", "--remote", f"--url=unix://{socket}", "start", name]
+
+        def start() -> str:
+            house.scene.forget_refusals()
+            done = subprocess.run(remote, env=podman.environment, capture_output=True, text=True, check=False)
+            assert done.returncode != 0
+            return done.stderr
+
+        assert "the stand-in refuses" in start()
+        assert house.left() != []
+        (house.scene.host / "t20").write_text("no token any more")
+        assert f"exit status {CODES['TokenMalformed']}" in start()
+        assert house.scene.why()["reason"] == "TokenMalformed"
+        assert house.left() == []
+    finally:
+        service.terminate()
+        service.wait(timeout=WAIT_SECONDS)
+
+
 @contextlib.contextmanager
 def frozen_tpm(scene: Scene) -> Iterator[None]:
     """The TPM does not answer for a while."""
