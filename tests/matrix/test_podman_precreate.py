@@ -32,7 +32,7 @@ CODES = {cls.__name__: code for code, cls in all_errors().items()}
 KATA = {"smm.scz/require": "runtime=kata"}
 DEFAULT = "usr/share/containers/oci/hooks.d"
 SUMS = {name: hashlib.sha256(contents(name, size)).hexdigest() for name, size in FILES.items()}
-WAIT_SECONDS = 5
+WAIT_SECONDS = 60
 
 
 @dataclass
