@@ -212,6 +212,33 @@ def test_what_treats_hooks_as_kata_does_reads_the_model(house: House) -> None:
     assert house.left() == []
 
 
+def test_two_containers_of_a_pod(house: House) -> None:
+    podman = house.scene.podman
+    infra = ("--infra-command=/bin/sleep 1000", f"--infra-image={house.scene.image}")
+    podman.call("pod", "create", "--name=two", *infra, "--network=none", f"--cgroup-parent=/{podman._name}")
+    try:
+        names = []
+        for number, runtime in enumerate((house.runc, house.like.runtime)):
+            words = ["--pod=two", *house.words(token=f"pod{number}"), house.scene.image]
+            if runtime == house.runc:
+                words += ["sh", "-c", f"{checksums()}; sleep 600"]
+            else:
+                words += ["sleep", "600"]
+            names.append(podman.call("create", *words, runtime=runtime).stdout.strip())
+            podman.start_container(names[-1])
+        first, second = names
+        wait_until(lambda: bool(house.like.seen(second)) and len(podman.call("logs", first).stdout.splitlines()) >= 5)
+        assert SUMS.items() <= house.like.seen(second)["/models/small"].items()
+        assert read_sums(podman.call("logs", first).stdout) == SUMS
+        podman.rm(second)
+        (shown,) = json.loads(house.scene.sczctl("ps", "--json").stdout)
+        assert shown["container_id"] == first
+        assert read_sums(podman.call("exec", first, "sh", "-c", checksums()).stdout) == SUMS
+    finally:
+        podman.call("pod", "rm", "--force", "--time=0", "two")
+    assert house.left() == []
+
+
 def test_a_container_that_does_not_ask_for_a_vm_goes_the_ordinary_way(house: House) -> None:
     words = ["--annotation", "smm.scz/model=small:1"]
     words += ["--volume", f"{house.scene.token('t5')}:{TOKEN_PATH}:ro"]
