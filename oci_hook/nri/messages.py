@@ -81,9 +81,9 @@ class Settings:
 
     Attributes:
         config: The plugin's part of NRI's configuration, for plugins that the engine starts; else empty.
-        runtime_name: The engine: `containerd`, `cri-o`, `v2` for containerd 1.7.
+        runtime_name: The engine: `containerd`, `cri-o`.
         runtime_version: Its version, as it says it.
-        registration_seconds: How long it waits for a registration; 0 if it does not say (NRI before 0.8).
+        registration_seconds: how long it waits for a registration; 0 if it does not say (containerd 1.7).
         request_seconds: How long it waits for an answer: then it goes on **without** the plugin; 0 if it does not say.
         nri_version: Empty if it does not say (NRI before 0.10).
     """
