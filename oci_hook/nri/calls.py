@@ -1,6 +1,6 @@
 """An engine's requests as calls of a handler's methods: which, in which lane, and what is answered. No I/O.
 
-Engines before NRI 0.11 tell events that have no answer by `StateChange`, later ones by a call for each; they end in the
+Engines before NRI 0.12 tell events that have no answer by `StateChange`, later ones by a call for each; they end in the
 same methods. What is not known is answered `UNIMPLEMENTED`, which newer engines take for an older plugin.
 """
 

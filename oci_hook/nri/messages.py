@@ -83,9 +83,9 @@ class Settings:
         config: The plugin's part of NRI's configuration, for plugins that the engine starts; else empty.
         runtime_name: The engine: `containerd`, `cri-o`.
         runtime_version: Its version, as it says it.
-        registration_seconds: how long it waits for a registration; 0 if it does not say (containerd 1.7).
-        request_seconds: How long it waits for an answer: then it goes on **without** the plugin; 0 if it does not say.
-        nri_version: Empty if it does not say (NRI before 0.10).
+        registration_seconds: How long it waits for a registration; 0 if it does not say (NRI before 0.7).
+        request_seconds: How long it waits for an answer: then it goes on **without** the plugin. 0 if it does not say.
+        nri_version: Empty if it does not say (NRI before 0.12).
     """
 
     config: str
@@ -173,7 +173,7 @@ class Container:
         cgroups_path: Of its config.json; empty if absent.
         memory_limit_bytes: None if there is none.
         pid: Of its first process; 0 before it exists, and where the engine does not say.
-        cdi_devices: Qualified names; engines before NRI 0.9 do not say them.
+        cdi_devices: Qualified names; engines before NRI 0.10 do not say them.
         user: uid, gid and further gids; None where the engine does not say (NRI before 0.11).
     """
 
@@ -245,7 +245,7 @@ def parse_event(data: bytes) -> tuple[PodSandbox, Container]:
 
 
 def parse_state_change(data: bytes) -> tuple[int, PodSandbox, Container]:
-    """A StateChangeEvent, in which engines before NRI 0.11 tell the events that have no answer."""
+    """A StateChangeEvent, in which engines before NRI 0.12 tell the events that have no answer."""
     found = _SCHEMA.parse("StateChangeEvent", data)
     return found.event, _pod(found.pod), _container(found.container)
 
