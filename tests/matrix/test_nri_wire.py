@@ -303,15 +303,18 @@ def test_past_its_time_the_engine_goes_on_without_the_plugin(nodes: Nodes, suite
 
 
 def test_a_list_that_is_longer_than_a_message_comes_in_parts(nodes: Nodes) -> None:
-    """NRI from 0.7 on, so sid's engine alone."""
+    """NRI from 0.7 on, so sid's engine alone. Two pods: NRI 0.8 divides a single one by two and never sends it."""
     node = nodes.get("sid")
     if node is None:
         return
-    with node.cri.pod("shop", handler="runc") as pod:
-        long = {"smm.scz/long": "x" * 600_000}
-        made = {pod.create(f"server-{number}", node.image, ["true"], annotations=long) for number in range(10)}
-        witness = node.connect()
-        ((pods, containers),) = witness.lists
-    assert [one.id for one in pods] == [pod.id]
+    long = {"smm.scz/long": "x" * 300_000}
+    with node.cri.pod("shop", handler="runc") as first, node.cri.pod("mill", handler="runc") as second:
+        made = {
+            pod.create(f"server-{number}", node.image, ["true"], annotations=long)
+            for pod in (first, second)
+            for number in range(10)
+        }
+        ((pods, containers),) = node.connect().lists
+    assert {one.id for one in pods} == {first.id, second.id}
     assert {one.id for one in containers} == made
-    assert len(containers) == 10
+    assert (len(pods), len(containers)) == (2, 20)
