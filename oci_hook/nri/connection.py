@@ -26,7 +26,7 @@ from typing import Any
 from oci_hook import __version__
 from oci_hook.documents import shown
 from oci_hook.errors import EngineUnsupported, FileUnreadable, SczError, SystemCallFailed
-from oci_hook.nri import messages, mux, ttrpc
+from oci_hook.nri import encoding, mux, ttrpc
 from oci_hook.nri.calls import Call, Calls, refusal
 from oci_hook.nri.handler import Handler
 from oci_hook.nri.lanes import Lanes
@@ -145,7 +145,7 @@ class _Session:
         request = Request(
             RUNTIME_SERVICE,
             "RegisterPlugin",
-            messages.registration(name, index, f"scz-smm/{__version__}"),
+            encoding.registration(name, index, f"scz-smm/{__version__}"),
             REGISTER_SECONDS,
         )
         deadline = time.monotonic() + REGISTER_SECONDS

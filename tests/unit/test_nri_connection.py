@@ -32,7 +32,7 @@ from oci_hook.errors import (
 from oci_hook.nri import calls, connection
 from oci_hook.nri.connection import Handler, Plugin, serve
 from oci_hook.nri.lanes import Lanes
-from oci_hook.nri.messages import Adjustment, Container, Event, PodSandbox, Settings
+from oci_hook.nri.messages import Adjustment, Container, Event, Hook, Hooks, Mount, PodSandbox, Settings
 from tests.nri_engine import DATA, PLUGIN, REQUEST, RESPONSE, Engine, about, container, field, fields, pod, request
 
 ENOUGH = 60.0  # seconds, for what happens at once on a machine that has nothing else to do
@@ -331,7 +331,7 @@ def test_what_newer_engines_add_breaks_nothing(engine: Engine, handler: Recorder
     engine.begin()
     for number in (0, 4, 8, 12, 14, 99):  # unknown, or with an answer that a state change does not have
         assert engine.call("StateChange", field(1, number) + field(2, pod()) + field(3, container("c1")))[1] == 0
-    for method in ("UpdatePodSandbox", "ValidateContainerAdjustment", "UpdateContainer", "FreezeContainer", ""):
+    for method in ("UpdatePodSandbox", "PostUpdatePodSandbox", "UpdateContainer", "FreezeContainer", ""):
         assert engine.call(method, about("c1"))[1] == UNIMPLEMENTED
     assert engine.call("CreateContainer", about("c1"), service="nri.pkg.api.v2.Plugin")[1] == UNIMPLEMENTED
     assert handler.seen == []
@@ -366,6 +366,60 @@ def test_an_exception_is_the_answer_to_one_call(
     assert message is None or said == message
     assert engine.call("CreateContainer", about("c2")) == (b"", 0, "")
     assert handler.seen == [("create", "c1"), ("create", "c2")]  # what it raised, it knows: nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "nri", "known"),
+    [
+        ("containerd", "1.7.24~ds1", "", False),
+        ("containerd", "2.1.9+unknown", "", False),
+        ("containerd", "2.2.0", "", True),
+        ("containerd", "v2.10.1", "", True),
+        ("containerd", "3.0", "", True),
+        ("cri-o", "1.33.8", "", False),
+        ("cri-o", "1.34.0", "", True),
+        ("another", "9.9.9", "", False),
+        ("another", "0.1", "v0.12.0", True),
+        ("another", "0.1", "v1.0.0", True),
+        ("another", "0.1", "unknown", False),
+        ("containerd", "devel", "", False),
+        ("containerd", "", "", False),
+    ],
+)
+def test_it_validates_where_the_engine_knows_that(
+    engine: Engine, handler: Recorder, running: Running, name: str, version: str, nri: str, known: bool
+) -> None:
+    """Then an engine whose plugin did not answer in time refuses the container; older ones would refuse the plugin."""
+    engine.accept().registered()
+    payload, code, _ = engine.call("Configure", field(2, name) + field(3, version) + field(6, nri))
+    assert (payload, code) == (field(2, 0b11001111111 | known << 13), 0)
+
+
+def test_what_another_plugin_took_away_is_refused(engine: Engine, handler: Recorder, running: Running) -> None:
+    engine.begin()
+    ours = Adjustment(
+        mounts=(Mount("/models/demo", "bind", "/run/x", ("bind", "ro")),),
+        hooks=Hooks(prestart=(Hook("/h", ("h", "p")),)),
+    )
+    handler.then = lambda _container, _deadline: ours
+    mount = field(3, field(1, "/models/demo") + field(2, "bind") + field(3, "/run/x"))
+    hook = field(1, field(1, "/h") + field(2, "h") + field(2, "p"))
+    other = field(3, field(1, "/other"))
+
+    def validate(adjust: bytes, name: str = "c1") -> dict[int, list[int | bytes]]:
+        assert engine.call("CreateContainer", about("c1"))[1] == 0
+        payload, code, _ = engine.call("ValidateContainerAdjustment", about(name) + field(3, adjust))
+        assert code == 0
+        return fields(payload)
+
+    assert validate(other + mount + field(5, hook + field(6, field(1, "/last")))) == {}
+    assert validate(b"", "another container") == {}
+    said = validate(field(5, hook))
+    assert said == {1: [1], 2: [b"scz-smm: another plugin took away its mount '/models/demo'"]}
+    assert validate(field(3, field(1, "/models/demo") + field(3, "/elsewhere")) + field(5, hook)) == said
+    said = validate(mount)
+    assert said == {1: [1], 2: [b"scz-smm: another plugin took away its hook of the stage prestart"]}
+    assert validate(mount + field(5, field(6, field(1, "/h") + field(2, "h") + field(2, "p")))) == said
 
 
 # --- one after the other, and beside each other -----------------------------------------------------------------------

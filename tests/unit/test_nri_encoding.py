@@ -1,4 +1,4 @@
-"""`nri.schema` and `nri.messages`: what engines say, from bytes of another hand, and what they are told."""
+"""`nri.schema` and `nri.encoding`: what engines say, from bytes of another hand, and what they are told."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oci_hook.errors import EngineUnsupported
-from oci_hook.nri import messages
+from oci_hook.nri import encoding
 from oci_hook.nri.messages import (
     Adjustment,
     Container,
@@ -125,34 +125,34 @@ EXPECTED_CONTAINER = Container(
 
 
 def test_a_pod_and_a_container_have_all_that_we_read() -> None:
-    assert messages.parse_event(field(1, POD) + field(2, CONTAINER)) == (EXPECTED_POD, EXPECTED_CONTAINER)
+    assert encoding.parse_event(field(1, POD) + field(2, CONTAINER)) == (EXPECTED_POD, EXPECTED_CONTAINER)
 
 
 def test_what_is_absent_is_empty_and_told_apart_from_zero() -> None:
-    assert messages.parse_event(b"") == (PodSandbox(""), Container(""))
+    assert encoding.parse_event(b"") == (PodSandbox(""), Container(""))
     nothing = field(11, field(3, field(1, field(1, b"")))) + field(21, b"")
-    container = messages.parse_event(field(2, nothing))[1]
+    container = encoding.parse_event(field(2, nothing))[1]
     assert (container.memory_limit_bytes, container.user) == (0, (0, 0, ()))
     hooks = field(10, field(1, field(1, "/bin/hook") + field(4, b"")))
-    assert messages.parse_event(field(2, hooks))[1].hooks.prestart == (Hook("/bin/hook", timeout_seconds=0),)
+    assert encoding.parse_event(field(2, hooks))[1].hooks.prestart == (Hook("/bin/hook", timeout_seconds=0),)
 
 
 def test_a_state_change_names_its_event_by_number() -> None:
     data = field(1, 11) + field(2, POD) + field(3, CONTAINER)
-    assert messages.parse_state_change(data) == (Event.REMOVE_CONTAINER, EXPECTED_POD, EXPECTED_CONTAINER)
-    assert messages.parse_state_change(field(1, 99))[0] == 99
+    assert encoding.parse_state_change(data) == (Event.REMOVE_CONTAINER, EXPECTED_POD, EXPECTED_CONTAINER)
+    assert encoding.parse_state_change(field(1, 99))[0] == 99
 
 
 def test_synchronize_has_lists_and_says_whether_more_follow() -> None:
     data = field(1, POD) + field(1, field(1, "p2")) + field(2, CONTAINER)
-    assert messages.parse_synchronize(data) == ((EXPECTED_POD, PodSandbox("p2")), (EXPECTED_CONTAINER,), False)
-    assert messages.parse_synchronize(field(3, 1)) == ((), (), True)
+    assert encoding.parse_synchronize(data) == ((EXPECTED_POD, PodSandbox("p2")), (EXPECTED_CONTAINER,), False)
+    assert encoding.parse_synchronize(field(3, 1)) == ((), (), True)
 
 
 def test_settings_are_in_seconds_and_may_be_absent() -> None:
     data = field(1, "x") + field(2, "containerd") + field(3, "2.2") + field(4, 5000) + field(5, 1500) + field(6, "0.12")
-    assert messages.parse_settings(data) == Settings("x", "containerd", "2.2", 5.0, 1.5, "0.12")
-    assert messages.parse_settings(field(5, -1)) == Settings("", "", "", 0.0, 0.0, "")
+    assert encoding.parse_settings(data) == Settings("x", "containerd", "2.2", 5.0, 1.5, "0.12")
+    assert encoding.parse_settings(field(5, -1)) == Settings("", "", "", 0.0, 0.0, "")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_settings_are_in_seconds_and_may_be_absent() -> None:
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
     with pytest.raises(EngineUnsupported, match=r"the engine's Event is malformed"):
-        messages.parse_event(data)
+        encoding.parse_event(data)
 
 
 @pytest.mark.parametrize(
@@ -175,15 +175,16 @@ def test_what_is_no_message_is_refused(data: bytes) -> None:
     ids=["text", "number", "message", "eight bytes"],
 )
 def test_fields_that_are_not_known_are_skipped_on_every_level(later: bytes) -> None:
-    found = messages.parse_event(field(1, pod(later)) + field(2, container(later)) + later)
+    found = encoding.parse_event(field(1, pod(later)) + field(2, container(later)) + later)
     assert found == (EXPECTED_POD, EXPECTED_CONTAINER)
 
 
 PARSERS: list[Callable[[bytes], object]] = [
-    messages.parse_event,
-    messages.parse_settings,
-    messages.parse_state_change,
-    messages.parse_synchronize,
+    encoding.parse_event,
+    encoding.parse_settings,
+    encoding.parse_state_change,
+    encoding.parse_synchronize,
+    encoding.parse_validation,
 ]
 
 
@@ -198,34 +199,34 @@ def test_any_bytes_are_a_value_or_refused(data: bytes) -> None:
 def test_a_damaged_container_is_a_value_or_refused(place: int, damage: bytes) -> None:
     data = CONTAINER[:place] + damage + CONTAINER[place + len(damage) :]
     with contextlib.suppress(EngineUnsupported):
-        messages.parse_event(field(2, data))
+        encoding.parse_event(field(2, data))
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_registration_has_name_index_and_version() -> None:
-    assert messages.registration("scz-smm", "10", "1") == field(1, "scz-smm") + field(2, "10") + field(3, "1")
+    assert encoding.registration("scz-smm", "10", "1") == field(1, "scz-smm") + field(2, "10") + field(3, "1")
 
 
 def test_a_subscription_has_a_bit_for_each_event() -> None:
     chosen = [Event.CREATE_CONTAINER, Event.STOP_CONTAINER, Event.CREATE_CONTAINER]
-    assert messages.configured(chosen) == field(2, 1 << 3 | 1 << 9)
-    assert messages.configured(Event) == field(2, (1 << 11) - 1)  # and none that older engines refuse
+    assert encoding.configured(chosen) == field(2, 1 << 3 | 1 << 9)
+    assert encoding.configured(Event) == field(2, (1 << 11) - 1 | 1 << 13)
 
 
 def test_more_is_answered_with_more() -> None:
-    assert messages.synchronized(more=True) == field(2, 1)
-    assert messages.synchronized(more=False) == b""
+    assert encoding.synchronized(more=True) == field(2, 1)
+    assert encoding.synchronized(more=False) == b""
 
 
 def test_nothing_to_add_is_an_empty_answer() -> None:
-    assert messages.created(None) == b""
+    assert encoding.created(None) == b""
 
 
 def test_an_adjustment_has_all_that_we_add() -> None:
     hooks = Hooks(prestart=(Hook("/bin/hook", ("hook", "prestart"), ("A=b",), 7),), poststop=(Hook("/bin/last"),))
-    data = messages.created(
+    data = encoding.created(
         Adjustment({"a": "b"}, (Mount("/data", "bind", "/srv", ("rbind", "ro")),), ("X=y=z", "E="), hooks)
     )
     expected = (
@@ -242,12 +243,22 @@ def test_an_adjustment_has_all_that_we_add() -> None:
 def test_any_adjustment_can_be_said(annotations: dict[str, str], words: list[str], seconds: int | None) -> None:
     mounts = tuple(Mount(word, "bind", word, (word,)) for word in words)
     hooks = Hooks(create_runtime=tuple(Hook(word, tuple(words), (), seconds) for word in words))
-    data = messages.created(Adjustment(annotations, mounts, tuple(words), hooks))
+    data = encoding.created(Adjustment(annotations, mounts, tuple(words), hooks))
     (adjust,) = fields(data)[1]
     assert isinstance(adjust, bytes)
     found = fields(adjust)
     assert len(found.get(2, [])) == len(annotations)
     assert len(found.get(3, [])) == len(found.get(4, [])) == len(words)
+
+
+def test_a_validation_is_read_and_answered() -> None:
+    adjust = field(2, {"a": "b"}) + field(3, mount()) + field(4, field(1, "X") + field(2, "y")) + field(5, b"")
+    data = field(1, pod()) + field(2, container()) + field(3, adjust) + field(5, field(1, b"")) + field(6, b"")
+    added = Adjustment({"a": "b"}, EXPECTED_CONTAINER.mounts, ("X=y",))
+    assert encoding.parse_validation(data) == ("c1", added)
+    assert encoding.parse_validation(b"") == ("", Adjustment())
+    assert encoding.validated("") == b""
+    assert encoding.validated("no") == field(1, 1) + field(2, "no")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
