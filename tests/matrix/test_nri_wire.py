@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook.errors import HolderRefused
+from oci_hook.nri import mux
 from oci_hook.nri.connection import Handler, Plugin
 from oci_hook.nri.messages import Adjustment, Container, ContainerState, Hook, Hooks, Mount, PodSandbox, Settings
 from tests.containerd import Containerd
@@ -300,6 +301,23 @@ def test_past_its_time_the_engine_goes_on_without_the_plugin(nodes: Nodes, suite
         assert [(one.id, one.state) for one in containers] == [(server, ContainerState.RUNNING)]
         assert containers[0].pid > 0
         assert "ADDED=1" not in containers[0].env
+
+
+def test_an_answer_in_one_long_frame_would_not_be_heard(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why `mux.frames` divides: the engine's reader has 4096 bytes, and goes on without a plugin that sends more."""
+    node = nodes.get("trixie")
+    assert node is not None
+    witness = node.connect()
+    witness.then = lambda _container, _deadline: Adjustment({"smm.scz/long": "x" * 5000}, env=("ADDED=1",))
+    with node.cri.pod("shop", handler="runc") as pod:
+        heard = pod.run("heard", node.image, ["sleep", "1000"])
+        assert node.cri.exec(heard, ["sh", "-c", 'echo "<$ADDED>"']).stdout == "<1>\n"
+        monkeypatch.setattr(mux, "_FIRST_BYTES", 1 << 20)
+        unheard = pod.run("unheard", node.image, ["sleep", "1000"])
+        assert node.cri.exec(unheard, ["sh", "-c", 'echo "<$ADDED>"']).stdout == "<>\n"
+        assert node.thread is not None
+        node.thread.join(ENOUGH)
+        assert not node.thread.is_alive()
 
 
 def test_a_list_that_is_longer_than_a_message_comes_in_parts(nodes: Nodes) -> None:
