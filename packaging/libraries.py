@@ -18,6 +18,7 @@ DEB_LIBRARIES = {
     "libtss2-tcti-spi-helper.so.0": "libtss2-tcti-spi-helper0t64",
     "libtss2-tctildr.so.0": "libtss2-tctildr0t64 | libtss2-tctildr0",
     "libgcc_s.so.1": "libgcc-s1",
+    "libstdc++.so.6": "libstdc++6",
 }
 #: No module names these: libtss2-tctildr loads them by name, for a TPM of the kernel and for swtpm.
 DLOPENED = {

@@ -66,6 +66,7 @@ class Containerd:
         handlers: CRI's runtime handlers, each with the program that takes the place of runc (`BinaryName`).
         programs: The folder with `containerd`, `ctr` and `containerd-shim-runc-v2`.
         cdi_directories: Where CDI files are looked for, by the versions that know CDI; none: no CDI.
+        nri: NRI's settings, with its socket at `nri_socket` and no plugins of the machine's; None: no NRI. From 1.7 on.
     """
 
     def __init__(
@@ -75,13 +76,15 @@ class Containerd:
         handlers: Mapping[str, Path],
         programs: Path = Path("/usr/bin"),
         cdi_directories: Sequence[Path] = (),
+        nri: Mapping[str, object] | None = None,
     ) -> None:
         self.directory = Path(directory).resolve()
         self.handlers = dict(handlers)
         self.programs = programs
         self.cdi_directories = list(cdi_directories)
+        self.nri = None if nri is None else dict(nri)
         self.namespace = RuntimeNamespace()
-        self.socket = self.directory / "sock"
+        self.socket, self.nri_socket = self.directory / "sock", self.directory / "nri.sock"
         self.log = self.directory / "containerd.log"
         self.snapshotter = ""
         # From the directory, so that what a dead environment left is found again.
@@ -228,7 +231,7 @@ class Containerd:
         tables: dict[str, Mapping[str, object]] = {
             "grpc": {"address": str(self.socket)},
             'plugins."io.containerd.internal.v1.opt"': {"path": f"{place}/opt"},
-            'plugins."io.containerd.nri.v1.nri"': {"disable": True},  # its socket would be the machine's
+            'plugins."io.containerd.nri.v1.nri"': self._nri_settings(),
             'plugins."io.containerd.grpc.v1.cri"': cri,
             'plugins."io.containerd.grpc.v1.cri".cni': {"bin_dir": f"{place}/cni", "conf_dir": f"{place}/cni"},
             'plugins."io.containerd.grpc.v1.cri".containerd': {
@@ -242,6 +245,12 @@ class Containerd:
             tables[f"{table}.options"] = {"BinaryName": str(program), "Root": f"{place}/runc"}
         top = {"version": 2, "root": f"{place}/root", "state": f"{place}/state", "temp": f"{place}/temp"}
         return _lines(top) + "".join(f"[{name}]\n{_lines(values)}" for name, values in tables.items())
+
+    def _nri_settings(self) -> Mapping[str, object]:
+        if self.nri is None:
+            return {"disable": True}  # its socket would be the machine's
+        paths = {name: f"{self.directory}/nri/{name}" for name in ("plugin_path", "plugin_config_path")}
+        return {"disable": False, "socket_path": str(self.nri_socket), **paths, **self.nri}
 
     # --- taking away --------------------------------------------------------------------------------------------------
 

@@ -117,7 +117,8 @@ def test_what_it_carries_is_what_runs(root: FreshRoot) -> None:
     script = (
         "import sys; sys.path.append('/usr/lib/scz-smm')\n"
         "import cryptography, jose.jws, psutil, click, oci_hook.attestation.tpm, tpm2_pytss._libtpm2_pytss as t\n"
-        "print(*{each.__file__.startswith(sys.path[-1] + '/') for each in (cryptography, jose, psutil, click, t)})"
+        "import oci_hook.nri.connection, google.protobuf as p\n"
+        "print(*{each.__file__.startswith(sys.path[-1] + '/') for each in (cryptography, jose, psutil, click, t, p)})"
     )
     assert root.call("/usr/bin/python3", "-I", "-S", "-c", script).stdout.split() == ["True"]
 

@@ -54,7 +54,7 @@ FLOORS = {
         "shim_binds",
         "start",
     },
-    7: {"engines/"},
+    7: {"engines/", "nri/"},
     8: {"cli/"},
 }
 
@@ -63,8 +63,11 @@ ONLY_IN = {
     "ctypes": "oci_hook.linux.syscalls",
     "tpm2_pytss": "oci_hook.attestation.tpm",
     "jose": "oci_hook.jws",
+    "google": "oci_hook.nri.schema",
 }
-BROAD_EXCEPTS = {"oci_hook.hook", "oci_hook.launch", "oci_hook.shim", "oci_hook.cli"}  # one each, at the top
+BROAD_EXCEPTS = {"oci_hook.hook", "oci_hook.launch", "oci_hook.shim", "oci_hook.cli"} | {
+    "oci_hook.nri.connection"
+}  # one each, at the top of a program or of a thread
 MODULE_LINES, FUNCTION_LINES = 350, 60
 
 

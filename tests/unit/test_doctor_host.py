@@ -252,7 +252,7 @@ def test_a_package_of_which_a_half_is_there(package: Path) -> None:
         assert word in said
 
 
-@pytest.mark.parametrize("module", ["jose", "cryptography", "psutil", "tpm2_pytss"])
+@pytest.mark.parametrize("module", ["jose", "cryptography", "google", "psutil", "tpm2_pytss"])
 def test_a_dependency_that_is_not_there_is_told_and_the_rest_is_looked_at(
     host: Host, package: Path, module: str
 ) -> None:
@@ -270,7 +270,8 @@ def test_a_dependency_that_is_not_there_is_told_and_the_rest_is_looked_at(
     )
     assert (told.returncode, told.stderr) == (1, "")
     assert "fail package: half installed: " in told.stdout
-    assert f"{module.replace('tpm2_pytss', 'tpm2-pytss')}: cannot be imported" in told.stdout
+    name = {"tpm2_pytss": "tpm2-pytss", "google": "protobuf"}.get(module, module)
+    assert f"{name}: cannot be imported" in told.stdout
     assert "apt install --reinstall scz-smm" in told.stdout
     assert "kernel: Linux" in told.stdout
     assert " fail" in told.stdout.splitlines()[-1]

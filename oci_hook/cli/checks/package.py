@@ -16,6 +16,7 @@ DEPENDENCIES = {
     "click": "click",
     "cryptography": "cryptography.hazmat.bindings._rust",
     "jose": "oci_hook.jws",
+    "protobuf": "oci_hook.nri.schema",
     "psutil": "psutil",
     "tpm2-pytss": "oci_hook.attestation.tpm",
 }
