@@ -95,8 +95,12 @@ def parse_config(data: bytes) -> Config:
 
 def _handler(value: object) -> str:
     """A handler's name, or a pattern; empty for the engine's default one."""
-    return "" if value == "" else Fields({"vm_handlers": value}, what="nri", error=ConfigInvalid).string(
-        "vm_handlers", pattern=r"[A-Za-z0-9*?_.-]+", limit=63
+    return (
+        ""
+        if value == ""
+        else Fields({"vm_handlers": value}, what="nri", error=ConfigInvalid).string(
+            "vm_handlers", pattern=r"[A-Za-z0-9*?_.-]+", limit=63
+        )
     )
 
 
