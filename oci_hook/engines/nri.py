@@ -1,0 +1,206 @@
+"""NRI in the engine's own configuration: on, with time enough, and able to refuse a pod whose plugin is absent.
+
+An engine waits 2 s for a plugin's answer by default and then goes on **without** it; a model may need longer. What makes
+`required-plugins.noderesource.dev` in a pod's annotations count is the validator that NRI 0.10 brought: containerd 2.2,
+CRI-O 1.34. No plugin is required of every pod here: that would keep a node's own pods from starting before `scz-nri`.
+Sources: containerd, internal/nri/config.go; crio.conf(5), crio.nri; NRI, docs/validation-plugins.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from oci_hook.engines import containerd, crio
+from oci_hook.engines.containerd_config import Configuration, load_configuration
+from oci_hook.engines.plan import Change, HostFiles, Plan, Settings, table
+from oci_hook.errors import ConfigInvalid, FileUnreadable
+
+ENGINES = ("containerd", "cri-o")
+REQUEST_SECONDS = 100
+"""The kubelet gives an engine 2 minutes for a container's creation."""
+DEFAULT_SECONDS = 2.0
+"""Of the engines (NRI, DefaultPluginRequestTimeout)."""
+VALIDATES_SINCE = {"containerd": (2, 2), "cri-o": (1, 34)}
+ON_SINCE = {"containerd": (2, 0), "cri-o": (1, 30)}
+"""The first version in which NRI is on if nothing is configured."""
+_SECTION = "io.containerd.nri.v1.nri"
+_NAMES = {"containerd": "50-scz-smm-nri.toml", "cri-o": "50-scz-smm-nri.conf"}
+_START = "systemctl enable --now scz-nri"
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """NRI as an engine's files have it.
+
+    Attributes:
+        enabled: Whether the engine lets plugins in.
+        seconds: How long it waits for an answer.
+        where: The file that says so; empty: its default.
+        validates: Whether a pod's annotation can require a plugin.
+    """
+
+    enabled: bool
+    seconds: float
+    where: str
+    validates: bool
+
+
+def parse_duration(text: object) -> float | None:
+    """Seconds of a duration as Go writes it (`2s`, `1m30s`); None if it is none."""
+    if not isinstance(text, str) or not re.fullmatch(f"(?:{_PART.pattern})+", text):
+        return None
+    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+
+
+def drop_in_of(engine: str, settings: Settings) -> str:
+    """Where the drop-in goes."""
+    beside = containerd.drop_in_of(settings) if engine == "containerd" else crio.drop_in_of(settings)
+    return os.path.join(os.path.dirname(beside), _NAMES[engine])
+
+
+def _head(engine: str) -> str:
+    command = f"--engine {engine} --nri`"
+    return f"# Written by `sczctl install {command}; `sczctl uninstall {command} removes it."
+
+
+def _containerd_text(settings: Settings) -> str:
+    lines = [f'[plugins."{_SECTION}"]', "  disable = false", f'  plugin_request_timeout = "{REQUEST_SECONDS}s"']
+    if (settings.engine_version or (0, 0)) >= VALIDATES_SINCE["containerd"]:
+        lines += [f'  [plugins."{_SECTION}".default_validator]', "    enable = true"]
+    return "\n".join(lines) + "\n"
+
+
+_CRIO_TEXT = (
+    "[crio.nri]\nenable_nri = true\n"
+    f'nri_plugin_request_timeout = "{REQUEST_SECONDS}s"\n'
+    "# known since CRI-O 1.34; passed over before\n"
+    "[crio.nri.default_validator]\nnri_enable_default_validator = true\n"
+)
+
+
+def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
+    """Write the drop-in; say what is left to do.
+
+    Raises:
+        ConfigInvalid: A file of the engine's is not TOML, or of a version that has no such section.
+    """
+    path = drop_in_of(engine, settings)
+    steps = _config_steps(engine, settings, files)
+    if engine == "cri-o":
+        later = [name for name, seconds in _crio_settings(settings, files) if name > path and seconds is not None]
+        steps += [
+            f"{each} is read after our drop-in and sets nri_plugin_request_timeout: take it out" for each in later
+        ]
+        text = f"{_head(engine)}\n{_CRIO_TEXT}"
+        return Plan((Change(path, text.encode()),), next_steps=(*steps, "systemctl restart crio", _START))
+    found = load_configuration(containerd.main_file(settings), files)
+    merges, text = containerd.merges_tables(settings, found), _containerd_text(settings)
+    others = [name for name, document in found.documents if name != path and table(document, "plugins", _SECTION)]
+    restart = (*steps, containerd.RESTART, _START)
+    if others and not merges:
+        undone = (Change(path, None),) if files.exists(path) else ()
+        told = (
+            f"containerd before 2.0 lets a drop-in replace the whole section of {others[-1]}, so no drop-in was "
+            f"written; set there:\n\n{text}"
+        )
+        done = _found_in(found, settings).seconds >= REQUEST_SECONDS and _found_in(found, settings).enabled
+        return Plan(undone, next_steps=restart if done else (told, *restart))
+    if not found.imports(path):
+        restart = (containerd.import_step(found, path), *restart)
+    later = [name for name in others if name > path]
+    if later:
+        restart = (f"{later[-1]} is read after our drop-in: take plugin_request_timeout out of it", *restart)
+    data = f"{_head(engine)}\nversion = {containerd.drop_in_version(settings, found)}\n\n{text}"
+    return Plan((Change(path, data.encode()),), next_steps=restart)
+
+
+def _config_steps(engine: str, settings: Settings, files: HostFiles) -> list[str]:
+    """What our own configuration has to say."""
+    try:
+        named = table(files.read_toml(settings.config_file) or {}, "nri").get("engine", "containerd")
+    except (ConfigInvalid, FileUnreadable):
+        return []  # the command has looked at it, or it is another host's
+    return [] if named == engine else [f'set `engine = "{engine}"` below [nri] in {settings.config_file}']
+
+
+def plan_removal(engine: str, settings: Settings, files: HostFiles) -> Plan:
+    """Remove the drop-in."""
+    path = drop_in_of(engine, settings)
+    if not files.exists(path):
+        return Plan()
+    restart = containerd.RESTART if engine == "containerd" else "systemctl restart crio"
+    steps = ["systemctl disable --now scz-nri", restart]
+    try:
+        if engine == "containerd" and load_configuration(containerd.main_file(settings), files).names(path):
+            steps.insert(0, f"take {path} out of `imports`: containerd does not start without a file named there")
+    except (ConfigInvalid, FileUnreadable):
+        pass  # it does not keep us from removing what is ours
+    return Plan((Change(path, None),), next_steps=tuple(steps))
+
+
+def find(engine: str, settings: Settings, files: HostFiles) -> Found:
+    """What the engine's files say.
+
+    Args:
+        settings: With the engine's version, if it is known.
+
+    Raises:
+        ConfigInvalid: One is not TOML.
+        FileUnreadable: One cannot be read.
+    """
+    if engine == "containerd":
+        return _found_in(load_configuration(containerd.main_file(settings), files), settings)
+    enabled, seconds, where, validates = _by_default(engine, settings), DEFAULT_SECONDS, "", False
+    for path, document in _crio_documents(settings, files):
+        section = table(document, "crio", "nri")
+        enabled = bool(section.get("enable_nri", enabled))
+        named = parse_duration(section.get("nri_plugin_request_timeout"))
+        seconds, where = (named, path) if named is not None else (seconds, where)
+        validator = table(section, "default_validator")
+        validates = bool(validator.get("nri_enable_default_validator", validates))
+    return Found(enabled, seconds, where, validates and _can_validate(engine, settings))
+
+
+def _found_in(configuration: Configuration, settings: Settings) -> Found:
+    merges = containerd.merges_tables(settings, configuration)
+    whole: dict[str, object] = {}
+    where = ""
+    for path, document in configuration.documents:
+        section = table(document, "plugins", _SECTION)
+        if not section:
+            continue
+        whole = {**whole, **section} if merges else dict(section)
+        where = path if parse_duration(section.get("plugin_request_timeout")) is not None or not merges else where
+    seconds = parse_duration(whole.get("plugin_request_timeout"))
+    disabled = whole.get("disable", not _by_default("containerd", settings) and not merges)
+    validates = table(whole.get("default_validator")).get("enable") is True and _can_validate("containerd", settings)
+    return Found(
+        disabled is not True, DEFAULT_SECONDS if seconds is None else seconds, where if seconds else "", validates
+    )
+
+
+def _by_default(engine: str, settings: Settings) -> bool:
+    return (settings.engine_version or (0, 0)) >= ON_SINCE[engine]
+
+
+def _can_validate(engine: str, settings: Settings) -> bool:
+    return (settings.engine_version or (0, 0)) >= VALIDATES_SINCE[engine]
+
+
+def _crio_documents(settings: Settings, files: HostFiles) -> list[tuple[str, dict[str, object]]]:
+    """crio.conf, then crio.conf.d by name."""
+    folder = os.path.dirname(crio.drop_in_of(settings))
+    paths = [crio.main_file(settings), *files.below(folder)]
+    return [(path, files.read_toml(path) or {}) for path in paths]
+
+
+def _crio_settings(settings: Settings, files: HostFiles) -> list[tuple[str, float | None]]:
+    return [
+        (path, parse_duration(table(document, "crio", "nri").get("nri_plugin_request_timeout")))
+        for path, document in _crio_documents(settings, files)
+        if not path.endswith("/crio.conf")
+    ]
