@@ -1,8 +1,8 @@
 """NRI in the engine's own configuration: on, with time enough, and able to refuse a pod whose plugin is absent.
 
-An engine waits 2 s for a plugin's answer by default and then goes on **without** it; a model may need longer. What makes
-`required-plugins.noderesource.dev` in a pod's annotations count is the validator that NRI 0.10 brought: containerd 2.2,
-CRI-O 1.34. No plugin is required of every pod here: that would keep a node's own pods from starting before `scz-nri`.
+An engine waits 2 s for a plugin's answer by default and then goes on **without** it; a model may need longer. The
+validator of NRI 0.10 (containerd 2.2, CRI-O 1.34) makes `required-plugins.noderesource.dev` in a pod's annotations
+count. No plugin is required of every pod here: that would keep a node's own pods from starting before `scz-nri`.
 Sources: containerd, internal/nri/config.go; crio.conf(5), crio.nri; NRI, docs/validation-plugins.md.
 """
 
