@@ -26,7 +26,7 @@ from typing import Any
 from oci_hook import __version__
 from oci_hook.documents import shown
 from oci_hook.errors import EngineUnsupported, FileUnreadable, SczError, SystemCallFailed
-from oci_hook.nri import messages, mux, ttrpc
+from oci_hook.nri import encoding, mux, ttrpc
 from oci_hook.nri.calls import Call, Calls, refusal
 from oci_hook.nri.handler import Handler
 from oci_hook.nri.lanes import Lanes
@@ -138,7 +138,6 @@ class _Session:
         self._sending = threading.Lock()
         self._last_stream = 0
         self._configured = False
-        self._ended = False
         self._not_configured: Exception | None = None
 
     def run(self, name: str, index: str) -> None:
@@ -146,7 +145,7 @@ class _Session:
         request = Request(
             RUNTIME_SERVICE,
             "RegisterPlugin",
-            messages.registration(name, index, f"scz-smm/{__version__}"),
+            encoding.registration(name, index, f"scz-smm/{__version__}"),
             REGISTER_SECONDS,
         )
         deadline = time.monotonic() + REGISTER_SECONDS
@@ -169,7 +168,6 @@ class _Session:
 
     def end(self) -> None:
         """End the connection; takes no lock, as a signal handler may be the caller."""
-        self._ended = True
         with contextlib.suppress(OSError):
             self._trunk.shutdown(socket.SHUT_RDWR)
 
@@ -198,7 +196,7 @@ class _Session:
         except OSError:
             self.end()  # half a frame may have left: nothing can follow it
             return False
-        return not self._ended
+        return True
 
     def _answer(self, stream: int, response: Response) -> bool:
         return self._send(mux.PLUGIN_SERVICE, Frame(stream, Kind.RESPONSE, 0, ttrpc.encode_response(response)))
