@@ -99,7 +99,7 @@ def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
         return Plan((Change(path, text.encode()),), next_steps=(*steps, "systemctl restart crio", _START))
     found = load_configuration(containerd.main_file(settings), files)
     merges, text = containerd.merges_tables(settings, found), _containerd_text(settings)
-    others = [name for name, document in found.documents if name != path and table(document, "plugins", _SECTION)]
+    others = [name for name, document in found.documents if name != path and _section_of(document)]
     restart = (*steps, containerd.RESTART, _START)
     if others and not merges:
         undone = (Change(path, None),) if files.exists(path) else ()
@@ -111,11 +111,19 @@ def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
         return Plan(undone, next_steps=restart if done else (told, *restart))
     if not found.imports(path):
         restart = (containerd.import_step(found, path), *restart)
-    later = [name for name in others if name > path]
+    later = [
+        name
+        for name, document in found.documents
+        if name not in (found.main, path) and name > path and "plugin_request_timeout" in _section_of(document)
+    ]
     if later:
         restart = (f"{later[-1]} is read after our drop-in: take plugin_request_timeout out of it", *restart)
     data = f"{_head(engine)}\nversion = {containerd.drop_in_version(settings, found)}\n\n{text}"
     return Plan((Change(path, data.encode()),), next_steps=restart)
+
+
+def _section_of(document: dict[str, object]) -> dict[str, object]:
+    return table(document, "plugins", _SECTION)
 
 
 def _config_steps(engine: str, settings: Settings, files: HostFiles) -> list[str]:
@@ -170,17 +178,15 @@ def _found_in(configuration: Configuration, settings: Settings) -> Found:
     whole: dict[str, object] = {}
     where = ""
     for path, document in configuration.documents:
-        section = table(document, "plugins", _SECTION)
-        if not section:
-            continue
-        whole = {**whole, **section} if merges else dict(section)
-        where = path if parse_duration(section.get("plugin_request_timeout")) is not None or not merges else where
+        section = _section_of(document)
+        if section:
+            whole = {**whole, **section} if merges else dict(section)
+            where = path if not merges or {"disable", "plugin_request_timeout"} & section.keys() else where
     seconds = parse_duration(whole.get("plugin_request_timeout"))
-    disabled = whole.get("disable", not _by_default("containerd", settings) and not merges)
+    disabled = whole.get("disable", not _by_default("containerd", settings) and not merges) is True
     validates = table(whole.get("default_validator")).get("enable") is True and _can_validate("containerd", settings)
-    return Found(
-        disabled is not True, DEFAULT_SECONDS if seconds is None else seconds, where if seconds else "", validates
-    )
+    where = where if seconds is not None or disabled else ""
+    return Found(not disabled, DEFAULT_SECONDS if seconds is None else seconds, where, validates)
 
 
 def _by_default(engine: str, settings: Settings) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from oci_hook.cli.checks.hooks import our_hooks, read_directories
-from oci_hook.cli.checks.models import StoredSize
 from oci_hook.cli.checks.shims import check_shims
 from oci_hook.engines.crio import OWN_DIRECTORY
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY

@@ -1,4 +1,4 @@
-"""The way of NRI, for containerd and CRI-O: the engine lets the plugin in, waits long enough, and the plugin is there."""
+"""The way of NRI, for containerd and CRI-O: the engine lets the plugin in and waits long enough, and it is there."""
 
 from __future__ import annotations
 
