@@ -67,6 +67,7 @@ class Containerd:
         programs: The folder with `containerd`, `ctr` and `containerd-shim-runc-v2`.
         cdi_directories: Where CDI files are looked for, by the versions that know CDI; none: no CDI.
         pod_annotations: The annotations of a pod that every handler hands on.
+        handler_settings: What else a handler has.
         nri: NRI's settings, with its socket at `nri_socket` and no plugins of the machine's; None: no NRI. From 1.7 on.
     """
 
@@ -79,6 +80,7 @@ class Containerd:
         cdi_directories: Sequence[Path] = (),
         nri: Mapping[str, object] | None = None,
         pod_annotations: Sequence[str] = ("smm.scz/*",),
+        handler_settings: Mapping[str, Mapping[str, object]] = {},
     ) -> None:
         self.directory = Path(directory).resolve()
         self.handlers = dict(handlers)
@@ -86,6 +88,7 @@ class Containerd:
         self.cdi_directories = list(cdi_directories)
         self.nri = None if nri is None else dict(nri)
         self.pod_annotations = list(pod_annotations)
+        self.handler_settings = handler_settings
         self.namespace = RuntimeNamespace()
         self.socket, self.nri_socket = self.directory / "sock", self.directory / "nri.sock"
         self.log = self.directory / "containerd.log"
@@ -256,6 +259,7 @@ class Containerd:
         for name, program in self.handlers.items():
             table = f'plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}'
             tables[table] = {"runtime_type": "io.containerd.runc.v2", "pod_annotations": self.pod_annotations}
+            tables[table] = {**tables[table], **self.handler_settings.get(name, {})}
             tables[f"{table}.options"] = {"BinaryName": str(program), "Root": f"{place}/runc"}
         top = {"version": 2, "root": f"{place}/root", "state": f"{place}/state", "temp": f"{place}/temp"}
         return _lines(top) + "".join(f"[{name}]\n{_lines(values)}" for name, values in tables.items())

@@ -7,20 +7,25 @@ behind handlers named kata-…, which shows what the plugin, the engine and our 
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from oci_hook.invocation import ENVIRONMENT
 from tests.containerd import Containerd
 from tests.cri import CriClient, CriError, Pod, bind
 from tests.integration.test_start import KEPT, files_of, hook_processes, model_mounts, tpm_handles
-from tests.kubelet import Kubelet
+from tests.kubelet import MODEL, Kubelet
 from tests.matrix.test_pods import _SECRETS, DESTINATION, DIGESTS, Node, refused
 from tests.nri import NriPlugin
 from tests.scene import Scene
@@ -29,6 +34,8 @@ from tests.suites import NotInSuite, program
 SUITES = ("trixie", "sid")
 REQUEST_SECONDS = 60
 VM = "kata-qemu"
+GUARDED = "kata-guarded"
+DEVICE = "smm.scz/model=pods"
 ANOTHER = "11111111-30f5-4dd8-9a2b-0b1f2f6c7d10"
 
 
@@ -78,6 +85,27 @@ class NriNode(Node):
         assert [path for path in (run / "bound").rglob("*") if path.is_file()] == []
 
 
+def guarding_spec(ctr: Path, scene: Scene) -> dict[str, Any]:
+    """containerd's own base specification, with our hooks: a handler that has it starts nothing past them."""
+    done = subprocess.run([ctr, "oci", "spec"], capture_output=True, check=True)
+    document: dict[str, Any] = json.loads(done.stdout)
+    document["hooks"] = {}
+    for stage in ("prestart", "poststop"):
+        command = hook_command(stage, scene)
+        document["hooks"][stage] = [{"path": command[0], "args": command, "env": list(ENVIRONMENT), "timeout": 300}]
+    return document
+
+
+def hook_command(stage: str, scene: Scene) -> list[str]:
+    """The installed package's command line of a stage, as the plugin writes it."""
+    words = {"config_file": str(scene.config), "engine": "containerd"}
+    code = (
+        f"from oci_hook.invocation import Invocation; print(*Invocation({stage!r}, **{words!r}).command(), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
 @contextmanager
 def made_node(scene: Scene, kubelet: Kubelet, suite: str) -> Iterator[NriNode]:
     """containerd of a suite, with runc itself and what stands for Kata behind handlers of their own."""
@@ -86,11 +114,14 @@ def made_node(scene: Scene, kubelet: Kubelet, suite: str) -> Iterator[NriNode]:
     except NotInSuite:  # `test_what_sid_holds_today` says so
         programs = program("trixie", "containerd").parent
     trace, folder = scene.host / f"trace-{suite}", scene.host / f"runtimes-{suite}"
-    for path in (trace, folder):
+    for path in (trace, folder, folder / "cdi"):
         path.mkdir()
     kata = folder / "kata-runtime"
     shutil.copy(program("trixie", "runc"), kata)
-    handlers = {"runc": program("trixie", "runc"), "crun": program("trixie", "crun"), VM: kata}
+    base, devices = folder / "base.json", folder / "cdi"
+    scene.sczctl("cdi", "generate", "--engine", "containerd", "-o", devices / "scz.json", "--name", "pods", MODEL)
+    handlers = {"runc": program("trixie", "runc"), "crun": program("trixie", "crun"), VM: kata, GUARDED: kata}
+    base.write_text(json.dumps(guarding_spec(programs / "ctr", scene)))
     with ExitStack() as stack:
         containerd = stack.enter_context(
             Containerd(
@@ -98,6 +129,8 @@ def made_node(scene: Scene, kubelet: Kubelet, suite: str) -> Iterator[NriNode]:
                 handlers=handlers,
                 programs=programs,
                 pod_annotations=(),
+                handler_settings={GUARDED: {"pod_annotations": ["smm.scz/*"], "base_runtime_spec": str(base)}},
+                cdi_directories=[devices],
                 nri={"plugin_request_timeout": f"{REQUEST_SECONDS}s"},
             )
         )
@@ -293,6 +326,41 @@ def create(node: NriNode, pod: Pod, name: str, token: Path, **how: object) -> st
     mounts = [bind(node.trace, "/trace"), bind(token, _SECRETS, readonly=True)]
     mounts += how.pop("mounts", [])  # type: ignore[arg-type]
     return pod.create(name, node.image, ["sh", "-c", f"echo > /trace/{name}; sleep 1000"], mounts=mounts)
+
+
+# --- beside other ways ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", ["runc", VM])
+@pytest.mark.parametrize("annotated", [False, True])
+def test_beside_cdi_a_model_comes_once(node: NriNode, handler: str, annotated: bool) -> None:
+    where = {**node.annotations, "smm.scz/path": f"{DESTINATION}"} if annotated else {}
+    with node.pod_of(handler, where) as (pod, token):
+        server = node.run(pod, "server", token, cdi_devices=[DEVICE])
+        assert DIGESTS.items() <= node.digests(server).items()
+        mounted = node.cri.exec(server, ["grep", "-c", f" {DESTINATION} ", "/proc/mounts"]).stdout
+        assert mounted == "1\n"
+        assert node.records() == {server}
+        assert len(node.bound()) == (handler == VM)
+
+
+# --- the plugin is absent: what keeps a container from starting -------------------------------------------------------
+
+
+def test_a_handler_whose_base_specification_has_our_hooks(node: NriNode) -> None:
+    """It cannot be absent: with the plugin the hook finds its record, without it there is none, and nothing starts."""
+    with node.pod_of(GUARDED) as (pod, token):
+        server = node.run(pod, "server", token)
+        assert DIGESTS.items() <= node.digests(server).items()
+        node.nri.kill()
+        try:
+            said = refused(node, "HolderRefused", pod, "second", token)
+            assert "StartContainer:" in said
+            assert DIGESTS.items() <= node.digests(server).items()
+        finally:
+            node.nri.start()
+    with node.pod_of(GUARDED, {}) as (pod, _):
+        assert not node.has_model(node.run(pod, "plain", None))
 
 
 # --- the plugin and its engine come and go ----------------------------------------------------------------------------
