@@ -24,7 +24,7 @@ from oci_hook.engines import containerd, crio, docker, nri, podman
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
 from oci_hook.engines.placing import carry_out, without_those_there
 from oci_hook.engines.plan import KINDS, SHIM_DIRECTORY, Change, HostFiles, Plan, Runtime, Settings
-from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
+from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_output, program_version
 from oci_hook.errors import EngineUnsupported
 from oci_hook.oci.command_line import kind_of
 from oci_hook.shim import shim_script
@@ -42,6 +42,7 @@ _MEANT_FOR = {
     "keep_scripts": ("containerd", "docker"),
     "before_create": ("podman",),
     "by_nri": nri.ENGINES,
+    "guard": ("containerd",),
 }
 
 
@@ -155,6 +156,12 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     callback=_version,
     help="containerd: its version, which decides how drop-ins are read. [default: that of the containerd here]",
 )
+@click.option(
+    "--guard",
+    is_flag=True,
+    help="containerd, with --nri: also write a base specification for handlers that must not start a container with a "
+    "model while the plugin is absent.",
+)
 @hook_timeout("podman, CRI-O: seconds")
 @_with_options
 def install(
@@ -164,6 +171,7 @@ def install(
     dry_run: bool,
     as_json: bool,
     by_nri: bool,
+    guard: bool,
     **chosen: Any,
 ) -> None:
     """Make an engine call the hook.
@@ -177,8 +185,11 @@ def install(
     if root == "/":
         load_config(config_file)  # with one that cannot be used, every container would be refused
     settings = Settings(config_file=config_file, script=shim_script, **chosen)
+    if guard and not by_nri:
+        raise click.UsageError("--guard means nothing without --nri")
     if by_nri:
-        whole = nri.plan_install(engine, _with_version(settings, engine, root), files)
+        settings = _with_version(settings, engine, root)
+        whole = nri.plan_install(engine, replace(settings, base_spec=_base_spec(files) if guard else None), files)
     else:
         if engine not in _BY_HOOKS_DIRECTORY:
             settings = _with_runtimes(settings, engine, root)
@@ -195,6 +206,15 @@ def _with_runtimes(settings: Settings, engine: str, root: str) -> Settings:
     if not runtimes:
         raise EngineUnsupported(f"none of {', '.join(KINDS)} is here", remedy="give --runtime PATH")
     return _with_version(replace(settings, runtimes=runtimes), engine, root)
+
+
+def _base_spec(files: HostFiles) -> bytes:
+    """containerd's own base specification, as its client prints it."""
+    program = find_program("ctr", files)
+    said = None if program is None else program_output(files.resolved(program), "oci", "spec")
+    if said is None:
+        raise EngineUnsupported("containerd's `ctr` is not here, or does not answer", remedy="ctr oci spec")
+    return said
 
 
 def _with_version(settings: Settings, engine: str, root: str) -> Settings:

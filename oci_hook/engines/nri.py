@@ -8,6 +8,7 @@ Sources: containerd, internal/nri/config.go; crio.conf(5), crio.nri; NRI, docs/v
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from oci_hook.engines import containerd, crio
 from oci_hook.engines.containerd_config import Configuration, load_configuration
 from oci_hook.engines.plan import Change, HostFiles, Plan, Settings, table
-from oci_hook.errors import ConfigInvalid, FileUnreadable
+from oci_hook.errors import ConfigInvalid, EngineUnsupported, FileUnreadable
+from oci_hook.invocation import ENVIRONMENT, Invocation
+from oci_hook.oci.edit import HOOK_SECONDS
 
 ENGINES = ("containerd", "cri-o")
 REQUEST_SECONDS = 100
@@ -25,9 +28,15 @@ DEFAULT_SECONDS = 2.0
 VALIDATES_SINCE = {"containerd": (2, 2), "cri-o": (1, 34)}
 ON_SINCE = {"containerd": (2, 0), "cri-o": (1, 30)}
 """The first version in which NRI is on if nothing is configured."""
+GUARD = "/etc/scz-smm/containerd-base-spec.json"
+"""containerd's base specification with our hooks: a handler that has it starts nothing past them."""
 _SECTION = "io.containerd.nri.v1.nri"
 _NAMES = {"containerd": "50-scz-smm-nri.toml", "cri-o": "50-scz-smm-nri.conf"}
 _START = "systemctl enable --now scz-nri"
+_GUARD_STEP = (
+    f'in every handler whose containers must not start without the plugin: base_runtime_spec = "{GUARD}" and '
+    'pod_annotations = ["smm.scz/*"]; make the file anew after an upgrade of containerd'
+)
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -97,6 +106,8 @@ def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
         ]
         text = f"{_head(engine)}\n{_CRIO_TEXT}"
         return Plan((Change(path, text.encode()),), next_steps=(*steps, "systemctl restart crio", _START))
+    guard = guard_change(settings)
+    steps += [_GUARD_STEP] if guard else []
     found = load_configuration(containerd.main_file(settings), files)
     merges, text = containerd.merges_tables(settings, found), _containerd_text(settings)
     others = [name for name, document in found.documents if name != path and _section_of(document)]
@@ -108,7 +119,7 @@ def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
             f"written; set there:\n\n{text}"
         )
         done = _found_in(found, settings).seconds >= REQUEST_SECONDS and _found_in(found, settings).enabled
-        return Plan(undone, next_steps=restart if done else (told, *restart))
+        return Plan((*guard, *undone), next_steps=restart if done else (told, *restart))
     if not found.imports(path):
         restart = (containerd.import_step(found, path), *restart)
     later = [
@@ -119,7 +130,31 @@ def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
     if later:
         restart = (f"{later[-1]} is read after our drop-in: take plugin_request_timeout out of it", *restart)
     data = f"{_head(engine)}\nversion = {containerd.drop_in_version(settings, found)}\n\n{text}"
-    return Plan((Change(path, data.encode()),), next_steps=restart)
+    return Plan((*guard, Change(path, data.encode())), next_steps=restart)
+
+
+def guard_change(settings: Settings) -> tuple[Change, ...]:
+    """The base specification for handlers whose containers must not start without the plugin; none if not asked for.
+
+    Its hooks run whether the plugin is there or not: under runc they deliver, in a virtual machine they find what the
+    plugin prepared, or refuse.
+
+    Raises:
+        EngineUnsupported: What `ctr oci spec` printed is no specification.
+    """
+    if settings.base_spec is None:
+        return ()
+    try:
+        document = json.loads(settings.base_spec)
+        hooks = {stage: list((document.get("hooks") or {}).get(stage) or ()) for stage in ("prestart", "poststop")}
+        document["ociVersion"], document["root"]["path"]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as cause:
+        raise EngineUnsupported("`ctr oci spec` printed no specification", remedy="ctr oci spec") from cause
+    for stage, entries in hooks.items():
+        command = Invocation(stage, config_file=settings.config_file, engine="containerd").command()
+        entries.append({"path": command[0], "args": command, "env": list(ENVIRONMENT), "timeout": HOOK_SECONDS})
+    data = json.dumps({**document, "hooks": {**(document.get("hooks") or {}), **hooks}}, indent=2)
+    return (Change(GUARD, data.encode() + b"\n"),)
 
 
 def _section_of(document: dict[str, object]) -> dict[str, object]:
@@ -138,7 +173,10 @@ def _config_steps(engine: str, settings: Settings, files: HostFiles) -> list[str
 def plan_removal(engine: str, settings: Settings, files: HostFiles) -> Plan:
     """Remove the drop-in."""
     path = drop_in_of(engine, settings)
-    if not files.exists(path):
+    gone = tuple(
+        Change(each, None) for each in (path, *((GUARD,) if engine == "containerd" else ())) if files.exists(each)
+    )
+    if not gone:
         return Plan()
     restart = containerd.RESTART if engine == "containerd" else "systemctl restart crio"
     steps = ["systemctl disable --now scz-nri", restart]
@@ -147,7 +185,9 @@ def plan_removal(engine: str, settings: Settings, files: HostFiles) -> Plan:
             steps.insert(0, f"take {path} out of `imports`: containerd does not start without a file named there")
     except (ConfigInvalid, FileUnreadable):
         pass  # it does not keep us from removing what is ours
-    return Plan((Change(path, None),), next_steps=tuple(steps))
+    if Change(GUARD, None) in gone:
+        steps.insert(0, f"take base_runtime_spec = {GUARD} out of the handlers: they start nothing without that file")
+    return Plan(gone, next_steps=tuple(steps))
 
 
 def find(engine: str, settings: Settings, files: HostFiles) -> Found:

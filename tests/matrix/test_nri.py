@@ -7,21 +7,17 @@ behind handlers named kata-…, which shows what the plugin, the engine and our 
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from oci_hook.invocation import ENVIRONMENT
+from oci_hook.engines.nri import GUARD
 from tests.containerd import Containerd
 from tests.cri import CriClient, CriError, Pod, bind
 from tests.integration.test_start import KEPT, files_of, hook_processes, model_mounts, tpm_handles
@@ -85,25 +81,13 @@ class NriNode(Node):
         assert [path for path in (run / "bound").rglob("*") if path.is_file()] == []
 
 
-def guarding_spec(ctr: Path, scene: Scene) -> dict[str, Any]:
-    """containerd's own base specification, with our hooks: a handler that has it starts nothing past them."""
-    done = subprocess.run([ctr, "oci", "spec"], capture_output=True, check=True)
-    document: dict[str, Any] = json.loads(done.stdout)
-    document["hooks"] = {}
-    for stage in ("prestart", "poststop"):
-        command = hook_command(stage, scene)
-        document["hooks"][stage] = [{"path": command[0], "args": command, "env": list(ENVIRONMENT), "timeout": 300}]
-    return document
-
-
-def hook_command(stage: str, scene: Scene) -> list[str]:
-    """The installed package's command line of a stage, as the plugin writes it."""
-    words = {"config_file": str(scene.config), "engine": "containerd"}
-    code = (
-        f"from oci_hook.invocation import Invocation; print(*Invocation({stage!r}, **{words!r}).command(), sep='\\n')"
-    )
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+def guarding_spec(ctr: Path, scene: Scene) -> Path:
+    """What `sczctl install --nri --guard` writes for a containerd; returns the file."""
+    root = scene.host / f"root-{ctr.parent.parent.name}"
+    (root / "usr/bin").mkdir(parents=True)
+    shutil.copy(ctr, root / "usr/bin/ctr")
+    scene.sczctl("install", "--engine", "containerd", "--nri", "--guard", "--root", root)
+    return root / GUARD.lstrip("/")
 
 
 @contextmanager
@@ -118,10 +102,9 @@ def made_node(scene: Scene, kubelet: Kubelet, suite: str) -> Iterator[NriNode]:
         path.mkdir()
     kata = folder / "kata-runtime"
     shutil.copy(program("trixie", "runc"), kata)
-    base, devices = folder / "base.json", folder / "cdi"
+    base, devices = guarding_spec(programs / "ctr", scene), folder / "cdi"
     scene.sczctl("cdi", "generate", "--engine", "containerd", "-o", devices / "scz.json", "--name", "pods", MODEL)
     handlers = {"runc": program("trixie", "runc"), "crun": program("trixie", "crun"), VM: kata, GUARDED: kata}
-    base.write_text(json.dumps(guarding_spec(programs / "ctr", scene)))
     with ExitStack() as stack:
         containerd = stack.enter_context(
             Containerd(
@@ -334,7 +317,7 @@ def create(node: NriNode, pod: Pod, name: str, token: Path, **how: object) -> st
 @pytest.mark.parametrize("handler", ["runc", VM])
 @pytest.mark.parametrize("annotated", [False, True])
 def test_beside_cdi_a_model_comes_once(node: NriNode, handler: str, annotated: bool) -> None:
-    where = {**node.annotations, "smm.scz/path": f"{DESTINATION}"} if annotated else {}
+    where = {**node.annotations, "smm.scz/path": DESTINATION} if annotated else {}
     with node.pod_of(handler, where) as (pod, token):
         server = node.run(pod, "server", token, cdi_devices=[DEVICE])
         assert DIGESTS.items() <= node.digests(server).items()

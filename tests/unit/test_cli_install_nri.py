@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -12,12 +13,14 @@ from oci_hook.cli.checks.models import StoredSize
 from oci_hook.cli.checks.nri import check_nri
 from oci_hook.config import parse_config
 from oci_hook.engines import nri
-from oci_hook.engines.nri import Found, parse_duration
+from oci_hook.engines.nri import GUARD, Found, parse_duration
 from oci_hook.engines.plan import HostFiles, Settings
+from oci_hook.errors import EngineUnsupported
+from oci_hook.invocation import Invocation
 from oci_hook.linux.processes import process_start_time
 from oci_hook.nri.main import NAME
 from oci_hook.nri.prepared import Connected, write_connected
-from tests.commands import done, misused
+from tests.commands import Done, done, misused, refused
 from tests.unit.test_cli_doctor import Host, make_host
 from tests.unit.test_cli_install import IMPORTS, Root
 
@@ -140,6 +143,46 @@ def test_a_dry_run_writes_nothing(root: Root) -> None:
     assert "would write" in told.out
     assert "plugin_request_timeout" in told.out
     assert root.files() == set()
+
+
+def guarded(root: Root, said: str) -> Done:
+    path = root.write("usr/bin/ctr", f"#!/bin/sh\ntest \"$*\" = 'oci spec' && echo '{said}'\n")
+    path.chmod(0o755)
+    return root.run("install", "containerd", "--nri", "--engine-version", "1.7", "--guard", "--json")
+
+
+def test_a_guard(root: Root) -> None:
+    root.write(MAIN, "version = 2\n" + IMPORTS)
+    other = {"path": "/bin/other"}
+    base = {"ociVersion": "1.2.0", "root": {"path": "rootfs"}, "hooks": {"prestart": [other], "poststart": [other]}}
+    step = done(guarded(root, json.dumps(base))).json["next"][0]
+    assert f'base_runtime_spec = "{GUARD}"' in step
+    document = json.loads((root / GUARD.lstrip("/")).read_text())
+    hooks = document.pop("hooks")
+    assert (document, hooks["poststart"], hooks["prestart"][0]) == (
+        {"ociVersion": "1.2.0", "root": {"path": "rootfs"}},
+        [other],
+        other,
+    )
+    for stage, entry in (("prestart", hooks["prestart"][1]), ("poststop", hooks["poststop"][0])):
+        command = Invocation(stage, config_file="/etc/scz-smm/config.toml", engine="containerd").command()
+        assert (entry["path"], entry["args"], entry["timeout"]) == (command[0], command, 300)
+        assert entry["env"]
+    told = done(root.run("uninstall", "containerd", "--nri", "--json"))
+    assert "out of the handlers" in told.json["next"][0]
+    assert root.files() == {MAIN, "usr/bin/ctr"}
+
+
+@pytest.mark.parametrize("said", ["", "{", "[]", "{}", '{"ociVersion": "1"}', '{"ociVersion": "1", "root": 7}'])
+def test_a_guard_from_what_is_no_specification(root: Root, said: str) -> None:
+    refused(guarded(root, said), EngineUnsupported.code)
+    assert root.files() == {"usr/bin/ctr"}
+
+
+def test_a_guard_without_containerds_client(root: Root) -> None:
+    refused(root.run("install", "containerd", "--nri", "--guard"), EngineUnsupported.code)
+    misused(root.run("install", "containerd", "--guard"))
+    misused(root.run("install", "cri-o", "--nri", "--guard"))
 
 
 def test_options_that_mean_nothing_with_it(root: Root) -> None:
