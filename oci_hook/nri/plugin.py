@@ -11,6 +11,8 @@ there or does not answer in time: then there is neither model nor hook (docs/nri
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 
@@ -106,7 +108,7 @@ class ModelPlugin(Handler):
                 return None
             in_vm = is_vm(pod.runtime_handler, self._config.nri_vm_handlers)
         except SczError as error:
-            self._report(container, error)
+            self._report(pod, container, error)
             raise
         if not in_vm and asked.has_hooks and not asked.annotations:
             return None
@@ -123,10 +125,10 @@ class ModelPlugin(Handler):
                     "NRI does not tell the ids of a user namespace, which the model's files would have to have",
                     remedy="take `hostUsers: false` out of the pod: a virtual machine isolates it",
                 )
-            data = asking(pod, container, asked, engine, _creator(pod))
+            data = asking(pod, container, asked, engine, creator_of(pod, self._config.nri_socket))
             self._prepared.add(container.id)
         except SczError as error:
-            self._report(container, error)
+            self._report(pod, container, error)
             raise
         try:
             seconds = left - min(_LAST_SECONDS, left / 4)
@@ -169,19 +171,35 @@ class ModelPlugin(Handler):
             return
         self._prepared.remove(container_id)
 
-    def _report(self, container: Container, error: SczError) -> None:
+    def _report(self, pod: PodSandbox, container: Container, error: SczError) -> None:
         """Where a refusal is looked for: the journal, the audit log, `sczctl why`."""
-        state = State(container.id, os.getpid(), "", "creating", container.annotations)
+        state = State(container.id, os.getpid(), "", "creating", {**container.annotations, **pod.annotations})
         report_refusal(self._config_file, state, error, program=_PROGRAM)
 
 
-def _creator(pod: PodSandbox) -> tuple[int, int]:
-    """The pod's sandbox: it lives at least until its container's process is known.
+def creator_of(pod: PodSandbox, socket_path: str) -> tuple[int, int]:
+    """A process that lives until a container's own is known, with its start time: the pod's sandbox.
+
+    CRI-O may have pods without such a process, and says 0 then: the engine is it, by its socket. A container that is
+    made before an engine's restart and started after it has no model then, and does not start.
 
     Raises:
-        SystemCallFailed: The engine did not say which process that is, or it has ended.
+        SystemCallFailed: It has ended, or there is none.
     """
-    start_time = process_start_time(pod.pid) if pod.pid else None
+    pid = pod.pid or _listener(socket_path)
+    start_time = process_start_time(pid) if pid else None
     if start_time is None:
-        raise SystemCallFailed(f"the process of the pod's sandbox ({pod.pid}) does not exist")
-    return pod.pid, start_time
+        raise SystemCallFailed(f"neither the pod's sandbox nor the engine is a process that lives ({pid})")
+    return pid, start_time
+
+
+def _listener(path: str) -> int:
+    """The process that listens at a socket; 0 if none does, or it is not in a pid namespace that is seen from here."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trunk:
+        trunk.settimeout(1)
+        try:
+            trunk.connect(path)
+            found = trunk.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return 0
+    return int(struct.unpack("3i", found)[0])
