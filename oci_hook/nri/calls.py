@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ def subscribed(handler: Handler) -> frozenset[Event]:
 
 
 class Calls:
-    """The calls of one connection; used by the one thread that reads it."""
+    """The calls of one connection: made by the one thread that reads it, run in those of their lanes."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler, self._events = handler, subscribed(handler)
@@ -76,6 +77,7 @@ class Calls:
         self._containers: list[Container] = []
         self._bytes = 0
         self._added: dict[str, Adjustment] = {}
+        self._adding = threading.Lock()
 
     def call(self, request: Request, received: float) -> Call | None:
         """What a request asks for; None if it is of a method that is not known here.
@@ -145,7 +147,8 @@ class Calls:
         return Call(container_id, lambda: self._missing(container_id, together), encoding.validated)
 
     def _missing(self, container_id: str, together: Adjustment) -> str:
-        added = self._added.pop(container_id, Adjustment())
+        with self._adding:
+            added = self._added.pop(container_id, Adjustment())
         have = {(mount.destination, mount.source) for mount in together.mounts}
         for mount in added.mounts:
             if (mount.destination, mount.source) not in have:
@@ -168,9 +171,10 @@ class Calls:
         def run() -> Adjustment | None:
             adjustment = handler.create_container(pod, container, deadline)
             if adjustment is not None:
-                self._added[container.id] = adjustment
-                if len(self._added) > _MAX_REMEMBERED:  # engines that do not ask never take them
-                    self._added.pop(next(iter(self._added)), None)
+                with self._adding:
+                    self._added[container.id] = adjustment
+                    if len(self._added) > _MAX_REMEMBERED:  # engines that do not ask never take them
+                        del self._added[next(iter(self._added))]
             return adjustment
 
         return Call(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from oci_hook.errors import EngineUnsupported
 from oci_hook.nri.messages import (
     Adjustment,
     Container,
@@ -56,6 +57,8 @@ _SCHEMA = Schema(
         "KeyValue": "key=1 value=2",
     },
 )
+#: Of pods and containers in one message; a node runs hundreds.
+MAX_OBJECTS = 1 << 16
 STAGES = ("prestart", "create_runtime", "create_container", "start_container", "poststart", "poststop")
 
 
@@ -82,6 +85,9 @@ def parse_settings(data: bytes) -> Settings:
 def parse_synchronize(data: bytes) -> tuple[tuple[PodSandbox, ...], tuple[Container, ...], bool]:
     """A SynchronizeRequest: pods, containers, and whether more of them follow in another request."""
     found = _SCHEMA.parse("SynchronizeRequest", data)
+    count = len(found.pods) + len(found.containers)
+    if count > MAX_OBJECTS:  # two bytes are enough for one, which takes a kilobyte here
+        raise EngineUnsupported(f"the engine lists {count} pods and containers, more than {MAX_OBJECTS}")
     return tuple(map(_pod, found.pods)), tuple(map(_container, found.containers)), found.more
 
 

@@ -149,6 +149,14 @@ def test_synchronize_has_lists_and_says_whether_more_follow() -> None:
     assert encoding.parse_synchronize(field(3, 1)) == ((), (), True)
 
 
+def test_more_than_any_node_runs_is_refused_before_it_takes_memory() -> None:
+    half = encoding.MAX_OBJECTS // 2
+    pods, containers, _ = encoding.parse_synchronize(field(1, b"") * half + field(2, b"") * half)
+    assert (len(pods), len(containers)) == (half, half)
+    with pytest.raises(EngineUnsupported, match="the engine lists 65537 pods and containers"):
+        encoding.parse_synchronize(field(1, b"") * half + field(2, b"") * (half + 1))
+
+
 def test_settings_are_in_seconds_and_may_be_absent() -> None:
     data = field(1, "x") + field(2, "containerd") + field(3, "2.2") + field(4, 5000) + field(5, 1500) + field(6, "0.12")
     assert encoding.parse_settings(data) == Settings("x", "containerd", "2.2", 5.0, 1.5, "0.12")
