@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from oci_hook.engines import containerd, crio
 from oci_hook.engines.containerd_config import Configuration, load_configuration
-from oci_hook.engines.plan import Change, HostFiles, Plan, Settings, table
+from oci_hook.engines.plan import Change, HostFiles, Plan, Settings, strings, table
 from oci_hook.errors import ConfigInvalid, EngineUnsupported, FileUnreadable
 from oci_hook.invocation import ENVIRONMENT, Invocation
 from oci_hook.oci.edit import HOOK_SECONDS
@@ -159,6 +159,34 @@ def guard_change(settings: Settings) -> tuple[Change, ...]:
 
 def _section_of(document: dict[str, object]) -> dict[str, object]:
     return table(document, "plugins", _SECTION)
+
+
+def guarded_handlers(settings: Settings, files: HostFiles) -> dict[str, str]:
+    """containerd's handlers that name the guard, each with what is wrong with it; empty: nothing.
+
+    Raises:
+        ConfigInvalid: A file of containerd's is not TOML.
+        FileUnreadable: One cannot be read.
+    """
+    found = load_configuration(containerd.main_file(settings), files)
+    handlers = found.handlers(merges=containerd.merges_tables(settings, found))
+    named = {name: each for name, each in handlers.items() if each.get("base_runtime_spec") == GUARD}
+    problem = _guard_problem(settings, files)
+    return {
+        name: problem
+        or ("" if "smm.scz/*" in strings(each.get("pod_annotations")) else 'it lacks pod_annotations = ["smm.scz/*"]')
+        for name, each in named.items()
+    }
+
+
+def _guard_problem(settings: Settings, files: HostFiles) -> str:
+    try:
+        entries = json.loads(files.read(GUARD) or b"null")["hooks"]["prestart"]
+        commands = [entry["args"] for entry in entries]
+    except (FileUnreadable, ValueError, RecursionError, KeyError, TypeError):
+        return f"{GUARD} is missing or unusable"
+    ours = Invocation("prestart", config_file=settings.config_file, engine="containerd").command()
+    return "" if ours in commands else f"{GUARD} calls another installation, or with another configuration"
 
 
 def _config_steps(engine: str, settings: Settings, files: HostFiles) -> list[str]:

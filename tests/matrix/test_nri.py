@@ -24,6 +24,8 @@ from tests.integration.test_start import KEPT, files_of, hook_processes, model_m
 from tests.kubelet import MODEL, Kubelet
 from tests.matrix.test_pods import _SECRETS, DESTINATION, DIGESTS, Node, refused
 from tests.nri import NriPlugin
+from tests.runsc_pods import write_runsc
+from tests.runtimes import newer_runsc
 from tests.scene import Scene
 from tests.suites import NotInSuite, program
 
@@ -102,9 +104,16 @@ def made_node(scene: Scene, kubelet: Kubelet, suite: str) -> Iterator[NriNode]:
         path.mkdir()
     kata = folder / "kata-runtime"
     shutil.copy(program("trixie", "runc"), kata)
+    runsc = write_runsc(folder / "gvisor", newer_runsc())
     base, devices = guarding_spec(programs / "ctr", scene), folder / "cdi"
     scene.sczctl("cdi", "generate", "--engine", "containerd", "-o", devices / "scz.json", "--name", "pods", MODEL)
-    handlers = {"runc": program("trixie", "runc"), "crun": program("trixie", "crun"), VM: kata, GUARDED: kata}
+    handlers = {
+        "runc": program("trixie", "runc"),
+        "crun": program("trixie", "crun"),
+        "runsc": runsc,
+        VM: kata,
+        GUARDED: kata,
+    }
     with ExitStack() as stack:
         containerd = stack.enter_context(
             Containerd(
@@ -156,14 +165,14 @@ def node(one_node: NriNode) -> Iterator[NriNode]:
 # --- runc and crun: the plugin adds the hooks -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("handler", ["runc", "crun"])
+@pytest.mark.parametrize("handler", ["runc", "crun", "runsc"])
 def test_a_model_by_nri_alone(node: NriNode, handler: str) -> None:
     with node.pod_of(handler, {**node.annotations, "smm.scz/containers": "server"}) as (pod, token):
         server, sidecar = node.run(pod, "server", token), node.run(pod, "sidecar", token)
         assert node.digests(server) == {**DIGESTS, "model.json": node.digests(server)["model.json"]}
         assert not node.has_model(sidecar)
         assert node.records() == {server}
-        assert node.models_on_host() == []
+        assert len(node.models_on_host()) == (handler == "runsc")  # where nobody gets in
         pod.stop_container(server)
         assert node.records() == set()
         assert model_mounts(node.scene) == []

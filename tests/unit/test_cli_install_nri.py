@@ -255,6 +255,26 @@ def test_nri_that_is_used(host: Host) -> None:
     assert checks(host, None)["NRI containerd"] == ("fail", "containerd lets no plugin in: NRI is off")
 
 
+def test_the_guards_of_handlers(host: Host) -> None:
+    cri = '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.kata]\n'
+    text = f'version = 3\n{IMPORTS}{cri}base_runtime_spec = "{GUARD}"\n'
+    checks(host, text)
+    words = ("install", "--engine", "containerd", "--nri", "--root", host.root, "--engine-version", "2.1")
+    done(host.ctl(*words))
+    assert checks(host, None)["NRI containerd guard"] == ("fail", f"handler 'kata': {GUARD} is missing or unusable")
+    program = host.root / "usr/bin/ctr"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho \'{"ociVersion": "1", "root": {"path": "rootfs"}}\'\n')
+    program.chmod(0o755)
+    done(host.ctl(*words, "--guard"))
+    assert "it lacks pod_annotations" in checks(host, None)["NRI containerd guard"][1]
+    status, message = checks(host, text + 'pod_annotations = ["smm.scz/*"]\n')["NRI containerd guard"]
+    assert (status, message.endswith(": kata")) == ("ok", True)
+    guard = host.root / GUARD.lstrip("/")
+    guard.write_text(guard.read_text().replace("launch.py", "other.py"))
+    assert "calls another installation" in checks(host, None)["NRI containerd guard"][1]
+
+
 def test_the_plugin_of_another_engine(host: Host) -> None:
     checks(host, "version = 3\n" + IMPORTS)
     done(host.ctl("install", "--engine", "containerd", "--nri", "--root", host.root, "--engine-version", "2.1"))

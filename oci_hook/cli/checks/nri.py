@@ -56,11 +56,26 @@ def check_nri(
     else:
         yield Check(name, "ok", text)
     yield from _check_plugin(engine, config)
-    yield (
-        Check(f"{name} guard", "ok", _GUARDED)
-        if found.validates
-        else Check(f"{name} guard", "warn", _OPEN, "containerd 2.2 or CRI-O 1.34; or a handler of the shim")
-    )
+    yield from _check_guard(engine, settings, files, validates=found.validates)
+
+
+def _check_guard(engine: str, settings: Settings, files: HostFiles, *, validates: bool) -> Iterator[Check]:
+    """What keeps a container with a model from starting while the plugin is absent."""
+    name = f"NRI {engine} guard"
+    guarded = nri.guarded_handlers(settings, files) if engine == "containerd" else {}
+    for handler, problem in guarded.items():
+        if problem:
+            remedy = f"`sczctl install --engine {engine} --nri --guard` says what is to be done"
+            yield Check(name, "fail", f"handler {shown(handler)}: {problem}", remedy)
+    working = [handler for handler, problem in guarded.items() if not problem]
+    if working:
+        listed = ", ".join(shown(handler)[1:-1] for handler in working)
+        yield Check(name, "ok", f"handlers with our hooks, which start nothing without the plugin: {listed}")
+    if validates:
+        yield Check(name, "ok", _GUARDED)
+    elif not guarded:
+        remedy = "`sczctl install --engine containerd --nri --guard`" if engine == "containerd" else "CRI-O 1.34"
+        yield Check(name, "warn", _OPEN, remedy)
 
 
 def _check_plugin(engine: str, config: Config) -> Iterator[Check]:
