@@ -37,6 +37,9 @@ class Config:
     trust_directory: str = "/etc/scz-smm/trust"
     runtime_directory: str = "/run/scz-smm"
     audit_file: str = "/var/log/scz-smm/audit.jsonl"
+    nri_engine: Engine = "containerd"
+    nri_socket: str = "/var/run/nri/nri.sock"
+    nri_vm_handlers: tuple[str, ...] = ("kata*",)
 
 
 def parse_config(data: bytes) -> Config:
@@ -65,7 +68,11 @@ def parse_config(data: bytes) -> Config:
     def number(fields: Fields, name: str, fallback: int, low: int, high: int) -> int:
         return fields.integer(name, low=low, high=high) if fields.has(name) else fallback
 
+    def patterns(fields: Fields, name: str, fallback: tuple[str, ...]) -> tuple[str, ...]:
+        return fields.items(name, _handler, low=0, high=32) if fields.has(name) else fallback
+
     tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
+    nri = section("nri")
     config = Config(
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
@@ -77,10 +84,24 @@ def parse_config(data: bytes) -> Config:
         trust_directory=text(paths, "trust", default.trust_directory, _ABSOLUTE),
         runtime_directory=text(paths, "runtime", default.runtime_directory, _ABSOLUTE),
         audit_file=text(paths, "audit", default.audit_file, _ABSOLUTE),
+        nri_engine=cast(Engine, text(nri, "engine", default.nri_engine, "containerd|cri-o")),
+        nri_socket=text(nri, "socket", default.nri_socket, _ABSOLUTE),
+        nri_vm_handlers=patterns(nri, "vm_handlers", default.nri_vm_handlers),
     )
-    for fields in (tpm, token, memory, paths, top):
+    for fields in (tpm, token, memory, paths, nri, top):
         _finish(fields)
     return config
+
+
+def _handler(value: object) -> str:
+    """A handler's name, or a pattern; empty for the engine's default one."""
+    return (
+        ""
+        if value == ""
+        else Fields({"vm_handlers": value}, what="nri", error=ConfigInvalid).string(
+            "vm_handlers", pattern=r"[A-Za-z0-9*?_.-]+", limit=63
+        )
+    )
 
 
 def _verify_version(top: Fields) -> None:

@@ -28,7 +28,7 @@ from oci_hook.errors import all_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "docs" / "man"
-GENERAL_PAGES = ("scz-smm.toml 5", "scz-smm-annotations 7", "scz-hook 8", "scz-runtime 8")
+GENERAL_PAGES = ("scz-smm.toml 5", "scz-smm-annotations 7", "scz-hook 8", "scz-nri 8", "scz-runtime 8")
 _CODES_MARK = '.\\" EXIT CODES\n'
 _EXIT_STATUS = (
     ("0", "Done."),

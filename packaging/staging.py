@@ -59,6 +59,7 @@ TREES = (
     Tree("SECURITY.md", f"{DOC}/SECURITY.md"),
     Tree("docs", f"{DOC}/docs"),
     Tree("packaging/sczctl", "usr/bin/sczctl"),
+    Tree("packaging/scz-nri", "usr/bin/scz-nri"),
     Tree("packaging/maintain", f"{PRIVATE}/maintain"),
     Tree("packaging/deb/rtupdate", "usr/share/python3/runtime.d/scz-smm.rtupdate", only="deb"),
     Tree("packaging/deb/lintian-overrides", "usr/share/lintian/overrides/scz-smm", only="deb"),
@@ -66,7 +67,12 @@ TREES = (
     Tree("packaging/copyright", "usr/share/licenses/scz-smm/COPYRIGHT", "license", only="rpm"),
     Tree("LICENSE", "usr/share/licenses/scz-smm/LICENSE", "license", only="rpm"),
 )
-PROGRAMS = ("usr/bin/sczctl", f"{PRIVATE}/maintain", "usr/share/python3/runtime.d/scz-smm.rtupdate")
+PROGRAMS = (
+    "usr/bin/sczctl",
+    "usr/bin/scz-nri",
+    f"{PRIVATE}/maintain",
+    "usr/share/python3/runtime.d/scz-smm.rtupdate",
+)
 #: Sources of what lies elsewhere in the package.
 LEFT_OUT = ("docs/man/", "__pycache__/")
 

@@ -66,6 +66,8 @@ class Containerd:
         handlers: CRI's runtime handlers, each with the program that takes the place of runc (`BinaryName`).
         programs: The folder with `containerd`, `ctr` and `containerd-shim-runc-v2`.
         cdi_directories: Where CDI files are looked for, by the versions that know CDI; none: no CDI.
+        pod_annotations: The annotations of a pod that every handler hands on.
+        handler_settings: What else a handler has.
         nri: NRI's settings, with its socket at `nri_socket` and no plugins of the machine's; None: no NRI. From 1.7 on.
     """
 
@@ -77,12 +79,16 @@ class Containerd:
         programs: Path = Path("/usr/bin"),
         cdi_directories: Sequence[Path] = (),
         nri: Mapping[str, object] | None = None,
+        pod_annotations: Sequence[str] = ("smm.scz/*",),
+        handler_settings: Mapping[str, Mapping[str, object]] = {},
     ) -> None:
         self.directory = Path(directory).resolve()
         self.handlers = dict(handlers)
         self.programs = programs
         self.cdi_directories = list(cdi_directories)
         self.nri = None if nri is None else dict(nri)
+        self.pod_annotations = list(pod_annotations)
+        self.handler_settings = handler_settings
         self.namespace = RuntimeNamespace()
         self.socket, self.nri_socket = self.directory / "sock", self.directory / "nri.sock"
         self.log = self.directory / "containerd.log"
@@ -166,17 +172,8 @@ class Containerd:
         (self.directory / "config.toml").write_text(self._configuration())
         self.namespace.start()
         atexit.register(self.stop)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*self.namespace.prefix, self.programs / "containerd", "--config", self.directory / "config.toml"],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
         try:
-            self._wait_until_ready()
+            self._run()
             self._import(PAUSE_IMAGE, ["/bin/sleep", "2147483647"], CRI_NAMESPACE)
         except BaseException:
             self.stop()
@@ -197,6 +194,26 @@ class Containerd:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+    def restart(self) -> None:
+        """End containerd and start it again with its settings as they are now; containers and their shims live on."""
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(_END_SECONDS)
+        (self.directory / "config.toml").write_text(self._configuration())
+        self._run()
+
+    def _run(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self.namespace.prefix, self.programs / "containerd", "--config", self.directory / "config.toml"],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
         assert self._process is not None
@@ -241,7 +258,8 @@ class Containerd:
         }
         for name, program in self.handlers.items():
             table = f'plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}'
-            tables[table] = {"runtime_type": "io.containerd.runc.v2", "pod_annotations": ["smm.scz/*"]}
+            tables[table] = {"runtime_type": "io.containerd.runc.v2", "pod_annotations": self.pod_annotations}
+            tables[table] = {**tables[table], **self.handler_settings.get(name, {})}
             tables[f"{table}.options"] = {"BinaryName": str(program), "Root": f"{place}/runc"}
         top = {"version": 2, "root": f"{place}/root", "state": f"{place}/state", "temp": f"{place}/temp"}
         return _lines(top) + "".join(f"[{name}]\n{_lines(values)}" for name, values in tables.items())

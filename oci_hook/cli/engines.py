@@ -20,17 +20,18 @@ from click.core import ParameterSource
 from oci_hook.cli import print_json
 from oci_hook.cli.options import DRY_RUN, JSON, hook_timeout
 from oci_hook.config import load_config
-from oci_hook.engines import containerd, crio, docker, podman
+from oci_hook.engines import containerd, crio, docker, nri, podman
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
 from oci_hook.engines.placing import carry_out, without_those_there
 from oci_hook.engines.plan import KINDS, SHIM_DIRECTORY, Change, HostFiles, Plan, Runtime, Settings
-from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
+from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_output, program_version
 from oci_hook.errors import EngineUnsupported
 from oci_hook.oci.command_line import kind_of
 from oci_hook.shim import shim_script
 
 ENGINES: dict[str, ModuleType] = {"podman": podman, "cri-o": crio, "containerd": containerd, "docker": docker}
 _BY_HOOKS_DIRECTORY = ("podman", "cri-o")
+_NOT_BY_NRI = ("hooks_directory", "timeout_seconds", "shim_directory", "runtimes", "keep_scripts")
 _MEANT_FOR = {
     "hooks_directory": _BY_HOOKS_DIRECTORY,
     "timeout_seconds": _BY_HOOKS_DIRECTORY,
@@ -40,6 +41,8 @@ _MEANT_FOR = {
     "engine_version": ("containerd",),
     "keep_scripts": ("containerd", "docker"),
     "before_create": ("podman",),
+    "by_nri": nri.ENGINES,
+    "guard": ("containerd",),
 }
 
 
@@ -79,6 +82,8 @@ def _verify_meant(engine: str) -> None:
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
         if given and engine not in _MEANT_FOR.get(option.name or "", tuple(ENGINES)):
             raise click.UsageError(f"{option.opts[0]} means nothing for {engine}")
+        if given and context.params.get("by_nri") and option.name in _NOT_BY_NRI:
+            raise click.UsageError(f"{option.opts[0]} means nothing with --nri")
 
 
 _OPTIONS = (
@@ -118,6 +123,12 @@ _OPTIONS = (
         default="/",
         help="Work below this directory, that of an image being built; other paths are those inside it.",
     ),
+    click.option(
+        "--nri",
+        "by_nri",
+        is_flag=True,
+        help="containerd, CRI-O: the engine's plugin scz-nri(8) instead; VM sandboxes too.",
+    ),
     DRY_RUN,
     JSON,
     click.pass_obj,
@@ -145,6 +156,12 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     callback=_version,
     help="containerd: its version, which decides how drop-ins are read. [default: that of the containerd here]",
 )
+@click.option(
+    "--guard",
+    is_flag=True,
+    help="containerd, with --nri: also write a base specification for handlers that must not start a container with a "
+    "model while the plugin is absent.",
+)
 @hook_timeout("podman, CRI-O: seconds")
 @_with_options
 def install(
@@ -153,22 +170,31 @@ def install(
     root: str,
     dry_run: bool,
     as_json: bool,
+    by_nri: bool,
+    guard: bool,
     **chosen: Any,
 ) -> None:
     """Make an engine call the hook.
 
     It is called for containers that have annotations under smm.scz/. podman and CRI-O get hooks.d files; containerd and
     Docker get runtimes named scz-runc, scz-crun and scz-runsc. What is left to do by hand is said at the end.
-    A VM sandbox (Kata) reads a model only if that is there before it is created: --before-create.
+    A VM sandbox (Kata) reads a model only if that is there before it is created: --before-create, --nri.
     """
     _verify_meant(engine)
     files = HostFiles(root)
     if root == "/":
         load_config(config_file)  # with one that cannot be used, every container would be refused
     settings = Settings(config_file=config_file, script=shim_script, **chosen)
-    if engine not in _BY_HOOKS_DIRECTORY:
-        settings = _with_runtimes(settings, engine, root)
-    plan, there = without_those_there(ENGINES[engine].plan_install(settings, files), files)
+    if guard and not by_nri:
+        raise click.UsageError("--guard means nothing without --nri")
+    if by_nri:
+        settings = _with_version(settings, engine, root)
+        whole = nri.plan_install(engine, replace(settings, base_spec=_base_spec(files) if guard else None), files)
+    else:
+        if engine not in _BY_HOOKS_DIRECTORY:
+            settings = _with_runtimes(settings, engine, root)
+        whole = ENGINES[engine].plan_install(settings, files)
+    plan, there = without_those_there(whole, files)
     if not dry_run:
         carry_out(plan, files)
     _show_installed(engine, plan, there, files, dry_run=dry_run, as_json=as_json)
@@ -179,11 +205,23 @@ def _with_runtimes(settings: Settings, engine: str, root: str) -> Settings:
     runtimes = settings.runtimes or find_runtimes(files)
     if not runtimes:
         raise EngineUnsupported(f"none of {', '.join(KINDS)} is here", remedy="give --runtime PATH")
-    version = settings.engine_version
-    program = find_program("containerd", files)
-    if engine == "containerd" and version is None and root == "/" and program is not None:
-        version = major_minor(program_version(program))
-    return replace(settings, runtimes=runtimes, engine_version=version)
+    return _with_version(replace(settings, runtimes=runtimes), engine, root)
+
+
+def _base_spec(files: HostFiles) -> bytes:
+    """containerd's own base specification, as its client prints it."""
+    program = find_program("ctr", files)
+    said = None if program is None else program_output(files.resolved(program), "oci", "spec")
+    if said is None:
+        raise EngineUnsupported("containerd's `ctr` is not here, or does not answer", remedy="ctr oci spec")
+    return said
+
+
+def _with_version(settings: Settings, engine: str, root: str) -> Settings:
+    program = find_program("containerd", HostFiles(root)) if engine == "containerd" and root == "/" else None
+    if settings.engine_version is not None or program is None:
+        return settings
+    return replace(settings, engine_version=major_minor(program_version(program)))
 
 
 def _show_installed(
@@ -229,12 +267,14 @@ def uninstall(
     root: str,
     dry_run: bool,
     as_json: bool,
+    by_nri: bool,
     **chosen: Any,
 ) -> None:
     """Remove exactly what `sczctl install` writes."""
     _verify_meant(engine)
     files = HostFiles(root)
-    plan: Plan = ENGINES[engine].plan_removal(Settings(config_file=config_file, **chosen), files)
+    settings = Settings(config_file=config_file, **chosen)
+    plan: Plan = nri.plan_removal(engine, settings, files) if by_nri else ENGINES[engine].plan_removal(settings, files)
     if not dry_run:
         carry_out(plan, files)
     removed = [files.real(change.path) for change in plan.changes if change.data is None]

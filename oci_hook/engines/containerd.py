@@ -16,16 +16,17 @@ from oci_hook.errors import ConfigInvalid, FileUnreadable
 _MAIN = "/etc/containerd/config.toml"
 _NAME = "50-scz-smm.toml"
 _RUNTIME_TYPE = "io.containerd.runc.v2"  # its shim calls any runtime of runc's command line by `BinaryName`
-_RESTART = "systemctl restart containerd"
+RESTART = "systemctl restart containerd"
 _HEAD = "# Written by `sczctl install --engine containerd`; `sczctl uninstall --engine containerd` removes it."
 
 
 def drop_in_of(settings: Settings) -> str:
     """Where the drop-in goes: conf.d beside the main file."""
-    return os.path.join(os.path.dirname(_main(settings)), "conf.d", _NAME)
+    return os.path.join(os.path.dirname(main_file(settings)), "conf.d", _NAME)
 
 
-def _main(settings: Settings) -> str:
+def main_file(settings: Settings) -> str:
+    """containerd's own file."""
     return settings.engine_config or _MAIN
 
 
@@ -59,9 +60,9 @@ def plan_install(settings: Settings, files: HostFiles) -> Plan:
     Raises:
         ConfigInvalid: config.toml is not TOML, or of version 1.
     """
-    found = load_configuration(_main(settings), files)
-    merges = _merges(settings, found)
-    version = _version(settings, found)
+    found = load_configuration(main_file(settings), files)
+    merges = merges_tables(settings, found)
+    version = drop_in_version(settings, found)
     path = drop_in_of(settings)
     handlers = found.handlers(merges=merges, without=path)
     systemd_cgroup = table(handlers.get("runc"), "options").get("SystemdCgroup") is True
@@ -77,15 +78,16 @@ def plan_install(settings: Settings, files: HostFiles) -> Plan:
                 f"containerd before 2.0 lets a drop-in replace the whole section of {others[-1][0]}, so no drop-in was "
                 f"written; add to {others[-1][0]}:\n\n{lines}"
             )
-        return Plan((*undone, *scripts), next_steps=(*steps, _RESTART))
+        return Plan((*undone, *scripts), next_steps=(*steps, RESTART))
     lines = handlers_text(settings, version, systemd_cgroup=systemd_cgroup, with_runc=not merges)
     if not found.imports(path):
-        steps.append(_import_step(found, path))
+        steps.append(import_step(found, path))
     data = f"{_HEAD}\nversion = {version}\n\n{lines}".rstrip("\n") + "\n"
-    return Plan((*scripts, Change(path, data.encode())), next_steps=(*steps, _RESTART))
+    return Plan((*scripts, Change(path, data.encode())), next_steps=(*steps, RESTART))
 
 
-def _import_step(found: Configuration, path: str) -> str:
+def import_step(found: Configuration, path: str) -> str:
+    """What a person has to do so that containerd reads a drop-in."""
     pattern = os.path.join(os.path.dirname(path), "*.toml")
     if not found.documents:
         if pattern == DROP_INS:
@@ -107,9 +109,9 @@ def plan_removal(settings: Settings, files: HostFiles) -> Plan:
     changes = (*((Change(path, None),) if files.exists(path) else ()), *scripts)
     steps = []
     try:
-        found = load_configuration(_main(settings), files)
+        found = load_configuration(main_file(settings), files)
     except (ConfigInvalid, FileUnreadable):  # it does not keep us from removing what is ours
-        return Plan(changes, (folder, settings.shim_directory), (_RESTART,))
+        return Plan(changes, (folder, settings.shim_directory), (RESTART,))
     if found.names(path):
         steps.append(f"take {path} out of `imports`: containerd does not start without a file that is named there")
     for file, section in found.sections(without=path):
@@ -118,14 +120,14 @@ def plan_removal(settings: Settings, files: HostFiles) -> Plan:
                 fate = "starts no container" if settings.keep_scripts else "is gone"
                 steps.append(f"take the handler {name} out of {file}: its script {fate}")
     if changes or (steps and settings.keep_scripts):
-        steps += [*of_scripts, _RESTART]
+        steps += [*of_scripts, RESTART]
     return Plan(changes, (folder, settings.shim_directory), tuple(steps))
 
 
 def state(settings: Settings, files: HostFiles) -> str:
     """`yes`, `no`, or what is wrong."""
-    found = load_configuration(_main(settings), files)
-    handlers = found.handlers(merges=_merges(settings, found))
+    found = load_configuration(main_file(settings), files)
+    handlers = found.handlers(merges=merges_tables(settings, found))
     folder = os.path.join(settings.shim_directory, "containerd")
     named = {n: h for n, h in handlers.items() if str(table(h, "options").get("BinaryName", "")).startswith(folder)}
     if not named:
@@ -149,12 +151,12 @@ def _is_ours(handlers: dict[str, dict[str, object]], runtime: Runtime, settings:
     return binary == settings.script_path("containerd", runtime.handler)
 
 
-def _merges(settings: Settings, found: Configuration) -> bool:
+def merges_tables(settings: Settings, found: Configuration) -> bool:
     """Whether containerd merges a drop-in's tables into those of config.toml."""
     return found.version >= 3 or (settings.engine_version or (0, 0)) >= (2, 0)
 
 
-def _version(settings: Settings, found: Configuration) -> int:
+def drop_in_version(settings: Settings, found: Configuration) -> int:
     """The version of the drop-in: that of config.toml, as files of two versions are not merged."""
     if found.version >= 2:
         return min(found.version, 3)
@@ -163,4 +165,4 @@ def _version(settings: Settings, found: Configuration) -> int:
             f"{found.main} is of version 1, whose plugins have other names",
             remedy=f"bring {found.main} to version 2 (`containerd config migrate` shows how), then run it again",
         )
-    return 3 if found.documents and _merges(settings, found) else 2
+    return 3 if found.documents and merges_tables(settings, found) else 2

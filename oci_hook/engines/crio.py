@@ -31,12 +31,13 @@ def drop_in_of(settings: Settings) -> str:
     return os.path.join(_drop_ins(settings), _NAME)
 
 
-def _main(settings: Settings) -> str:
+def main_file(settings: Settings) -> str:
+    """CRI-O's own file."""
     return settings.engine_config or _MAIN
 
 
 def _drop_ins(settings: Settings) -> str:
-    return os.path.join(os.path.dirname(_main(settings)), "crio.conf.d")
+    return os.path.join(os.path.dirname(main_file(settings)), "crio.conf.d")
 
 
 def drop_in(directories: list[str]) -> bytes:
@@ -99,7 +100,7 @@ def state(settings: Settings, files: HostFiles) -> str:
 def _settings_in_order(settings: Settings, files: HostFiles) -> list[tuple[str, list[str]]]:
     """Each file that sets `hooks_dir`, as CRI-O reads them: crio.conf, then crio.conf.d by name."""
     found = []
-    for path in (_main(settings), *files.below(_drop_ins(settings))):
+    for path in (main_file(settings), *files.below(_drop_ins(settings))):
         named = table(files.read_toml(path), "crio", "runtime").get("hooks_dir")
         if isinstance(named, list):
             found.append((path, [os.path.normpath(each) for each in strings(named)]))
@@ -111,7 +112,7 @@ def _directories(settings: Settings, files: HostFiles) -> tuple[list[str], list[
     own, directory = drop_in_of(settings), directory_of(settings)
     before, later = [DEFAULT_DIRECTORY], []
     for path, named in _settings_in_order(settings, files):
-        if path == _main(settings) or path < own:
+        if path == main_file(settings) or path < own:
             before = named
         elif path > own and directory not in named:
             later.append(path)

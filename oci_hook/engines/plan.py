@@ -47,6 +47,7 @@ class Settings:
         engine_version: Of containerd; None if nobody knows.
         script: Makes the shim's script (`oci_hook.shim.shim_script`).
         before_create: For podman: also what delivers before `create`, to VM sandboxes; on removing, that alone.
+        base_spec: What `ctr oci spec` prints, for a guard of handlers under NRI; None: no guard is asked for.
         keep_scripts: On removing, leave the shim's: containers that were started through them need them.
     """
 
@@ -59,6 +60,7 @@ class Settings:
     engine_version: tuple[int, int] | None = None
     script: Callable[..., bytes] | None = None
     keep_scripts: bool = False
+    base_spec: bytes | None = None
     before_create: bool = False
 
     def script_path(self, engine: str, handler: str) -> str:

@@ -36,9 +36,15 @@ def find_runtimes(files: HostFiles) -> tuple[Runtime, ...]:
 
 def program_version(path: str) -> str | None:
     """What a program answers to `--version`; None if it gives no answer in time."""
+    said = program_output(path, "--version")
+    return None if said is None else parse_version(said.decode("utf-8", "replace"))
+
+
+def program_output(*command: str) -> bytes | None:
+    """What a program writes; None if it gives no answer in time."""
     try:
         answered = subprocess.run(
-            [path, "--version"],
+            command,
             env=dict(variable.split("=", 1) for variable in ENVIRONMENT),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -48,7 +54,7 @@ def program_version(path: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return parse_version(answered.stdout.decode("utf-8", "replace"))
+    return answered.stdout
 
 
 def parse_version(text: str) -> str | None:

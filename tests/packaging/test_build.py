@@ -92,7 +92,8 @@ def test_every_file_is_roots_of_one_time_and_writable_by_root_alone(
         assert member.isfile() or member.isdir(), path
         assert member.mode & 0o7022 == 0, path
     programs = {path for path, (member, _) in files.items() if member.isfile() and member.mode & 0o111}
-    assert programs == {"usr/bin/sczctl", f"{PRIVATE}/maintain", "usr/share/python3/runtime.d/scz-smm.rtupdate"}
+    scripts = {f"{PRIVATE}/maintain", "usr/share/python3/runtime.d/scz-smm.rtupdate"}
+    assert programs == {"usr/bin/sczctl", "usr/bin/scz-nri", *scripts}
 
 
 def test_our_modules_and_the_locked_dependencies_lie_side_by_side(

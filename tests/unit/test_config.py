@@ -40,11 +40,26 @@ def test_the_commented_example_is_the_default() -> None:
         "[token]\nleeway_seconds = 61",
         "[broken",
         "tpm = 1",
+        '[nri]\nengine = "podman"',
+        '[nri]\nsocket = "nri.sock"',
+        '[nri]\nvm_handlers = "kata"',
+        "[nri]\nvm_handlers = [1]",
+        '[nri]\nvm_handlers = ["a/b"]',
+        f"[nri]\nvm_handlers = {[f'h{number}' for number in range(33)]}",
+        f"[nri]\nvm_handlers = ['{64 * 'x'}']",
     ],
 )
 def test_a_wrong_configuration_is_refused(text: str) -> None:
     with pytest.raises(ConfigInvalid):
         parse_config(text.encode())
+
+
+def test_the_plugins_section() -> None:
+    text = '[nri]\nengine = "cri-o"\nsocket = "/run/other.sock"\nvm_handlers = ["", "kata-qemu", "vm?"]'
+    found = parse_config(text.encode())
+    assert (found.nri_engine, found.nri_socket) == ("cri-o", "/run/other.sock")
+    assert found.nri_vm_handlers == ("", "kata-qemu", "vm?")
+    assert parse_config(b"[nri]\nvm_handlers = []").nri_vm_handlers == ()
 
 
 def test_a_configuration_of_a_newer_version_is_refused_before_its_keys_are_read() -> None:

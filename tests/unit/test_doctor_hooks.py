@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from oci_hook.cli.checks.hooks import our_hooks, read_directories
-from oci_hook.cli.checks.models import StoredSize
-from oci_hook.cli.checks.shims import check_nri, check_shims, parse_duration
+from oci_hook.cli.checks.shims import check_shims
 from oci_hook.engines.crio import OWN_DIRECTORY
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
 from oci_hook.engines.plan import HostFiles
@@ -233,26 +232,6 @@ def test_a_script_that_is_none(host: Host, text: str) -> None:
     write(host, "/usr/local/libexec/scz-smm/containerd/scz-runc", text)
     (found,) = check_shims(HostFiles(str(host.root)))
     assert (found.status, "it names no" in found.message) == ("fail", True)
-
-
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("version = 2", "plugin_request_timeout is 2 s by default, less than the 14 s"),
-        ('[plugins."io.containerd.nri.v1.nri"]\nplugin_request_timeout = "1m30s"', "is 90 s by /etc/containerd"),
-        ('[plugins."io.containerd.nri.v1.nri"]\nplugin_request_timeout = 7', "is 2 s by default"),
-        ('[plugins."io.containerd.nri.v1.nri"]\ndisable = true', "switched off in /etc/containerd"),
-    ],
-)
-def test_the_time_that_nri_would_leave(host: Host, text: str, word: str) -> None:
-    write(host, "/etc/containerd/config.toml", text)
-    (found,) = check_nri(HostFiles(str(host.root)), StoredSize("m:1", 400_000_000))
-    assert (found.status, word in found.message) == ("ok", True), found.message
-
-
-def test_durations() -> None:
-    assert [parse_duration(each) for each in ("2s", "1m30s", "500ms", "1.5h")] == [2, 90, 0.5, 5400]
-    assert [parse_duration(each) for each in ("", "2", "s", "2 s", 2, None, "-2s")] == [None] * 7
 
 
 def test_hostile_names_stay_one_line(host: Host) -> None:

@@ -323,7 +323,7 @@ def test_the_numbers_are_the_hooks() -> None:
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
 
-WHO, VOLUME, MOUNT, CLASS, HOST, PRIVILEGED, EPHEMERAL, EXEC = MODELS.messages[1:]
+WHO, VOLUME, MOUNT, CLASS, PLUGIN, HOST, PRIVILEGED, EPHEMERAL, EXEC = MODELS.messages[1:]
 
 
 def spec(**members: Any) -> Callable[[Any], object]:
@@ -449,6 +449,61 @@ def test_without_parameters_only_these_namespaces_are_closed() -> None:
     assert MODELS.refusals(request(pod()), None) == ["no params found"]
     assert MODELS.refusals(request(pod({}), namespace_labels={}), None) == []
     assert MODELS.messages[0] in MODELS.refusals(request(pod()), {"kind": "ConfigMap"})
+
+
+# --- models by NRI alone ----------------------------------------------------------------------------------------------
+
+REQUIRED = "required-plugins.noderesource.dev"
+
+
+def naming(**annotations: str) -> Callable[[Any], object]:
+    """Annotations of the pod: `plugins` for all, `pod` and `main` for the narrower keys."""
+    keys = {"plugins": REQUIRED, "pod": f"{REQUIRED}/pod", "main": f"{REQUIRED}/container.main"}
+    found = {keys[name]: text for name, text in annotations.items()}
+    return lambda each: (
+        each["metadata"]["annotations"].update(found),
+        each["spec"].update(runtimeClassName="kata-qemu"),
+    )
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        {},
+        {"plugins": ""},
+        {"plugins": "[]"},
+        {"plugins": '["other"]'},
+        {"plugins": "scz-smm"},
+        {"plugins": '["xscz-smm"]'},
+        {"plugins": '["scz-smm"] #'},
+        {"plugins": '["scz-smm"]', "pod": '["other"]'},
+        {"plugins": '["scz-smm"]', "main": "[]"},
+        {"pod": '["scz-smm"]', "main": '["other"]'},
+    ],
+)
+def test_a_pod_that_does_not_require_the_plugin(annotations: dict[str, str]) -> None:
+    asked = request(changed(pod(), naming(**annotations)))
+    classes = {"runtime_classes": "scz-runc\nkata-qemu\n"}
+    assert MODELS.refusals(asked, parameters(**classes, plugin_classes="kata-qemu\n")) == [PLUGIN]
+    assert MODELS.refusals(asked, parameters(runtime_classes="any", plugin_classes="any")) == [PLUGIN]
+    for others in ("", "kata-fc\n", None):
+        assert MODELS.refusals(asked, parameters(**classes, plugin_classes=others)) == []
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        {"plugins": '["scz-smm"]'},
+        {"plugins": '[ "other" , "scz-smm","more" ]'},
+        {"plugins": "[]", "pod": '["scz-smm"]'},
+        {"plugins": '["scz-smm"]', "main": '["scz-smm","other"]'},
+    ],
+)
+def test_a_pod_that_requires_the_plugin(annotations: dict[str, str]) -> None:
+    asked = request(changed(pod(), naming(**annotations)))
+    allowed = parameters(runtime_classes="kata-qemu", plugin_classes="kata-qemu")
+    assert MODELS.refusals(asked, allowed) == []
+    assert not MODELS.failing(asked, allowed)
 
 
 # --- exec and debugging -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -51,6 +52,7 @@ def test_every_command_has_a_page_and_every_page_a_command() -> None:
         "man5/scz-smm.toml.5",
         "man7/scz-smm-annotations.7",
         "man8/scz-hook.8",
+        "man8/scz-nri.8",
         "man8/scz-runtime.8",
     }
 
@@ -183,7 +185,7 @@ def known_keys(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
 
 
 def as_toml(section: str, key: str, value: Any) -> str:
-    text = f"{value}" if isinstance(value, int) else f'"{value}"'
+    text = f"{value}" if isinstance(value, int) else json.dumps(value)
     return f"[{section}]\n{key} = {text}\n" if section else f"{key} = {text}\n"
 
 
@@ -230,6 +232,11 @@ def test_the_range_of_the_page_is_the_code_s(tmp_path: Path, section: str, key: 
         assert not accepts("text")
         return
     assert not accepts(1)
+    if isinstance(default_of(text), list):
+        ((most, longest),) = re.findall(r"at most (\d+) names, each of at most (\d+) of", text)
+        assert all(accepts(value) for value in ([], [""], ["a*"] * int(most), ["x" * int(longest)]))
+        assert not any(accepts(value) for value in ("a", ["a"] * (int(most) + 1), ["x" * (int(longest) + 1)], ["a/b"]))
+        return
     if values := re.findall(r"^One of: (.+)\.$", text, re.MULTILINE):
         words = re.findall(r'"([^"]+)"', values[0])
         assert len(words) > 1

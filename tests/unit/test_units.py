@@ -21,7 +21,7 @@ from tests.commands import Household, done
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 UNITS = sorted(path.name for path in (CONFIG / "systemd").iterdir())
-UNMOUNTS = ("scz-smm-sweep.service", "scz-smm-metrics.service")
+UNMOUNTS = ("scz-smm-sweep.service", "scz-smm-metrics.service", "scz-nri.service")
 """They work in the host's own mount namespace."""
 
 
@@ -34,7 +34,8 @@ def root(tmp_path: Path) -> Path:
         shutil.copy(CONFIG / "systemd" / name, made / "usr/lib/systemd/system")
     (made / "lib").symlink_to("usr/lib")
     (made / "usr/bin").mkdir(parents=True)
-    shutil.copy("/bin/true", made / "usr/bin/sczctl")
+    for name in ("sczctl", "scz-nri"):
+        shutil.copy("/bin/true", made / "usr/bin" / name)
     (made / "etc").mkdir()
     (made / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\n")
     (made / "etc/group").write_text("root:x:0:\n")
@@ -87,7 +88,7 @@ def test_every_command_is_one_that_sczctl_has(tmp_path: Path) -> None:
     output = house.host / "token"
     values = dict(word.split("=", 1) for word in service("scz-smm-token@.service")["Environment"].split())
     values |= {"SUBJECT": "system:serviceaccount:shop:a b", "OUTPUT": str(output)}
-    for name in [name for name in UNITS if name.endswith(".service")]:
+    for name in [name for name in UNITS if name.endswith(".service") and name != "scz-nri.service"]:
         words = shlex.split(service(name)["ExecStart"])
         assert words[0] == "/usr/bin/sczctl"
         for key, value in values.items():
@@ -98,6 +99,14 @@ def test_every_command_is_one_that_sczctl_has(tmp_path: Path) -> None:
             done(house.ctl(*words[1:]))
     assert output.stat().st_mode & 0o777 == 0o600
     assert (house.host / "scz-smm.prom").is_file()
+
+
+def test_the_plugins_service() -> None:
+    found = service("scz-nri.service")
+    assert (found["ExecStart"], found["Restart"]) == ("/usr/bin/scz-nri", "always")
+    # The models' memory is charged to it, and its children are to end what they do.
+    assert [key for key in found if key.startswith(("Memory", "Tasks", "RuntimeMax"))] == []
+    assert found["KillMode"] == "mixed"
 
 
 def test_the_group(root: Path) -> None:

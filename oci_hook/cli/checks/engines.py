@@ -19,9 +19,10 @@ from oci_hook.cli.checks.hooks import (
     timeout_of,
 )
 from oci_hook.cli.checks.models import StoredSize, judge_timeout
-from oci_hook.cli.checks.shims import check_nri, check_shims
+from oci_hook.cli.checks.nri import check_nri
+from oci_hook.cli.checks.shims import check_shims
 from oci_hook.cli.engines import ENGINES
-from oci_hook.engines import cdi
+from oci_hook.engines import cdi, nri
 from oci_hook.engines.plan import HostFiles, Settings
 from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
 from oci_hook.errors import SczError
@@ -76,6 +77,7 @@ def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None
     """
     base = Settings(config_file=config_file, runtimes=find_runtimes(files), script=shim_script)
     present: list[str] = []
+    versions: dict[str, tuple[int, int] | None] = {}
     calling = 0
     for engine, program in _PROGRAMS.items():
         path = find_program(program, files)
@@ -83,6 +85,7 @@ def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None
             continue
         version = program_version(files.resolved(path))
         present.append(engine)
+        versions[engine] = major_minor(version)
         check = _check_engine(engine, f"{path}, {version or 'version unknown'}", version, base, files)
         calling += check.status == "ok"
         yield check
@@ -95,8 +98,8 @@ def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None
         yield from check_before_create(base, files)
     yield from check_other_readers(files)
     yield from check_shims(files)
-    if "containerd" in present:
-        yield from check_nri(files, largest)
+    for engine in (each for each in nri.ENGINES if each in present):
+        yield from check_nri(engine, versions[engine], config_file, files, largest)
     if not present:
         yield Check("engines", "fail", "neither podman, CRI-O, containerd nor Docker is here", "install an engine")
     elif not calling and not devices:
@@ -130,6 +133,8 @@ def _check_engine(engine: str, what: str, version: str | None, base: Settings, f
     way = f"{what}: {_WAYS[engine]}{' or CDI' if devices else ''}"
     if state == "yes":
         return Check(f"engine {engine}", "ok", f"{way}, installed")
+    if state == "no" and engine in nri.ENGINES and files.exists(nri.drop_in_of(engine, settings)):
+        return Check(f"engine {engine}", "ok", f"{what}: NRI (scz-nri), installed")
     if state == "no":
         return Check(f"engine {engine}", "warn", f"{way}, not installed", remedy)
     return Check(f"engine {engine}", "fail", f"{way}: {state}", f"{remedy}; it says what is left to do by hand")

@@ -1,4 +1,4 @@
-"""The way of the shim, for containerd and Docker: its scripts lead somewhere; and what containerd's NRI would allow."""
+"""The way of the shim, for containerd and Docker: its scripts lead somewhere."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ import re
 from collections.abc import Iterator
 
 from oci_hook.cli.checks.check import Check, failed
-from oci_hook.cli.checks.models import StoredSize, needed_seconds
-from oci_hook.engines.containerd_config import load_configuration
-from oci_hook.engines.plan import SHIM_DIRECTORY, HostFiles, table
-from oci_hook.errors import FileUnreadable, SczError
+from oci_hook.engines.plan import SHIM_DIRECTORY, HostFiles
+from oci_hook.errors import FileUnreadable
 
-_MAIN = "/etc/containerd/config.toml"
-_NRI = "io.containerd.nri.v1.nri"
-_NRI_SECONDS = 2.0  # containerd's own default (NRI, DefaultPluginRequestTimeout)
-_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _INTERPRETER = re.compile(rb"#!(/[^ \n]+)")
 _PACKAGES = re.compile(rb"^sys\.path\.append\((.+)\)$", re.MULTILINE)
 _RUNTIME = re.compile(rb"runtime=((?:'[^'\n]*')|(?:\"[^\"\n]*\"))")
@@ -73,31 +66,3 @@ def _is_file(path: str, files: HostFiles) -> bool:
         return os.path.isfile(files.resolved(path))
     except FileUnreadable:
         return False
-
-
-def parse_duration(text: object) -> float | None:
-    """Seconds of a duration as Go writes it (`2s`, `1m30s`); None if it is none."""
-    if not isinstance(text, str) or not re.fullmatch(f"(?:{_PART.pattern})+", text):
-        return None
-    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
-
-
-def check_nri(files: HostFiles, largest: StoredSize | None) -> Iterator[Check]:
-    """How long containerd lets an NRI plugin work: ours is the shim, which it does not limit."""
-    seconds, where = _NRI_SECONDS, "by default"
-    try:
-        for path, document in load_configuration(_MAIN, files).documents:
-            section = table(document, "plugins", _NRI)
-            if section.get("disable") is True:
-                yield Check("NRI containerd", "ok", f"switched off in {path}; the hook does not come that way")
-                return
-            named = parse_duration(section.get("plugin_request_timeout"))
-            if named is not None:
-                seconds, where = named, f"by {path}"
-    except SczError as error:
-        yield failed("NRI containerd", error)
-        return
-    text = f"plugin_request_timeout is {seconds:g} s {where}"
-    if largest is not None and needed_seconds(largest.size_bytes) > seconds:
-        text += f", less than the {needed_seconds(largest.size_bytes)} s that {largest.name} may need"
-    yield Check("NRI containerd", "ok", f"{text}: the shim is used, which it does not concern")
