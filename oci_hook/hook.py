@@ -4,8 +4,9 @@
     detached tmpfs ─► seal ─► audit ─► attach
 
 OCI runtime specification, "POSIX-platform Hooks". Stages: `prestart` or `createRuntime` deliver, `poststop` closes the
-record. Until an annotation of ours is seen, only the standard library is imported. This module has the one broad
-`except`: whatever is not foreseen ends the container, too.
+record. `prepare` is no hook's: the shim and the NRI plugin start it before a `create`. Until an annotation of ours is
+seen, only the standard library is imported. This module has the one broad `except`: whatever is not foreseen ends the
+container, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from oci_hook.errors import InstallationIncomplete, InternalError, SczError, StateInvalid, Terminated
 from oci_hook.invocation import ENGINES, STAGES, Invocation, parse_invocation
@@ -23,7 +25,7 @@ from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _USAGE = (
     f"usage: scz-hook [--config FILE] [--engine {'|'.join(ENGINES)}] [--request KEY=VALUE]... [--spec-digest HEX] "
-    f"{'|'.join(STAGES)}   (OCI state on standard input)"
+    f"{'|'.join(STAGES)}   (OCI state on standard input; prepare: docs/adr/0014)"
 )
 
 
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = None
     try:
         _isolate()
+        if invocation.stage == "prepare":
+            from oci_hook.prepare import main as prepare
+
+            return prepare(invocation)
         state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
         # Some runtimes pass no annotations: config.json has them. A digest is looked at whatever is there by now.
         if not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest:
@@ -65,7 +71,27 @@ def _isolate() -> None:
 
 
 def _start(state: State, invocation: Invocation) -> None:
-    """prestart, createRuntime: what the container asks for, if anything; the rest is `start`'s."""
+    """prestart, createRuntime: a refusal ends the container, so what was there before its `create` goes, too."""
+    try:
+        _deliver(state, invocation)
+    except BaseException:
+        _withdraw(state, invocation.config_file)
+        raise
+
+
+def _withdraw(state: State, config_file: str) -> None:
+    from oci_hook.config import load_config
+
+    with suppress(SczError):  # a sweep does the same; what is told is why the container may not start
+        config = load_config(config_file)
+        if os.path.isdir(os.path.join(config.runtime_directory, "bound")):
+            from oci_hook.adoption import withdraw
+
+            withdraw(state, config)
+
+
+def _deliver(state: State, invocation: Invocation) -> None:
+    """What the container asks for, if anything; the rest is `start`'s."""
     from oci_hook.oci.annotations import gather_requests, merge_annotations
     from oci_hook.oci.spec import load_spec
 
@@ -93,9 +119,10 @@ def _start(state: State, invocation: Invocation) -> None:
 
 def _stop(state: State, invocation: Invocation) -> None:
     """poststop: the mounts went with the container's namespace; close the record and free the token."""
+    from oci_hook.config import load_config
     from oci_hook.host import close_container
 
-    close_container(state, invocation.config_file)
+    close_container(state.container_id, state.bundle, load_config(invocation.config_file))
 
 
 _RUN: dict[str, Callable[[State, Invocation], None]] = {"prestart": _start, "createRuntime": _start, "poststop": _stop}

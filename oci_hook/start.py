@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack, suppress
 
 from oci_hook.admission import Container, admit
+from oci_hook.adoption import adopt_prepared
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import Delivery
 from oci_hook.errors import SystemCallFailed
@@ -38,7 +39,8 @@ from oci_hook.records import ContainerRecords
 def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, config: Config) -> None:
     """Give a container its models, once.
 
-    Whatever raises before `attach` leaves nothing visible: until then the decrypted files have no path.
+    Whatever raises before `attach` leaves nothing visible: until then the decrypted files have no path. A container
+    whose models came before its `create` is adopted, if config.json shows it exactly those, and gets nothing more.
 
     Args:
         state: What the runtime says.
@@ -55,6 +57,8 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
     with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
         sweep_host_mounts(config)
     close_ended(config)
+    if adopt_prepared(state, spec, requests, config):
+        return
     records = ContainerRecords(config.runtime_directory)
     with ExitStack() as bundles, Delivery(container_view(state, spec, facts), delivery_settings(config)) as delivery:
         earlier = records.delivered(state.container_id, state.bundle, state.pid, delivery.start_time)
@@ -73,7 +77,7 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
             token=load_token(spec.mounts, requests.token_path or config.token_path),
         )
         admissions = [
-            admit(request, bundles.enter_context(open_bundle(request, state, spec, host.store)), container, host)
+            admit(request, bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)), container, host)
             for request in wanted
         ]
         delivery.fill([admission.delivery() for admission in admissions])
