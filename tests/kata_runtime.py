@@ -9,7 +9,8 @@ workload prints, and ends with the workload's exit code. Hooks are run as Kata r
 * as 1.x: prestart before there is a sandbox, in `create`, whose own thread the state names; poststop in `delete`;
 * as 2 and 3 (`hypervisor=True`): prestart when the hypervisor runs, which the state names, and before the files are
   shared; in a mount namespace of the shim's own;
-* a failing prestart hook ends `create` with exit code 1, and poststop is not run then.
+* a failing prestart hook ends `create` with exit code 1, and poststop is not run then; 2 and 3 go on if a poststop hook
+  fails, 1.x reports it.
 
 Verbs: create, start, state, kill, delete; also run, which is create, start and waiting. Of config.json it reads root,
 process.args, mounts of the type bind, and hooks. Kata 2 and 3 have no such command line: it stands for their shim.
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from tests.guests import Kernel
 from tests.sandboxes import Bind, Contained, Sandbox
 
 _END_SECONDS = 60
+_CALL_SECONDS = 600
 _WORKLOAD_SECONDS = 3600
 _CLONE_NEWNS, _MS_REC_SLAVE = 0x20000, 1 << 14 | 1 << 19
 _SCRIPT = '#!/bin/sh\nexec "{interpreter}" -I "{program}" "{settings}" "$@"\n'
@@ -83,6 +85,48 @@ def write_kata_runtime(
     program.write_text(_SCRIPT.format(**words))
     program.chmod(0o755)
     return program
+
+
+class Caller:
+    """Calls a runtime as an engine does, with a state folder of its own.
+
+    Args:
+        runtime: The executable: of `write_kata_runtime`, or of a shim before it.
+        folder: For the state, and for what was said.
+    """
+
+    def __init__(self, runtime: Path, folder: Path) -> None:
+        self.runtime, self.folder = runtime, folder
+        self.state = folder / "state"
+
+    def __call__(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        """One call, to its end; standard error is in standard output."""
+        command = [str(self.runtime), "--root", str(self.state), *map(str, words)]
+        with (self.folder / "said").open("w+") as said:  # a container keeps what it is given: no pipe
+            done = subprocess.run(
+                command,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=_CALL_SECONDS,
+            )
+            said.seek(0)
+            return subprocess.CompletedProcess(command, done.returncode, said.read())
+
+    def said(self) -> str:
+        """What the last call said, and what its container has printed since."""
+        return (self.folder / "said").read_text()
+
+    def status(self, name: str) -> str:
+        """The runtime's own word for it."""
+        return str(json.loads(self("state", name).stdout)["status"])
+
+    def clear(self) -> None:
+        """Delete what is left of its containers."""
+        for folder in self.state.glob("*"):
+            self("delete", "--force", folder.name)
 
 
 # --- one container ----------------------------------------------------------------------------------------------------
@@ -141,6 +185,12 @@ class Container:
         spec, bundle = self._spec(), self._bundle
         unmount_below(self.folder)
         shutil.rmtree(self.folder)
+        if not self.settings.hypervisor:
+            self._stopped(spec, bundle)
+        elif not succeeds(lambda: self._stopped(spec, bundle)):
+            print("a poststop hook failed, and the container is gone", file=sys.stderr)
+
+    def _stopped(self, spec: Mapping[str, Any], bundle: Path) -> None:
         if self.settings.hypervisor:
             leave_mounts()
         run_hooks(spec, "poststop", self.name, bundle, threading.get_native_id())
@@ -281,6 +331,21 @@ def run_hooks(spec: Mapping[str, Any], stage: str, name: str, bundle: Path, pid:
         )
         if done.returncode != 0:
             raise SystemExit(f"exit status {done.returncode}: stdout: {done.stdout}, stderr: {done.stderr}")
+
+
+def succeeds(action: Callable[[], None]) -> bool:
+    """Do something in a process of its own, which says why it fails."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except SystemExit as leaving:
+            print(leaving, file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def leave_mounts() -> None:

@@ -49,7 +49,7 @@ case $(cat /share) in
 9p) mount -t 9p -o trans=virtio,version=9p2000.L,cache=mmap,nodev {_TAG} $shared || exit 1 ;;
 virtiofs) mount -t virtiofs -o nodev {_TAG} $shared || exit 1 ;;
 esac
-place() {{ [ -f "$1" ] && {{ [ -e "$2" ] || : > "$2"; }} || mkdir -p "$2"; }}
+place() {{ if [ -f "$1" ]; then mkdir -p "${{2%/*}}" && touch "$2"; else mkdir -p "$2"; fi; }}
 echo "agent: ready"
 while read -r verb container first second; do
     root=/run/$container/rootfs
@@ -58,9 +58,7 @@ while read -r verb container first second; do
     bind) place "$shared/$first" "$root$second" && mount --bind "$shared/$first" "$root$second" ;;
     tmpfs) mkdir -p "$root$first" && mount -t tmpfs tmpfs "$root$first" ;;
     run) {{ chroot $root /bin/sh -c "$first $second"; echo "ended $?"; }} </dev/null 2>&1 | sed "s/^/$container: /" & ;;
-    kill) fuser -k -9 -m $root >/dev/null 2>&1 || : ;;
     forget) grep -o " $root[^ ]* " /proc/mounts | sort -r | xargs -r -n 1 umount ;;
-    off) exit 0 ;;
     esac || {{ echo "agent: failed: $verb $container $first $second"; continue; }}
     echo "agent: done"
 done

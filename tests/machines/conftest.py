@@ -1,4 +1,5 @@
-"""A kernel for the guests, fetched once, and an initramfs of the stand-in's agent for each kind of share."""
+"""A kernel for the guests, fetched once, an initramfs of the stand-in's agent for each kind of share, and the scene of
+the integration tests, once more: these tests run beside those."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.guests import Kernel, fetch_kernel
+from tests.integration.conftest import model_source, scene
 from tests.sandboxes import KINDS, write_agent
+
+__all__ = ["agents", "guests_folder", "kernel", "model_source", "scene"]
 
 
 @pytest.fixture(scope="session")
