@@ -4,7 +4,7 @@
     detached tmpfs ─► seal ─► audit ─► attach
 
 OCI runtime specification, "POSIX-platform Hooks". Stages: `prestart` or `createRuntime` deliver, `poststop` closes the
-record. `prepare` is no hook's: the shim and the NRI plugin start it before a `create`. Until an annotation of ours is
+record. `precreate` (podman) and `prepare` (shim, NRI plugin) come before a `create`. Until an annotation of ours is
 seen, only the standard library is imported. This module has the one broad `except`: whatever is not foreseen ends the
 container, too.
 """
@@ -25,7 +25,7 @@ from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _USAGE = (
     f"usage: scz-hook [--config FILE] [--engine {'|'.join(ENGINES)}] [--request KEY=VALUE]... [--spec-digest HEX] "
-    f"{'|'.join(STAGES)}   (OCI state on standard input; prepare: docs/adr/0014)"
+    f"{'|'.join(STAGES)}   (OCI state on standard input; precreate, prepare: scz-hook(8))"
 )
 
 
@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = None
     try:
         _isolate()
+        if invocation.stage == "precreate":
+            from oci_hook.precreate import main as filter_configuration
+
+            return filter_configuration(invocation)
         if invocation.stage == "prepare":
             from oci_hook.prepare import main as prepare
 

@@ -48,6 +48,7 @@ FLOORS = {
         "host",
         "hook",
         "launch",
+        "precreate",
         "prepare",
         "shim",
         "shim_binds",
