@@ -41,6 +41,7 @@ _VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _FIRMWARE, _VARIABLES = Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _APT_SECONDS = 600
+_XZ = b"\xfd7zXZ\0"
 #: A boot takes about five seconds on an idle machine, and the tests' machines are not idle.
 GUEST_SECONDS = 300
 _SOCKET_SECONDS = 30
@@ -79,12 +80,14 @@ class Kernel:
         image: The file for QEMU's ``-kernel``; it is a PE image for firmware, too.
         modules: Module files by name, with ``_`` for ``-``.
         builtin: The names of those that the kernel has in itself: which they are differs from suite to suite.
+        plain: The kernel itself, out of `image`: without firmware it starts in half the time, as nothing is unpacked.
     """
 
     release: str
     image: Path
     modules: Mapping[str, Path]
     builtin: frozenset[str] = frozenset()
+    plain: Path | None = None
 
     def closure(self, names: Sequence[str]) -> list[Path]:
         """The files of the modules and of what they depend on, in an order in which they can be loaded."""
@@ -133,7 +136,18 @@ def fetch_kernel(folder: Path) -> Kernel:
     modules = {path.name.partition(".ko")[0].replace("-", "_"): path for path in files}
     (names,) = folder.glob("**/modules.builtin")
     builtin = frozenset(Path(line).stem.replace("-", "_") for line in names.read_text().splitlines())
-    return Kernel(image.name.removeprefix("vmlinuz-"), image, modules, builtin)
+    return Kernel(image.name.removeprefix("vmlinuz-"), image, modules, builtin, _unpack(image, folder / "vmlinux"))
+
+
+def _unpack(image: Path, plain: Path) -> Path | None:
+    """Write the ELF file that an image has in it, compressed by xz (x86/boot.rst, "payload"); None if it is another."""
+    _, found, data = image.read_bytes().partition(_XZ)
+    with contextlib.suppress(lzma.LZMAError):
+        kernel = lzma.LZMADecompressor().decompress(found + data)
+        if kernel.startswith(b"\x7fELF"):
+            plain.write_bytes(kernel)
+            return plain
+    return None
 
 
 def module_bytes(path: Path) -> bytes:
@@ -371,7 +385,8 @@ class Guest:
         machine = self.machine
         words = ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", f"{machine.memory_mib}M"]
         words += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
-        words += ["-kernel", str(machine.kernel.image), "-initrd", str(machine.initramfs)]
+        image = None if machine.firmware else machine.kernel.plain
+        words += ["-kernel", str(image or machine.kernel.image), "-initrd", str(machine.initramfs)]
         words += ["-append", f"{_QUIET} {machine.command_line}".strip()]
         backed = ""
         for number, share in enumerate(machine.shares):

@@ -79,7 +79,9 @@ def write_kata_runtime(
     # A process is told by its executable: a copy of the interpreter has the name.
     shutil.copy(os.path.realpath(sys.executable), interpreter)
     settings.write_text(
-        json.dumps(asdict(Settings(kernel.release, str(kernel.image), str(initramfs), kind, hypervisor)))
+        json.dumps(
+            asdict(Settings(kernel.release, str(kernel.plain or kernel.image), str(initramfs), kind, hypervisor))
+        )
     )
     words = {"interpreter": interpreter, "program": Path(__file__).resolve(), "settings": settings}
     program.write_text(_SCRIPT.format(**words))

@@ -17,7 +17,6 @@ from tests.engines import RuntimeNamespace, unmount_below
 from tests.guests import Kernel
 from tests.integration.conftest import FILES, contents
 from tests.kata_runtime import write_kata_runtime
-from tests.sandboxes import KINDS
 from tests.scene import Scene
 
 KATA = {"smm.scz/require": "runtime=kata"}
@@ -35,11 +34,10 @@ def host(scene: Scene) -> Scene:
     return scene
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def runtime(request: pytest.FixtureRequest, guests_folder: Path, kernel: Kernel, agents: dict[str, Path]) -> str:
-    """A runtime for podman, with each kind of share."""
-    kind = request.param
-    return str(write_kata_runtime(guests_folder / f"podman-{kind}", kernel, agents[kind], kind=kind))
+@pytest.fixture(scope="module")
+def runtime(guests_folder: Path, kernel: Kernel, agents: dict[str, Path]) -> str:
+    """A runtime for podman."""
+    return str(write_kata_runtime(guests_folder / "podman", kernel, agents["virtiofs"], kind="virtiofs"))
 
 
 @pytest.fixture(autouse=True)
