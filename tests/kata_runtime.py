@@ -7,8 +7,8 @@ workload prints, and ends with the workload's exit code. Hooks are run as Kata r
 
 * their parent's executable is called `kata-runtime`; a state has neither annotations nor status, and no ociVersion;
 * as 1.x: prestart before there is a sandbox, in `create`, whose own thread the state names; poststop in `delete`;
-* as 2 and 3 (`hypervisor=True`): prestart when the hypervisor runs, which the state names, and before the files are
-  shared; in a mount namespace of the shim's own;
+* as 2 and 3 (`hypervisor=True`): prestart and createRuntime when the hypervisor runs, which the state names, and before
+  the files are shared; in a mount namespace of the shim's own;
 * a failing prestart hook ends `create` with exit code 1, and poststop is not run then; 2 and 3 go on if a poststop hook
   fails, 1.x reports it.
 
@@ -241,7 +241,8 @@ class Container:
         made = Sandbox(self.folder / "sandbox", kernel, Path(settings.initramfs), settings.kind)
         sandbox = stack.enter_context(made)
         if settings.hypervisor:
-            run_hooks(spec, "prestart", self.name, bundle, sandbox.guest.pid)
+            for stage in ("prestart", "createRuntime"):
+                run_hooks(spec, stage, self.name, bundle, sandbox.guest.pid)
         sandbox.create(self.name, contained(bundle, spec))
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(str(self.socket))
