@@ -47,7 +47,9 @@ class Host:
 
     def mounted(self, folder: Path, *, shared: bool) -> Path:
         mount("--bind", folder, folder)
-        mount("--make-shared" if shared else "--make-private", folder)
+        mount("--make-private", folder)  # out of the machine's own peer group, if its mounts are shared
+        if shared:
+            mount("--make-shared", folder)
         return folder
 
     def model(self, place: Path) -> Path:
