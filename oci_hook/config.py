@@ -37,6 +37,8 @@ class Config:
     trust_directory: str = "/etc/scz-smm/trust"
     runtime_directory: str = "/run/scz-smm"
     audit_file: str = "/var/log/scz-smm/audit.jsonl"
+    guest_agent: str = "/usr/bin/kata-agent"
+    guest_timeout_seconds: int = 8
 
 
 def parse_config(data: bytes) -> Config:
@@ -66,6 +68,7 @@ def parse_config(data: bytes) -> Config:
         return fields.integer(name, low=low, high=high) if fields.has(name) else fallback
 
     tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
+    guest = section("guest")
     config = Config(
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
@@ -77,8 +80,10 @@ def parse_config(data: bytes) -> Config:
         trust_directory=text(paths, "trust", default.trust_directory, _ABSOLUTE),
         runtime_directory=text(paths, "runtime", default.runtime_directory, _ABSOLUTE),
         audit_file=text(paths, "audit", default.audit_file, _ABSOLUTE),
+        guest_agent=text(guest, "agent", default.guest_agent, _ABSOLUTE),
+        guest_timeout_seconds=number(guest, "timeout_seconds", default.guest_timeout_seconds, 1, 600),
     )
-    for fields in (tpm, token, memory, paths, top):
+    for fields in (tpm, token, memory, paths, guest, top):
         _finish(fields)
     return config
 

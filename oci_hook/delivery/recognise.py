@@ -10,6 +10,7 @@ import os
 import re
 from typing import cast
 
+from oci_hook.delivery.agent import AgentInit
 from oci_hook.delivery.container_init import ContainerInit
 from oci_hook.delivery.gofer import Gofer
 from oci_hook.delivery.holder import ContainerView, Holder, Runtime
@@ -53,6 +54,8 @@ def hold(container: ContainerView, *, runtime_directory: str, timeout_seconds: f
         raise HolderRefused("config.json joins another mount namespace by path")
     if container.pid <= 1:
         raise HolderRefused(f"the state names process {container.pid}")
+    if container.agent is not None:
+        return AgentInit(container, container.agent)
     with HeldProcess(container.pid) as process, HeldProcess(os.getppid()) as runtime:
         # 2. The runtime that runs this hook is one whose ways are known.
         name = recognise_runtime(runtime.executable_name())

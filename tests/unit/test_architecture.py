@@ -41,7 +41,7 @@ FLOORS = {
     4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"}
     | {"copying"},
     5: {"admission"},
-    6: {"host", "hook", "launch", "shim", "start"},
+    6: {"guest", "host", "hook", "launch", "shim", "start"},
     7: {"engines/"},
     8: {"cli/"},
 }
