@@ -12,8 +12,8 @@ SOURCES := pyproject.toml $(shell find oci_hook -name __pycache__ -prune -o \( -
 PACKAGING := build/package/venv
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test unit integration matrix gvisor packaging package man bench lint format lock clean help host
-.PHONY: host-tests host-package
+.PHONY: install demo test unit integration matrix gvisor machines packaging package man bench lint format lock clean help
+.PHONY: host host-tests host-package
 
 install: $(VENV)/.installed  ## system packages, virtual environment, this project in it (the default)
 
@@ -21,9 +21,9 @@ demo: install  ## the main job from beginning to end, on a real model; about a m
 	$(PYTHON) -m tests.demo
 
 test: host-tests install  ## every test; the parts side by side
-	$(PYTHON) -m tests.side_by_side unit integration matrix gvisor packaging
+	$(PYTHON) -m tests.side_by_side unit integration matrix gvisor machines packaging
 
-unit integration matrix gvisor packaging: host-tests install  ## one part of the tests
+unit integration matrix gvisor machines packaging: host-tests install  ## one part of the tests
 	$(PYTHON) -m tests.side_by_side $@
 
 package: $(PACKAGING)/.ready  ## dist/scz-smm_VERSION_ARCH.deb and .rpm

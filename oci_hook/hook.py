@@ -4,8 +4,9 @@
     detached tmpfs ─► seal ─► audit ─► attach
 
 OCI runtime specification, "POSIX-platform Hooks". Stages: `prestart` or `createRuntime` deliver, `poststop` closes the
-record. Until an annotation of ours is seen, only the standard library is imported. This module has the one broad
-`except`: whatever is not foreseen ends the container, too.
+record. `precreate` (podman) and `prepare` (shim, NRI plugin) come before a `create`. Until an annotation of ours is
+seen, only the standard library is imported. This module has the one broad `except`: whatever is not foreseen ends the
+container, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from oci_hook.errors import InstallationIncomplete, InternalError, SczError, StateInvalid, Terminated
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _USAGE = (
     f"usage: scz-hook [--config FILE] [--engine {'|'.join(ENGINES)}] [--request KEY=VALUE]... [--spec-digest HEX] "
-    f"{'|'.join(STAGES)}   (OCI state on standard input)"
+    f"{'|'.join(STAGES)}   (OCI state on standard input; precreate, prepare: scz-hook(8))"
 )
 
 
@@ -42,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = None
     try:
         _isolate()
+        if invocation.stage == "precreate":
+            from oci_hook.precreate import main as filter_configuration
+
+            return filter_configuration(invocation)
+        if invocation.stage == "prepare":
+            from oci_hook.prepare import main as prepare
+
+            return prepare(invocation)
         state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
         # Some runtimes pass no annotations: config.json has them. A digest is looked at whatever is there by now.
         if not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest:
@@ -68,8 +78,28 @@ def _isolate() -> None:
         signal.signal(number, terminate)
 
 
-def _start(state: State, invocation: Invocation, agent: Agent | None = None) -> None:
-    """prestart, createRuntime: what the container asks for, if anything; the rest is `start`'s."""
+def _start(state: State, invocation: Invocation) -> None:
+    """prestart, createRuntime: a refusal ends the container, so what was there before its `create` goes, too."""
+    try:
+        _deliver(state, invocation)
+    except BaseException:
+        _withdraw(state, invocation.config_file)
+        raise
+
+
+def _withdraw(state: State, config_file: str) -> None:
+    from oci_hook.config import load_config
+
+    with suppress(SczError):  # a sweep does the same; what is told is why the container may not start
+        config = load_config(config_file)
+        if os.path.isdir(os.path.join(config.runtime_directory, "bound")):
+            from oci_hook.adoption import withdraw
+
+            withdraw(state, config)
+
+
+def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -> None:
+    """What the container asks for, if anything; the rest is `start`'s."""
     from oci_hook.oci.annotations import gather_requests, merge_annotations
     from oci_hook.oci.spec import load_spec
 
@@ -103,14 +133,15 @@ def _start_in_guest(state: State, invocation: Invocation) -> None:
         if state.pid > 1:  # a damaged installation can tell the workload nothing, nor may it run
             os.kill(state.pid, signal.SIGKILL)
         raise
-    supervise(state, invocation, lambda agent: _start(state, invocation, agent))
+    supervise(state, invocation, lambda agent: _deliver(state, invocation, agent))
 
 
 def _stop(state: State, invocation: Invocation) -> None:
     """poststop: the mounts went with the container's namespace; close the record and free the token."""
+    from oci_hook.config import load_config
     from oci_hook.host import close_container
 
-    close_container(state, invocation.config_file)
+    close_container(state.container_id, state.bundle, load_config(invocation.config_file))
 
 
 _RUN: dict[str, Callable[[State, Invocation], None]] = {

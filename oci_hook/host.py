@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from oci_hook.admission import Admission, Container, Host
 from oci_hook.audit import AuditLog
 from oci_hook.bundle.layout import Layout
-from oci_hook.config import Config, load_config
+from oci_hook.config import Config
 from oci_hook.delivery import host_mounts
 from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
 from oci_hook.delivery.holder import Agent
@@ -71,7 +71,7 @@ def load_host(config: Config, *, store_is_shared: bool = False) -> Host:
         issuers=trust.issuers(),
         device=store.load_device(),
         audit=AuditLog(config.audit_file),
-        bindings=_bindings(config),
+        bindings=bindings_of(config),
         clock=time.time,
         random=os.urandom,
         store_is_shared=store_is_shared,
@@ -89,6 +89,8 @@ def sweep_host_mounts(config: Config) -> list[host_mounts.Removed]:
     for each in removed:
         if each.models:
             _audit_closed(config, each.container_id, each.models)
+        if each.container_id and not each.left:
+            bindings_of(config).release(each.container_id, each.bundle)
     return removed
 
 
@@ -104,21 +106,27 @@ def close_ended(config: Config) -> list[ContainerRecord]:
     return ended
 
 
-def close_container(state: State, config_file: str) -> None:
-    """poststop: forget the container's record and its token, and say so in the audit log.
+def close_container(container_id: str, bundle: str, config: Config) -> None:
+    """A container's end: take away what is on the host's side, forget its record and its token, tell the audit log.
 
     A container that was refused has no record: then there is nothing to close.
 
+    Args:
+        container_id: The container's.
+        bundle: Its OCI bundle; empty: not known, for one whose models came before its `create`.
+        config: The host's configuration.
+
     Raises:
-        SystemCallFailed: A model cannot be unmounted on the host's side of a gVisor pod; a sweep will try again.
+        SystemCallFailed: A model cannot be unmounted on the host's side; a sweep will try again.
+        CouldNotTell: A record, a lock or the audit log cannot be used.
     """
-    config = load_config(config_file)
     # First: models that are mounted on the host's side stay there until they are taken away.
-    removed = host_mounts.close(config.runtime_directory, state.container_id, state.bundle)
-    record = ContainerRecords(config.runtime_directory).close(state.container_id, state.bundle)
-    _bindings(config).release(state.container_id, state.bundle)
-    if record is not None:
-        _audit_closed(config, record.container_id, record.models)
+    removed = host_mounts.close(config.runtime_directory, container_id, bundle)
+    for each in dict.fromkeys((bundle, removed.bundle if removed is not None else bundle)):
+        record = ContainerRecords(config.runtime_directory).close(container_id, each)
+        bindings_of(config).release(container_id, each)
+        if record is not None:
+            _audit_closed(config, record.container_id, record.models)
     if removed is not None and removed.left:
         raise SystemCallFailed(f"a model stays mounted on the host: {'; '.join(removed.left)}")
 
@@ -184,8 +192,14 @@ def not_delivered(
     return tuple(request for request in requests if not is_there(request))
 
 
-def open_bundle(request: ModelRequest, state: State, spec: Spec, store: Store) -> Layout:
+def open_bundle(request: ModelRequest, bundle: str, spec: Spec, store: Store) -> Layout:
     """Open the bundle that is asked for: the store's, or the image's own; the caller closes it.
+
+    Args:
+        request: What is asked for.
+        bundle: The OCI bundle's absolute path; empty where it is not known.
+        spec: config.json.
+        store: The host's.
 
     Raises:
         InputError: It is not there, or no bundle.
@@ -194,7 +208,7 @@ def open_bundle(request: ModelRequest, state: State, spec: Spec, store: Store) -
     """
     path = request.reference.rootfs_path
     if path is not None:
-        return open_image_bundle(state.bundle, spec.root_path, path)
+        return open_image_bundle(bundle, spec.root_path, path)
     return store.open_reference(request.reference)
 
 
@@ -312,5 +326,6 @@ def held_models(admissions: Sequence[Admission], attached: Sequence[Attached]) -
     return tuple(held(admission) for admission in admissions)
 
 
-def _bindings(config: Config) -> Bindings:
+def bindings_of(config: Config) -> Bindings:
+    """The tokens that live containers hold."""
     return Bindings(os.path.join(config.runtime_directory, "tokens"))

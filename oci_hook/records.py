@@ -59,7 +59,8 @@ class ContainerRecord:
         seconds: When the record was opened, since 1970.
         delivered: The models are visible to the container.
         issuer: Of the token.
-        runtime: runc, crun or runsc; `unknown`, as the issuer, in records of an earlier version.
+        bundle: Empty until it is known, of a container whose models came before its `create`.
+        runtime: runc, crun, runsc or kata; `unknown`, as the issuer, in records of an earlier version.
         keeper: Pid and start time of the process in whose mount namespace the models are; zeros: on the host's side.
         namespace: Device and inode of that mount namespace.
         held: The mounts, in the order of `models`, once delivered; none in records of an earlier version.
@@ -102,12 +103,11 @@ _MAX_MODELS = 64
 
 
 def _parse(data: bytes, path: str) -> ContainerRecord:
-    fields = Fields(
-        parse_object(data, limit_bytes=_LIMIT_BYTES, what=path, error=FileUnreadable), what=path, error=FileUnreadable
-    )
+    document = parse_object(data, limit_bytes=_LIMIT_BYTES, what=path, error=FileUnreadable)
+    fields = Fields(document, what=path, error=FileUnreadable)
     record = ContainerRecord(
         container_id=fields.string("container_id"),
-        bundle=fields.string("bundle", limit=4096),
+        bundle=fields.take("bundle") if document.get("bundle") == "" else fields.string("bundle", limit=4096),
         pid=fields.integer("pid", low=1, high=1 << 31),
         start_time=fields.integer("start_time", low=0, high=1 << 62),
         seconds=fields.integer("seconds", low=0, high=1 << 53),
@@ -231,6 +231,29 @@ class ContainerRecords:
                 return
             held = tuple(replace(each, released=each.released or each.device == device) for each in now.held)
             self._replace(replace(now, held=held))
+
+    def adopt(self, container_id: str, earlier: str, bundle: str, process: tuple[int, int]) -> None:
+        """Give a record, if there is one, to the process that lives as long as the container.
+
+        Args:
+            container_id: The container's.
+            earlier: The bundle by which it was written, empty if it was not known then.
+            bundle: The one that is known now.
+            process: Pid and start time.
+
+        Raises:
+            FileUnreadable: It cannot be read or written.
+            SystemCallFailed: Others held the lock for too long.
+        """
+        if not os.path.isdir(self._directory):
+            return
+        with self._locked():
+            record = self._load(self._path(container_id, earlier))
+            if record is None:
+                return
+            self._replace(replace(record, bundle=bundle, pid=process[0], start_time=process[1]))
+            if bundle != earlier:
+                os.unlink(self._path(container_id, earlier))
 
     def close(self, container_id: str, bundle: str) -> ContainerRecord | None:
         """Remove a container's record; returns it, or None if there was none.

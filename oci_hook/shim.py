@@ -4,6 +4,8 @@ For engines that have no hooks (containerd, Docker). A script that `sczctl insta
 configuration; nothing of that comes from a container. The call is looked at only as far as needed: a container without
 an annotation of ours reaches the runtime with config.json untouched. Arguments, descriptors, working directory and
 signal mask pass as they are, the exit code is the runtime's own, since it is exec. Only the environment is thinned.
+Before kata-runtime, whose guest sees nothing that a hook mounts, the models are made ready first (`shim_binds`), and
+their bind entries go into config.json, too.
 Any problem ends the call with a code of `errors.py`, and the runtime does not run. Only while the package is replaced,
 damaged or gone does the script itself pass on what creates no container. This module has the one broad
 `except` of this entry point. Until something of ours is seen, `os` and `_signal` are all that is imported, as `json`,
@@ -146,7 +148,7 @@ def _may_be_ours(data: bytes) -> bool:
 def _edited(command: Command, data: bytes, found: os.stat_result, engine: str, config_file: str) -> bytes:
     """config.json as the runtime shall read it; the same bytes if it asks for nothing."""
     from oci_hook.errors import EngineUnsupported
-    from oci_hook.oci.edit import add_hooks, parse_document, requested_annotations
+    from oci_hook.oci.edit import add_hooks, parse_document, requested_annotations, verify_unchanged
 
     document = parse_document(data)
     annotations = requested_annotations(document, engine)
@@ -163,7 +165,15 @@ def _edited(command: Command, data: bytes, found: os.stat_result, engine: str, c
             f"the shim does not know the runtime's option {command.doubt}",
             remedy=f"write {command.doubt}=VALUE, in one word, where the engine names the runtime's options",
         )
-    return add_hooks(data, document, annotations, engine=engine, config_file=config_file)
+    binds: list[dict[str, object]] = []
+    if command.kind == "kata-runtime":
+        from oci_hook.shim_binds import bind_entries
+
+        verify_unchanged(data, document, engine=engine, config_file=config_file)
+        asked = {**document, "annotations": {**(document.get("annotations") or {}), **annotations}}
+        command.prepared = True
+        binds = bind_entries(asked, command.container_id, command.bundle, engine=engine, config_file=config_file)
+    return add_hooks(data, document, annotations, engine=engine, config_file=config_file, binds=binds)
 
 
 def _replace(command: Command, directory: int, data: bytes, found: os.stat_result) -> None:
@@ -214,11 +224,20 @@ def _unusable(command: Command, problem: str | None) -> Exception:
 def _refuse(command: Command, config_file: str, error: BaseException) -> int:
     """Say it where the engine looks, the runtime's log, and everywhere else where a refusal is looked for."""
     import re
+    import sys
 
     from oci_hook.errors import InstallationIncomplete, InternalError, SczError
     from oci_hook.oci.state import CONTAINER_ID, State
     from oci_hook.report import report_refusal
 
+    if command.prepared:
+        from oci_hook.shim_binds import Told, take_back
+
+        take_back(command.container_id, command.bundle, config_file)
+        if isinstance(error, Told):
+            _log(command, error.line)
+            print(error.line, file=sys.stderr)
+            return error.code
     if not isinstance(error, SczError):
         kind = InstallationIncomplete if isinstance(error, ImportError) else InternalError
         error = kind(f"{type(error).__name__}: {error}")
@@ -260,7 +279,7 @@ def shim_script(*, runtime: str, engine: str, config_file: str) -> bytes:
     """The executable that an engine is given as its runtime.
 
     Args:
-        runtime: Absolute path of the real one; runc, crun or runsc is part of its file's name.
+        runtime: Absolute path of the real one; runc, crun, runsc or kata-runtime is part of its file's name.
         engine: One of `invocation.ENGINES`.
         config_file: Absolute path of the host's configuration.
 

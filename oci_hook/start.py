@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack, suppress
 
 from oci_hook.admission import Container, admit
+from oci_hook.adoption import adopt_prepared
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import Delivery
 from oci_hook.delivery.holder import Agent
@@ -41,7 +42,8 @@ def deliver(
 ) -> None:
     """Give a container its models, once.
 
-    Whatever raises before `attach` leaves nothing visible: until then the decrypted files have no path.
+    Whatever raises before `attach` leaves nothing visible: until then the decrypted files have no path. A container
+    whose models came before its `create` is adopted, if config.json shows it exactly those, and gets nothing more.
 
     Args:
         state: What the runtime says.
@@ -59,6 +61,8 @@ def deliver(
     with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
         sweep_host_mounts(config)
     close_ended(config)
+    if adopt_prepared(state, spec, requests, config):
+        return
     records = ContainerRecords(config.runtime_directory)
     view = container_view(state, spec, facts, agent)
     with ExitStack() as bundles, Delivery(view, delivery_settings(config)) as delivery:
@@ -78,7 +82,7 @@ def deliver(
             token=load_token(spec.mounts, requests.token_path or config.token_path),
         )
         admissions = [
-            admit(request, bundles.enter_context(open_bundle(request, state, spec, host.store)), container, host)
+            admit(request, bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)), container, host)
             for request in wanted
         ]
         delivery.fill([admission.delivery() for admission in admissions])

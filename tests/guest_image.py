@@ -58,8 +58,8 @@ while read -r verb id; do
         mount --bind {SHARED}/$id/rootfs /run/kata-containers/$id/rootfs
         cp {SHARED}/$id/config.json /run/kata-containers/$id/config.json
         start=$(cut -d. -f1 /proc/uptime)
-        /usr/bin/kata-agent -I -S /usr/lib/agent.py --bundle /run/kata-containers/$id --id $id --hooks /usr/share/oci/hooks \\
-            --hook-seconds 200 2>&1
+        /usr/bin/kata-agent -I -S /usr/lib/agent.py --bundle /run/kata-containers/$id --id $id \\
+            --hooks /usr/share/oci/hooks --hook-seconds 200 2>&1
         echo "guest: container ended $?, in $(($(cut -d. -f1 /proc/uptime) - start)) s"
         echo "guest: audit $(base64 -w 0 /var/log/scz-smm/audit.jsonl)" ;;
     end) break ;;

@@ -39,6 +39,7 @@ _MEANT_FOR = {
     "engine_config": ("cri-o", "containerd", "docker"),
     "engine_version": ("containerd",),
     "keep_scripts": ("containerd", "docker"),
+    "before_create": ("podman",),
 }
 
 
@@ -106,6 +107,11 @@ _OPTIONS = (
         help="CRI-O, containerd, Docker: the engine's own main file, if it is not at its default place.",
     ),
     click.option(
+        "--before-create",
+        is_flag=True,
+        help="podman: for VM sandboxes, also the stage precreate; with uninstall, take only that away.",
+    ),
+    click.option(
         "--root",
         type=click.Path(file_okay=False),
         callback=absolute,
@@ -153,6 +159,7 @@ def install(
 
     It is called for containers that have annotations under smm.scz/. podman and CRI-O get hooks.d files; containerd and
     Docker get runtimes named scz-runc, scz-crun and scz-runsc. What is left to do by hand is said at the end.
+    A VM sandbox (Kata) reads a model only if that is there before it is created: --before-create.
     """
     _verify_meant(engine)
     files = HostFiles(root)

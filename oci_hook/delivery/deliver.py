@@ -93,12 +93,19 @@ class Delivery:
         container: What the state and config.json say.
         settings: What root's configuration says.
         file_system: For tests; None: the best that the kernel has.
+        find: Finds the holder; None: `hold`, by the process that runs this hook.
     """
 
     def __init__(
-        self, container: ContainerView, settings: DeliverySettings, *, file_system: MemoryFilesystem | None = None
+        self,
+        container: ContainerView,
+        settings: DeliverySettings,
+        *,
+        file_system: MemoryFilesystem | None = None,
+        find: Callable[[], Holder] | None = None,
     ) -> None:
         self._container = container
+        self._find = find or self._recognise
         self._settings = settings
         self._file_system = file_system
         self._stack = ExitStack()
@@ -117,14 +124,16 @@ class Delivery:
             SpecInvalid: `root.path` is no directory.
             SystemCallFailed: /proc cannot be read.
         """
-        self._holder = self._stack.enter_context(
-            hold(
-                self._container,
-                runtime_directory=self._settings.runtime_directory,
-                timeout_seconds=self._settings.timeout_seconds,
-            )
-        )
+        self._holder = self._stack.enter_context(self._find())
         return self
+
+    def _recognise(self) -> Holder:
+        settings = self._settings
+        return hold(
+            self._container,
+            runtime_directory=settings.runtime_directory,
+            timeout_seconds=settings.timeout_seconds,
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -254,7 +263,7 @@ class Delivery:
             ours = mounts.load_mountinfo(proc_fd)
         finally:
             os.close(proc_fd)
-        return find_memory_cgroup(self._held.process.read("cgroup"), ours)
+        return find_memory_cgroup(self._held.payer.read("cgroup"), ours)
 
     def _run_writer(
         self, cgroup: MemoryCgroup | None, options: FillOptions, reservation: Reservation, progress: Progress | None

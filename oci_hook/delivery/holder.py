@@ -1,8 +1,8 @@
 """Whose mount namespace holds the container's root file system: what is looked for, and what is found.
 
 `hold` (delivery/recognise.py) finds it; each runtime's way is a module of its own: `container_init` (runc, crun),
-`gofer` (gVisor), `host_side` (containers of a gVisor pod). All of them give a `Holder`, whose `Ground` is what the
-rest of a delivery works on: it knows no runtime.
+`gofer` (gVisor), `host_side` (containers of a gVisor pod), `bound` (what is there before `create`). All of them give a
+`Holder`, whose `Ground` is what the rest of a delivery works on: it knows no runtime.
 
 This module compares; it enters no namespace. Facts: docs/runtimes.md; runtime-spec 1.3, "State".
 """
@@ -227,6 +227,7 @@ class Holder:
     Attributes:
         runtime: Who started the container.
         process: `state.pid`: it lives as long as the container does.
+        payer: Whose cgroup the memory is charged to.
         keeper: The process in whose mount namespace the models will be; None: they will be in the hook's own.
         ground: Where to attach.
 
@@ -244,7 +245,7 @@ class Holder:
         keeper: HeldProcess | None,
     ) -> None:
         self.runtime: Runtime = runtime
-        self.process = process
+        self.process = self.payer = process
         self.keeper = keeper
         self.ground = ground
         self._descriptors = descriptors

@@ -15,14 +15,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from oci_hook.delivery.bound_folders import folders, remove_abandoned, remove_folder
 from oci_hook.delivery.holder import open_directory, own_mount_namespace
-from oci_hook.delivery.host_records import HostMount, HostRecord, HostRecords
-from oci_hook.errors import SczError
+from oci_hook.delivery.host_records import BoundRecord, HostMount, HostRecords, Record
+from oci_hook.errors import HolderGone, SczError
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import Mount
+from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
 from oci_hook.records import ContainerRecords
 
 _LOCK_SECONDS = 60.0
+_CHILD_SECONDS = 60.0
+_INIT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ def close(
     Args:
         runtime_directory: Root's own, such as /run/scz-smm.
         container_id: The state's `id`.
-        bundle: The state's `bundle`.
+        bundle: The state's `bundle`; empty: not known, for a container whose models came before its `create`.
         timeout_seconds: For the lock.
 
     Returns:
@@ -66,7 +70,7 @@ def close(
     if not records.exist():
         return None
     with records.locked(timeout_seconds=timeout_seconds):
-        record = records.load(container_id, bundle)
+        record = records.find(container_id, bundle)
         return remove(records, record) if record is not None else None
 
 
@@ -85,16 +89,19 @@ def sweep(runtime_directory: str, *, timeout_seconds: float = _LOCK_SECONDS) -> 
         SystemCallFailed: The lock was held for too long, or our mounts cannot be read.
     """
     records = HostRecords(runtime_directory)
-    if not records.exist():
+    if not records.exist() and not folders(runtime_directory):
         return []
     with records.locked(timeout_seconds=timeout_seconds):
         records.remove_half_written()
         found, unreadable = records.all()
         removed = [forget(records, record) for record in found if record.is_stale()]
+        if not unreadable:
+            used = {os.path.dirname(mount.path) for record in found for mount in record.mounts}
+            remove_abandoned(runtime_directory, used)
     return [*removed, Removed("", "", (), unreadable)] if unreadable else removed
 
 
-def forget(records: HostRecords, record: HostRecord) -> Removed:
+def forget(records: HostRecords, record: Record) -> Removed:
     """Remove the models of a container whose end was not told, and its run-time record. The caller holds the lock.
 
     That record names the pod's sandbox, which may live on: it would say that a successor of the same name has its
@@ -111,26 +118,70 @@ def forget(records: HostRecords, record: HostRecord) -> Removed:
     return replace(removed, models=closed.models) if closed is not None else removed
 
 
-def remove(records: HostRecords, record: HostRecord) -> Removed:
+def remove(records: HostRecords, record: Record) -> Removed:
     """Unmount one container's models and forget its record. The caller holds the lock.
 
     Raises:
         FileUnreadable: The record cannot be removed.
         SystemCallFailed: Our mounts cannot be read.
     """
-    paths: list[str] = []
-    left: list[str] = []
-    if record.namespace != own_mount_namespace():
-        if _holds(record.namespace, record):
-            left.append(f"{record.mounts[0].path}: in another mount namespace than this process's")
+    others = [each for each in records.all()[0] if each != record]
+    last = [not any(model.fsid == one.fsid for each in others for one in each.mounts) for model in record.mounts]
+    if record.namespace == own_mount_namespace():
+        paths, left = _remove_here(record, last)
     else:
-        others = [each for each in records.all()[0] if each != record]
-        for model in record.mounts:
-            shared = any(model.fsid == one.fsid for each in others for one in each.mounts)
-            _remove_model(model, paths, left, last=not shared)
+        paths, left = _remove_elsewhere(record, last)
     if not left:
+        if isinstance(record, BoundRecord):
+            for folder in {os.path.dirname(model.path) for model in record.mounts}:
+                remove_folder(folder)
         records.remove(record)
     return Removed(record.container_id, record.bundle, tuple(paths), tuple(left))
+
+
+def _remove_here(record: Record, last: Sequence[bool]) -> tuple[list[str], list[str]]:
+    """Unmount in this process's namespace; what was, and what could not be, each with the reason."""
+    paths: list[str] = []
+    left: list[str] = []
+    for model, is_last in zip(record.mounts, last, strict=True):
+        _remove_model(model, paths, left, last=is_last)
+    return paths, left
+
+
+def _remove_elsewhere(record: Record, last: Sequence[bool]) -> tuple[list[str], list[str]]:
+    """The same in the record's namespace, if it lives: a VM's shim runs its hooks in one of its own.
+
+    Only the host's init's and the creator's are entered: whose number another has by now is not theirs.
+    """
+    for pid in (_INIT, record.creator[0]) if isinstance(record, BoundRecord) else ():
+        try:
+            namespace_fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            seen = os.fstat(namespace_fd)
+            if (seen.st_dev, seen.st_ino) == record.namespace:
+                return _remove_in(namespace_fd, record, last)
+        except SczError as cause:
+            return [], [f"{record.mounts[0].path}: {cause.message}"]
+        finally:
+            os.close(namespace_fd)
+    if _holds(record.namespace, record):
+        return [], [f"{record.mounts[0].path}: in another mount namespace than this process's"]
+    return [], []
+
+
+def _remove_in(namespace_fd: int, record: Record, last: Sequence[bool]) -> tuple[list[str], list[str]]:
+    def body(_channel: Channel) -> Report:
+        enter_mount_namespace(namespace_fd)
+        paths, left = _remove_here(record, last)
+        return {"paths": paths, "left": left}
+
+    what = "the process that unmounts in the host's namespace"
+    with Child(what, body, gone=HolderGone, keep=(namespace_fd,)) as child:
+        done = child.receive(_CHILD_SECONDS)["done"]
+        child.join(_CHILD_SECONDS)
+    return done["paths"], done["left"]
 
 
 def _remove_model(model: HostMount, paths: list[str], left: list[str], *, last: bool) -> None:
@@ -180,7 +231,7 @@ def _own_mounts() -> Sequence[Mount]:
         os.close(proc_fd)
 
 
-def _holds(namespace: tuple[int, int], record: HostRecord) -> bool:
+def _holds(namespace: tuple[int, int], record: Record) -> bool:
     """Whether a mount namespace that is not ours has one of the record's mounts.
 
     With its last process a namespace goes, and its mounts with it; its number may be another's by now.

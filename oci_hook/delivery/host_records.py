@@ -2,9 +2,10 @@
 
 One file a container below `<runtime_directory>/host-mounts`, root's alone, on the disk before the mount becomes visible
 and removed after it is gone. A container's end is not always told (`poststop` does not run when the runtime is killed),
-so a record also says by what its container is known to be gone: the sandbox's process, the bundle, and the state file
-that runsc keeps (`<root>/<container>_sandbox:<sandbox>.state`, in 20221219 and 20240729) once the `create` that ran
-the hook has ended. It removes no mount (`delivery.host_mounts`).
+so a record also says by what its container is known to be gone. Of a gVisor pod's: the sandbox's process, the bundle,
+and the state file that runsc keeps (`<root>/<container>_sandbox:<sandbox>.state`, in 20221219 and 20240729) once the
+`create` that ran the hook has ended. Of one whose models came before `create`: the process that adopted it; until then
+the one that creates it; and the bundle, where it is known. It removes no mount (`delivery.host_mounts`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import FileUnreadable, SystemCallFailed
@@ -23,6 +24,9 @@ from oci_hook.trusted_file import load_root_file, make_private_directory, remove
 
 _LIMIT_BYTES = 256 << 10
 _FOLDER, _LOCK = "host-mounts", "host-mounts.lock"
+_BOUND = "before-create"
+NOBODY = (0, 0)
+"""In the place of a process: none yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +37,18 @@ class HostMount:
         path: On the host.
         fsid: `f_fsid` of its file system.
         device: `major:minor` of its superblock; both together know it again.
+        destination: In the container, if a bind entry shows it there; else empty.
     """
 
     path: str
     fsid: int
     device: str
+    destination: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class HostRecord:
-    """The models of one container.
+    """The models of one container of a gVisor pod.
 
     Attributes:
         container_id: The state's `id`.
@@ -76,6 +82,42 @@ class HostRecord:
     def state_file(self) -> str:
         """runsc's own record of the container. Neither id has a colon or a slash."""
         return os.path.join(self.runtime_root, f"{self.container_id}_sandbox:{self.sandbox_id}.state")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRecord:
+    """The models of one container that came before its `create`, and reach it by bind entries.
+
+    Attributes:
+        container_id: The engine's.
+        bundle: The state's `bundle`; empty until it is known.
+        namespace: Device and inode of the mount namespace that they are in.
+        runtime: Which runtime they were admitted for, `kata` say.
+        creator: Pid and start time of a process that lives until the container is adopted.
+        container: Of the process that lives as long as the container does; `NOBODY` until it is adopted.
+        mounts: The models, each with its destination.
+    """
+
+    container_id: str
+    bundle: str
+    namespace: tuple[int, int]
+    runtime: str
+    creator: tuple[int, int]
+    container: tuple[int, int]
+    mounts: tuple[HostMount, ...]
+
+    def is_stale(self) -> bool:
+        """Whether its container is known to be gone, or never to come."""
+        if self.bundle and not os.path.isdir(self.bundle):
+            return True
+        return not _lives(self.creator if self.container == NOBODY else self.container)
+
+    def is_held_by_another(self, process: tuple[int, int]) -> bool:
+        """Whether a process other than this one has adopted it, and lives."""
+        return self.container not in (NOBODY, process) and _lives(self.container)
+
+
+Record = HostRecord | BoundRecord
 
 
 def _lives(process: tuple[int, int]) -> bool:
@@ -132,7 +174,7 @@ class HostRecords:
         name = hashlib.sha256(f"{container_id}\0{bundle}".encode()).hexdigest()
         return os.path.join(self._directory, f"{name}.json")
 
-    def write(self, record: HostRecord) -> None:
+    def write(self, record: Record) -> None:
         """Write a record; it is on the disk when this returns.
 
         Raises:
@@ -140,11 +182,15 @@ class HostRecords:
         """
         make_private_directory(self.runtime_directory)
         make_private_directory(self._directory)
-        document = {name: getattr(record, name) for name in HostRecord.__slots__}
-        document["mounts"] = [{name: getattr(each, name) for name in HostMount.__slots__} for each in record.mounts]
+        document = asdict(record)
+        if isinstance(record, BoundRecord):
+            document["kind"] = _BOUND
+        else:
+            for mount in document["mounts"]:
+                del mount["destination"]
         replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
 
-    def load(self, container_id: str, bundle: str) -> HostRecord | None:
+    def load(self, container_id: str, bundle: str) -> Record | None:
         """A container's record; None if there is none.
 
         Raises:
@@ -153,7 +199,31 @@ class HostRecords:
         path = self._path(container_id, bundle)
         return _load(path) if os.path.lexists(path) else None
 
-    def all(self) -> tuple[tuple[HostRecord, ...], tuple[str, ...]]:
+    def find(self, container_id: str, bundle: str) -> Record | None:
+        """A container's record; also one that was made before its bundle was known, or by its bundle's real path.
+
+        Args:
+            container_id: The engine's.
+            bundle: Empty: not known; then the one record of this id whose models came before `create`.
+
+        Raises:
+            FileUnreadable: It cannot be read, or was not written by us.
+        """
+        for path in dict.fromkeys((bundle, os.path.realpath(bundle) if bundle else "", "")):
+            if (record := self.load(container_id, path)) is not None and (
+                path == bundle or isinstance(record, BoundRecord)
+            ):
+                return record
+        if bundle:
+            return None
+        of_this_id = [each for each in self.bound() if each.container_id == container_id]
+        return of_this_id[0] if len(of_this_id) == 1 else None
+
+    def bound(self) -> tuple[BoundRecord, ...]:
+        """Every record of a container whose models came before `create`."""
+        return tuple(record for record in self.all()[0] if isinstance(record, BoundRecord))
+
+    def all(self) -> tuple[tuple[Record, ...], tuple[str, ...]]:
         """Every record, and why others cannot be read: one bad file must not keep the rest from being removed."""
         found, unreadable = [], []
         for name in sorted(os.listdir(self._directory)) if os.path.isdir(self._directory) else []:
@@ -170,7 +240,7 @@ class HostRecords:
         """Remove what killed writers left; the caller holds the lock."""
         remove_half_written(self._directory, nobody_writes=True)
 
-    def remove(self, record: HostRecord) -> None:
+    def remove(self, record: Record) -> None:
         """Forget a record.
 
         Raises:
@@ -184,21 +254,34 @@ class HostRecords:
             raise FileUnreadable(f"{path}: {cause.strerror}") from cause
 
 
-def _load(path: str) -> HostRecord:
+def _load(path: str) -> Record:
     data = load_root_file(path, limit_bytes=_LIMIT_BYTES, error=FileUnreadable)
     document = parse_object(data, limit_bytes=_LIMIT_BYTES, what=path, error=FileUnreadable)
     fields = Fields(document, what=path, error=FileUnreadable)
-    record = HostRecord(
-        container_id=fields.string("container_id"),
-        bundle=fields.string("bundle", limit=4096),
-        namespace=_pair(fields, "namespace", path),
-        runtime_root=fields.string("runtime_root", limit=4096),
-        sandbox_id=fields.string("sandbox_id"),
-        runtime_executable=fields.string("runtime_executable", limit=4096),
-        sandbox=_pair(fields, "sandbox", path),
-        creator=_pair(fields, "creator", path),
-        mounts=fields.items("mounts", lambda value: _mount(value, path), low=1, high=64),
-    )
+    record: Record
+    if fields.has("kind"):
+        fields.literal("kind", _BOUND)
+        record = BoundRecord(
+            container_id=fields.string("container_id"),
+            bundle=fields.string("bundle", limit=4096) if document.get("bundle") != "" else fields.take("bundle"),
+            namespace=_pair(fields, "namespace", path),
+            runtime=fields.string("runtime", limit=64),
+            creator=_pair(fields, "creator", path),
+            container=_pair(fields, "container", path),
+            mounts=fields.items("mounts", lambda value: _mount(value, path, bound=True), low=1, high=64),
+        )
+    else:
+        record = HostRecord(
+            container_id=fields.string("container_id"),
+            bundle=fields.string("bundle", limit=4096),
+            namespace=_pair(fields, "namespace", path),
+            runtime_root=fields.string("runtime_root", limit=4096),
+            sandbox_id=fields.string("sandbox_id"),
+            runtime_executable=fields.string("runtime_executable", limit=4096),
+            sandbox=_pair(fields, "sandbox", path),
+            creator=_pair(fields, "creator", path),
+            mounts=fields.items("mounts", lambda value: _mount(value, path, bound=False), low=1, high=64),
+        )
     fields.finish()
     return record
 
@@ -214,12 +297,13 @@ def _number(value: object, path: str) -> int:
     return value
 
 
-def _mount(value: object, path: str) -> HostMount:
+def _mount(value: object, path: str, *, bound: bool) -> HostMount:
     fields = Fields(value, what=path, error=FileUnreadable)
     mount = HostMount(
         path=fields.string("path", limit=1 << 13),
         fsid=fields.integer("fsid", low=0, high=(1 << 64) - 1),
         device=fields.string("device", pattern=r"[0-9]+:[0-9]+"),
+        destination=fields.string("destination", limit=4096) if bound else "",
     )
     fields.finish()
     return mount

@@ -1,7 +1,8 @@
 """Who holds a container's root file system: the runtime that runs this hook decides, by ways that are known.
 
-The hook's parent process is the runtime. What is not recognised is refused, never guessed; VM sandboxes are not here
-yet. Facts: docs/runtimes.md.
+The hook's parent process is the runtime. What is not recognised is refused, never guessed. Under a VM sandbox nothing
+is held: what the state names is a hypervisor or a thread of the runtime, whose mount namespace is the host's; there the
+models come before `create` (`delivery.bound`). Facts: docs/runtimes.md.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from oci_hook.delivery.holder import ContainerView, Holder, Runtime
 from oci_hook.delivery.host_side import HostSide
 from oci_hook.documents import shown
 from oci_hook.errors import HolderRefused
-from oci_hook.linux.processes import HeldProcess
+from oci_hook.linux.processes import HeldProcess, process_of_thread
 
-_RUNTIME = re.compile(r"(runc|crun|runsc)(?:[^a-z].*)?", re.DOTALL)
+_RUNTIME = re.compile(r"(?:(runc|crun|runsc)|kata-runtime|containerd-shim-kata)(?:[^a-z].*)?", re.DOTALL)
+_BEFORE_CREATE = (
+    "let the model come before create: `sczctl install --engine podman --before-create` and smm.scz/require with "
+    "runtime=kata, `sczctl install --engine containerd --nri`, or the shim before kata-runtime"
+)
 
 
 def recognise_runtime(executable_name: str) -> Runtime:
@@ -31,7 +36,7 @@ def recognise_runtime(executable_name: str) -> Runtime:
     found = _RUNTIME.fullmatch(executable_name)
     if found is None:
         raise HolderRefused(f"the runtime {shown(executable_name)} is not recognised")
-    return cast(Runtime, found[1])
+    return cast(Runtime, found[1] or "kata")
 
 
 def hold(container: ContainerView, *, runtime_directory: str, timeout_seconds: float) -> Holder:
@@ -56,12 +61,25 @@ def hold(container: ContainerView, *, runtime_directory: str, timeout_seconds: f
         raise HolderRefused(f"the state names process {container.pid}")
     if container.agent is not None:
         return AgentInit(container, container.agent)
-    with HeldProcess(container.pid) as process, HeldProcess(os.getppid()) as runtime:
-        # 2. The runtime that runs this hook is one whose ways are known.
+    leader = process_of_thread(container.pid)
+    with HeldProcess(os.getppid()) as runtime:
+        # 2. The runtime that runs this hook is one whose ways are known, and shares its kernel with the container.
         name = recognise_runtime(runtime.executable_name())
+        if name == "kata":
+            raise HolderRefused(
+                "under a VM sandbox a model must be there before create, and no bind entry of ours was made for this "
+                "container: what is mounted now would stay on the host",
+                remedy=_BEFORE_CREATE,
+            )
+        if leader != container.pid:
+            raise HolderRefused(
+                f"the state names {container.pid}, a thread: a VM sandbox's runtime does that", remedy=_BEFORE_CREATE
+            )
         if name != "runsc":
             return ContainerInit(container, name, runtime)
         # 3. Under gVisor the runtime that makes a sandbox is its parent; one that finds it in place is not.
-        if process.parent_pid != runtime.pid:
+        with HeldProcess(container.pid) as process:
+            is_made_now = process.parent_pid == runtime.pid
+        if not is_made_now:
             return HostSide(container, runtime, runtime_directory=runtime_directory, timeout_seconds=timeout_seconds)
         return Gofer(container, runtime)

@@ -24,13 +24,25 @@ def hooks_d_documents(engine: str, config_file: str, timeout_seconds: int) -> di
 
     The environment is never empty: an engine passes its own on to a hook that names none (docs/runtimes.md).
     """
-    documents = {}
-    for stage in STAGES:
-        arguments = Invocation(stage, config_file=config_file, engine=engine).command()
-        hook = {"path": arguments[0], "args": arguments, "env": list(ENVIRONMENT), "timeout": timeout_seconds}
-        document = {"version": "1.0.0", "hook": hook, "when": {"annotations": {r"^smm\.scz/": ".*"}}, "stages": [stage]}
-        documents[file_name(stage)] = json.dumps(document, indent=2).encode() + b"\n"
-    return documents
+    when = {r"^smm\.scz/": ".*"}
+    return {file_name(stage): _document(stage, when, engine, config_file, timeout_seconds) for stage in STAGES}
+
+
+def precreate_document(config_file: str, timeout_seconds: int) -> bytes:
+    """podman's file for what is delivered before `create`: of the containers that ask for a VM.
+
+    Neither CRI-O nor buildah (`podman build`) knows the stage: where they read this file they use no hook at all, and
+    fail. So it may not lie in a directory that one of them reads.
+    """
+    when = {r"^smm\.scz/require$": "(^|,)runtime=kata(,|$)"}
+    return _document("precreate", when, "podman", config_file, timeout_seconds)
+
+
+def _document(stage: str, when: dict[str, str], engine: str, config_file: str, timeout_seconds: int) -> bytes:
+    arguments = Invocation(stage, config_file=config_file, engine=engine).command()
+    hook = {"path": arguments[0], "args": arguments, "env": list(ENVIRONMENT), "timeout": timeout_seconds}
+    document = {"version": "1.0.0", "hook": hook, "when": {"annotations": when}, "stages": [stage]}
+    return json.dumps(document, indent=2).encode() + b"\n"
 
 
 def file_name(stage: str) -> str:
@@ -86,17 +98,20 @@ def _arguments(files: HostFiles, path: str) -> list[str] | None:
 def state(engine: str, directory: str, settings: Settings, files: HostFiles) -> str:
     """`yes`, `no`, or what is wrong with the files of that directory."""
     found = {stage: os.path.join(directory, file_name(stage)) for stage in STAGES}
-    there = [path for path in found.values() if files.exists(path)]
-    if not there:
+    if not any(files.exists(path) for path in found.values()):
         return "no"
-    for stage, path in found.items():
-        if path not in there:
-            return f"{path} is missing"
-        arguments = _arguments(files, path)
-        if arguments is None:
-            return f"{path} cannot be read"
-        if _engine_of(arguments) not in (None, engine):
-            return f"{path} is that of {_engine_of(arguments)}"
-        if arguments != Invocation(stage, config_file=settings.config_file, engine=engine).command():
-            return f"{path} calls another installation, or with another configuration"
-    return "yes"
+    return next((wrong for stage in STAGES if (wrong := problem(stage, engine, found[stage], settings, files))), "yes")
+
+
+def problem(stage: str, engine: str, path: str, settings: Settings, files: HostFiles) -> str:
+    """What is wrong with one file; empty if nothing is."""
+    if not files.exists(path):
+        return f"{path} is missing"
+    arguments = _arguments(files, path)
+    if arguments is None:
+        return f"{path} cannot be read"
+    if _engine_of(arguments) not in (None, engine):
+        return f"{path} is that of {_engine_of(arguments)}"
+    if arguments != Invocation(stage, config_file=settings.config_file, engine=engine).command():
+        return f"{path} calls another installation, or with another configuration"
+    return ""

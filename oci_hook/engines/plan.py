@@ -46,6 +46,7 @@ class Settings:
         engine_config: The engine's own main file; None: its default place.
         engine_version: Of containerd; None if nobody knows.
         script: Makes the shim's script (`oci_hook.shim.shim_script`).
+        before_create: For podman: also what delivers before `create`, to VM sandboxes; on removing, that alone.
         keep_scripts: On removing, leave the shim's: containers that were started through them need them.
     """
 
@@ -58,6 +59,7 @@ class Settings:
     engine_version: tuple[int, int] | None = None
     script: Callable[..., bytes] | None = None
     keep_scripts: bool = False
+    before_create: bool = False
 
     def script_path(self, engine: str, handler: str) -> str:
         """Where the script for a handler lies."""

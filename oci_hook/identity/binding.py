@@ -8,6 +8,7 @@ Specification: docs/specification.md, "Identity token".
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -96,7 +97,9 @@ def parse_record(data: bytes) -> _Record:
     fields.literal("schema", SCHEMA)
     record = _Record(
         container_id=fields.string("container", pattern=CONTAINER_ID, limit=255),
-        bundle=fields.string("bundle", pattern=ABSOLUTE_PATH, limit=PATH_LIMIT),
+        bundle=fields.take("bundle")
+        if document.get("bundle") == ""
+        else fields.string("bundle", pattern=ABSOLUTE_PATH, limit=PATH_LIMIT),
         pid=fields.integer("pid", low=1, high=_PID_HIGH),
         start_time=fields.integer("start_time", low=0, high=_START_TIME_HIGH),
     )
@@ -142,7 +145,7 @@ class Bindings:
         Args:
             identity: Of a token that is not bound to a pod.
             container_id: The container's.
-            bundle: Absolute path of its OCI bundle.
+            bundle: Absolute path of its OCI bundle; empty where it is not known yet.
             pid: The process that lives as long as the container.
             start_time: Its start in clock ticks since boot (proc(5), stat, field 22).
 
@@ -167,6 +170,31 @@ class Bindings:
                 raise TokenBoundElsewhere(f"the token is in use by the container {shown(held.container_id)}")
             document = {"schema": SCHEMA, "container": container_id, "bundle": bundle}
             replace_file(path, canonical(document | {"pid": pid, "start_time": start_time}))
+
+    def adopt(self, container_id: str, earlier: str, bundle: str, process: tuple[int, int]) -> None:
+        """Give what a container holds to the process that lives as long as it does.
+
+        Args:
+            container_id: The container's.
+            earlier: The bundle by which it was bound, empty if it was not known then.
+            bundle: The one that is known now.
+            process: Pid and start time.
+
+        Raises:
+            FileUnreadable: A record cannot be written.
+            SystemCallFailed: The lock could not be had in time.
+        """
+        if not os.path.isdir(self._directory):
+            return
+        document = {"schema": SCHEMA, "container": container_id, "bundle": bundle}
+        with self._locked():
+            for name in sorted(os.listdir(self._directory)):
+                path = os.path.join(self._directory, name)
+                with contextlib.suppress(SczError):  # damaged: it is told to the one whose token it is about
+                    held = self._load(path) if _RECORD_NAME.fullmatch(name) else None
+                    if held is None or (held.container_id, held.bundle) != (container_id, earlier):
+                        continue
+                    replace_file(path, canonical(document | {"pid": process[0], "start_time": process[1]}))
 
     def release(self, container_id: str, bundle: str) -> None:
         """Free what a container held, and what dead ones left; for poststop.

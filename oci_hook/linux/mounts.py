@@ -302,6 +302,16 @@ def attach(mount_fd: int, destination_fd: int) -> None:
         syscalls.move_mount(mount_fd, destination_fd)
 
 
+def make_private(path: str) -> None:
+    """Let nothing that is mounted on this mount later appear elsewhere, nor the reverse.
+
+    Raises:
+        SystemCallFailed: The kernel refuses.
+    """
+    with syscalls.failing("the model's mount cannot be made private"):
+        syscalls.mount_propagation(path, syscalls.MS_PRIVATE)
+
+
 def detach(mount_fd: int) -> None:
     """Undo `attach`, in the same namespace. Changes the working directory.
 

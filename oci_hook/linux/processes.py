@@ -25,6 +25,7 @@ _MAX_ANCESTORS = 64
 _PROC = "/proc"
 _LIMIT_BYTES = 1 << 20
 _STAT = re.compile(rb"\d+ \(.*\) ([A-Za-z]) (\d{1,10})(?: -?\d+){17} (\d{1,20})(?: .*)?", re.DOTALL)
+_GROUP = re.compile(rb"^Tgid:\s+(\d{1,10})$", re.MULTILINE)
 _ENDED = re.compile(rb"\d+ \(.*\) [ZXx](?: -?\d+){16} [01](?: .*)?", re.DOTALL)  # and no thread of it runs on
 
 
@@ -57,6 +58,23 @@ def process_start_time(pid: int) -> int | None:
         return None
     finally:
         os.close(fd)
+
+
+def process_of_thread(pid: int) -> int:
+    """The process that a thread belongs to; a process's own id is its first thread's.
+
+    Raises:
+        HolderGone: There is no such thread.
+        SystemCallFailed: /proc cannot be read.
+    """
+    try:
+        fd = os.open(f"{_PROC}/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError) as cause:
+        raise HolderGone(f"process {pid} does not exist") from cause
+    found = _GROUP.search(read_bounded(fd, f"/proc/{pid}/status", _LIMIT_BYTES))
+    if found is None:
+        raise SystemCallFailed("/proc/<pid>/status cannot be read as proc(5) describes it")
+    return int(found[1])
 
 
 class HeldProcess:

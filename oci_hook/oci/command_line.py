@@ -4,25 +4,30 @@ runc and runsc parse with Go's `flag` (`-name` and `--name` are the same, a valu
 by urfave/cli, takes a verb's options behind the container's id too), crun with getopt (abbreviated long options, short
 ones in one word with their value). Only options whose value could be taken for a verb need to be known. A word that
 can be read in two ways is reported as `doubt`, never guessed. Nothing is imported: this is the shim's fast path.
-Sources: `runc --help`, `crun --help`, `runsc flags`, of the versions that docs/runtimes.md names.
+Sources: `runc --help`, `crun --help`, `runsc flags`, of the versions that docs/runtimes.md names; kata-runtime's
+of 1.12 (cli/main.go, create.go), read as runc's are.
 """
 
 from __future__ import annotations
 
 CREATING = frozenset({"create", "run", "restore"})
 """The verbs that read a config.json."""
-NAMES = ("runsc", "crun", "runc")
+NAMES = ("runsc", "crun", "runc", "kata-runtime")
 """A runtime is told by one of these in its file's name."""
 
 _WORDS = {
     "verbs": """
-        boot checkpoint cpu-features debug delete do events exec export-metrics features flags gofer help init install
-        kill list metric-metadata metric-server mitigate mounts nvproxy pause platforms port-forward portforward ps
-        read-control resume spec start state statefile symbolize syscalls tar trace umount uninstall update usage wait
-        write-control
+        boot check checkpoint cpu-features debug delete direct-volume do env events exec export-metrics factory
+        features flags gofer help init install kata-check kata-env kata-network kata-overhead kill list metric-metadata
+        metric-server mitigate mounts nvproxy pause platforms port-forward portforward ps read-control resume spec
+        start state statefile symbolize syscalls tar trace umount uninstall update usage wait write-control
     """,
     "runc's options with a value": "criu log log-format root rootless",
     "runc's options without": "debug h help systemd-cgroup v version",
+    "kata-runtime's options with a value": "config kata-config log log-format root rootless",
+    "kata-runtime's options without": """
+        debug h help kata-show-default-config-paths show-default-config-paths systemd-cgroup v version
+    """,
     "crun's options with a value": "cgroup-manager log log-format log-level root rootless",
     "crun's options without": "debug help systemd-cgroup usage version",
     "runsc's options with a value": """
@@ -36,8 +41,8 @@ _WORDS = {
     """,
     "runsc's options without": "alsologtostderr cgroupfs debug directfs ignore-cgroups rootless strace systemd-cgroup",
     "a verb's options with a value": """
-        bundle config console-socket empty-ns exec-fd image-path lsm-mount-context lsm-profile manage-cgroups-mode
-        pass-fd pid-file pidfd-socket preserve-fds user-log work-path
+        bundle config console console-socket empty-ns exec-fd image-path lsm-mount-context lsm-profile
+        manage-cgroups-mode pass-fd pid-file pidfd-socket preserve-fds user-log work-path
     """,
 }
 
@@ -62,13 +67,16 @@ class Command:
         container_id: Empty if none is given.
         log: The runtime's log file, empty if none.
         log_format: `text` or `json`.
+        kind: Of the runtime, as `read_command` was told.
+        prepared: Models were made ready on the host for this call.
         doubt: An option before the verb that the word behind may or may not belong to; empty if there is none.
     """
 
-    __slots__ = ("bundle", "config", "container_id", "doubt", "log", "log_format", "verb")
+    __slots__ = ("bundle", "config", "container_id", "doubt", "kind", "log", "log_format", "prepared", "verb")
 
     def __init__(self) -> None:
-        self.verb = self.bundle = self.container_id = self.log = self.doubt = ""
+        self.verb = self.bundle = self.container_id = self.log = self.doubt = self.kind = ""
+        self.prepared = False
         self.config = "config.json"
         self.log_format = "text"
 
@@ -79,7 +87,7 @@ class Command:
 
 
 def kind_of(runtime: str) -> str:
-    """`runc`, `crun` or `runsc`, by the last part of a path; empty if it is none of them."""
+    """`runc`, `crun`, `runsc` or `kata-runtime`, by the last part of a path; empty if it is none of them."""
     name = runtime.rpartition("/")[2]
     return next((kind for kind in NAMES if kind in name), "")
 
@@ -92,6 +100,7 @@ def read_command(arguments: list[str], kind: str) -> Command:
         kind: As `kind_of` tells it; empty is read like `runc`.
     """
     command = Command()
+    command.kind = kind
     place = _read_globals(command, arguments, kind or "runc")
     if command.creates:
         _read_verb(command, arguments[place:], kind)

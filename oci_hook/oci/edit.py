@@ -1,8 +1,9 @@
 """What the shim changes in config.json: our hooks behind those that are there, bound to the file by a digest.
 
-Bytes in, bytes out; nothing is read or written here. The digest is SHA-256 of the new file with zeros in the digest's
-own place (`verify_spec_digest`), and an argument of the prestart hook: the runtime keeps the arguments that it read, so
-a file that is changed afterwards does not fit them. OCI runtime specification, "POSIX-platform Hooks".
+Before a VM sandbox's runtime the bind entries of the models come behind the other mounts, too. Bytes in, bytes out;
+nothing is read or written here. The digest is SHA-256 of the new file with zeros in the digest's own place
+(`verify_spec_digest`), and an argument of the prestart hook: the runtime keeps the arguments that it read, so a file
+that is changed afterwards does not fit them. OCI runtime specification, "POSIX-platform Hooks".
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oci_hook.documents import parse_object, shown
@@ -24,7 +25,8 @@ HOOK_SECONDS = 300
 VARIABLES = "SMM_SCZ_"
 _WHAT = "config.json"
 _VARIABLE = re.compile(r"SMM_SCZ_(?:(TOKEN|REQUIRE)|(MODEL|PATH)(?:_([A-Z0-9_]{1,32}))?)")
-_READ_HERE = ("annotations", "hooks", "process")
+_READ_HERE = ("annotations", "hooks", "mounts", "process")
+_ANEW = "let the engine write config.json anew, or take every hook of oci_hook/launch.py out of it"
 
 
 def parse_document(data: bytes) -> dict[str, Any]:
@@ -100,9 +102,15 @@ def _from_environment(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def add_hooks(
-    data: bytes, document: dict[str, Any], annotations: Mapping[str, str], *, engine: str, config_file: str
+    data: bytes,
+    document: dict[str, Any],
+    annotations: Mapping[str, str],
+    *,
+    engine: str,
+    config_file: str,
+    binds: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
-    """The new config.json: `annotations` in it, and our hooks behind the others.
+    """The new config.json: `annotations` in it, our hooks behind the others, and bind entries behind the mounts.
 
     Args:
         data: The file as it is; returned as it is if the shim has been there before and nothing was changed since.
@@ -110,18 +118,22 @@ def add_hooks(
         annotations: Of `requested_annotations`.
         engine: Who calls; the hook believes its annotations.
         config_file: Path of the configuration, for the hook.
+        binds: `destination`, `source` and `options` of each model that is there already.
 
     Raises:
-        SpecInvalid: Hooks are malformed, or one carries a digest that the file does not fit.
+        SpecInvalid: Hooks or mounts are malformed, or a hook carries a digest that the file does not fit.
     """
+    entries = [{**bind, "type": "bind"} for bind in binds]
     ours = {stage: _entry(stage, engine, config_file, NO_DIGEST) for stage in ("prestart", "poststop")}
     hooks = document["hooks"] = _table(document, "hooks")
-    if marked := [
-        entry for entries in hooks.values() for entry in _list(entries) if _carries(entry, "--spec-digest") is not None
-    ]:
+    if marked := _marked(hooks):
         _verify_marked(data, marked, engine, config_file)
+        if any(entry not in _list(document.get("mounts")) for entry in entries):
+            raise SpecInvalid(f"{_WHAT} was prepared for another container", remedy=_ANEW)
         return data
     document["annotations"] = {**_table(document, "annotations"), **annotations}
+    if entries:
+        document["mounts"] = [*_list(document.get("mounts")), *entries]
     for stage, entry in ours.items():
         hooks[stage] = [*_list(hooks.get(stage)), entry]
     digest = hashlib.sha256(_serialised(document)).hexdigest()
@@ -130,13 +142,29 @@ def add_hooks(
     return _serialised(document)
 
 
+def verify_unchanged(data: bytes, document: Mapping[str, Any], *, engine: str, config_file: str) -> None:
+    """Check, before anything is decrypted for it, that a file into which a shim wrote our hooks is still what it was.
+
+    Raises:
+        SpecInvalid: Hooks are malformed, or one carries a digest that the file does not fit.
+    """
+    if marked := _marked(_table(document, "hooks")):
+        _verify_marked(data, marked, engine, config_file)
+
+
+def _marked(hooks: Mapping[str, Any]) -> list[Any]:
+    """Our hooks that carry a digest."""
+    return [
+        entry for entries in hooks.values() for entry in _list(entries) if _carries(entry, "--spec-digest") is not None
+    ]
+
+
 def _verify_marked(data: bytes, marked: list[Any], engine: str, config_file: str) -> None:
     digest = _carries(marked[0], "--spec-digest") or ""
     try:
         verify_spec_digest(data, digest)
     except SpecInvalid as cause:
-        remedy = "let the engine write config.json anew, or take every hook of oci_hook/launch.py out of it"
-        raise SpecInvalid(cause.message, remedy=remedy) from cause
+        raise SpecInvalid(cause.message, remedy=_ANEW) from cause
     if marked != [_entry("prestart", engine, config_file, digest)]:
         raise SpecInvalid(f"{_WHAT} was prepared by another shim, or twice")
 
@@ -170,5 +198,5 @@ def _table(document: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _list(value: object) -> list[Any]:
     if value is not None and not isinstance(value, list):
-        raise SpecInvalid(f"{_WHAT}: a list of hooks, or of their arguments, is not a list")
+        raise SpecInvalid(f"{_WHAT}: a list of hooks, of their arguments or of mounts is not a list")
     return list(value or ())

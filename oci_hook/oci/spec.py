@@ -68,7 +68,7 @@ class Spec:
     """What we read of config.json.
 
     Attributes:
-        root_path: The rootfs, absolute, resolved against the bundle lexically.
+        root_path: The rootfs, absolute, resolved against the bundle lexically; empty where that is not known.
         root_readonly: Whether the container's root is read-only.
         mounts: In their order; a later one hides an earlier one.
         uid_mappings: Empty without a user namespace of the container's own.
@@ -168,21 +168,24 @@ def parse_spec(data: bytes, *, bundle: str) -> Spec:
 
     Args:
         data: JSON, at most 4 MiB.
-        bundle: Absolute path of the OCI bundle, which relative paths start from.
+        bundle: Absolute path of the OCI bundle, which relative paths start from. Empty: before `create` it may not be
+            known; then `root` may be absent or relative, and is not known either, and no bind's source is relative.
 
     Raises:
         SpecInvalid: Not one strict JSON object, or a field that we read is missing or malformed.
     """
     document = parse_object(data, limit_bytes=MAX_SPEC_BYTES, what=_WHAT, error=SpecInvalid)
-    if not bundle.startswith("/"):
+    if bundle and not bundle.startswith("/"):
         raise SpecInvalid(f"the bundle's path {shown(bundle)} is not absolute")
+    if not bundle and document.get("root") is None:
+        document["root"] = {"path": "."}
     root = Fields(document.get("root"), what=f"{_WHAT}: root", error=SpecInvalid)
     linux = _optional_fields(document, "linux")
     namespaces = _namespaces(linux)
     user_namespace = "user" in namespaces
     return Spec(
         annotations=parse_annotations(document.get("annotations"), what=_WHAT, error=SpecInvalid),
-        root_path=_resolved(bundle, root.string("path", pattern=r"[^\x00]+", limit=4096)),
+        root_path=_root_path(bundle, root.string("path", pattern=r"[^\x00]+", limit=4096)),
         root_readonly=root.boolean("readonly") if root.has("readonly") else False,
         mounts=_mounts(document, bundle),
         uid_mappings=_mappings(linux, "uidMappings") if user_namespace else (),
@@ -195,6 +198,10 @@ def parse_spec(data: bytes, *, bundle: str) -> Spec:
         capabilities=_capabilities(document),
         cgroups_path=_optional_string(linux, "cgroupsPath") or None,
     )
+
+
+def _root_path(bundle: str, path: str) -> str:
+    return _resolved(bundle, path) if bundle or path.startswith("/") else ""
 
 
 def _resolved(start: str, path: str) -> str:
@@ -239,6 +246,8 @@ def _mount(value: object, bundle: str) -> Mount:
         return mount
     if not mount.source:
         raise SpecInvalid(f"{_WHAT}: the bind mount {shown(destination)} has no source")
+    if not bundle and not mount.source.startswith("/"):
+        raise SpecInvalid(f"{_WHAT}: the source of the bind mount {shown(destination)} is relative to no bundle")
     # Not normalised: behind a symbolic link, `..` is not what it looks like.
     return Mount(mount.destination, mount.type, posixpath.join(bundle, mount.source), mount.options)
 

@@ -41,7 +41,20 @@ FLOORS = {
     4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"}
     | {"copying"},
     5: {"admission"},
-    6: {"guest", "host", "hook", "launch", "shim", "start"},
+    6: {
+        "adoption",
+        "before_create",
+        "bound_checks",
+        "guest",
+        "host",
+        "hook",
+        "launch",
+        "precreate",
+        "prepare",
+        "shim",
+        "shim_binds",
+        "start",
+    },
     7: {"engines/"},
     8: {"cli/"},
 }

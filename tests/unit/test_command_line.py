@@ -135,6 +135,26 @@ def test_runtimes_are_told_by_name() -> None:
         "",
         "",
     ]
+    assert [kind_of(path) for path in ("/opt/kata/bin/kata-runtime", "kata-runtime-1.12", "/k/kata-qemu")] == [
+        "kata-runtime",
+        "kata-runtime",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb", "bundle"),
+    [
+        (["--kata-config", "create", "state", "i"], "state", ""),
+        (["--config=/k.toml", "--rootless", "run", "create", "-b", "/b", "i"], "create", "/b"),
+        (["--kata-show-default-config-paths", "create", "i"], "create", ""),
+        (["create", "--console", "/dev/pts/1", "--bundle", "/b", "i"], "create", "/b"),
+        (["kata-env", "run"], "kata-env", ""),
+    ],
+)
+def test_katas_own_options(arguments: list[str], verb: str, bundle: str) -> None:
+    command = read_command(arguments, "kata-runtime")
+    assert (command.verb, command.bundle, command.doubt) == (verb, bundle, "")
 
 
 WORDS = st.sampled_from(
@@ -162,6 +182,7 @@ OPTION = {
     "runc": (["root", "log", "criu", "rootless"], ["debug", "systemd-cgroup"]),
     "crun": (["root", "log", "cgroup-manager", "rootless"], ["debug", "systemd-cgroup"]),
     "runsc": (["root", "log", "platform", "network"], ["debug", "strace", "rootless"]),
+    "kata-runtime": (["root", "log", "kata-config", "rootless"], ["systemd-cgroup", "help"]),
 }
 VERB_OPTION = (["pid-file", "console-socket", "preserve-fds"], ["no-pivot", "detach"])
 

@@ -6,6 +6,7 @@ import configparser
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -43,6 +44,13 @@ def test_hooks_d_examples_are_what_install_writes(tmp_path: Path, engine: object
     plan = (podman if engine is podman else crio).plan_install(SETTINGS, HostFiles(str(tmp_path)))
     (found,) = (data for path, data in written(plan).items() if path.endswith(f"scz-smm-{stage}.json"))
     assert (CONFIG / folder / f"scz-smm-{stage}.json").read_bytes() == found
+
+
+def test_podmans_examples_before_create_are_what_install_writes(tmp_path: Path) -> None:
+    found = written(podman.plan_install(replace(SETTINGS, before_create=True), HostFiles(str(tmp_path))))
+    for example in ("hooks.d-podman/scz-smm-precreate.json", "containers.conf.d/60-scz-smm-before-create.conf"):
+        (data,) = (data for path, data in found.items() if path.endswith(f"/{example}"))
+        assert (CONFIG / "podman" / example).read_bytes() == data
 
 
 def test_hooks_never_inherit_an_environment_and_always_end() -> None:

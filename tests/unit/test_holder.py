@@ -28,11 +28,16 @@ def test_runtimes_that_are_known(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "runscx", "runcx", "xrunc", "containerd-shim-runsc-v1", "kata-runtime", "youki", "Runc", "bash"]
+    "name", ["", "runscx", "runcx", "xrunc", "containerd-shim-runsc-v1", "kata-runtimes", "youki", "Runc", "bash"]
 )
 def test_runtimes_that_are_not(name: str) -> None:
     with pytest.raises(HolderRefused):
         recognise_runtime(name)
+
+
+@pytest.mark.parametrize("name", ["kata-runtime", "kata-runtime-3.20", "containerd-shim-kata-v2"])
+def test_vm_sandboxes(name: str) -> None:
+    assert recognise_runtime(name) == "kata"
 
 
 @given(st.text())
@@ -41,7 +46,7 @@ def test_any_name_gives_a_runtime_or_an_error_of_ours(name: str) -> None:
         found = recognise_runtime(name)
     except HolderRefused:
         return
-    assert name.startswith(found)
+    assert name.startswith(("kata-runtime", "containerd-shim-kata") if found == "kata" else found)
 
 
 class TestRoot:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from oci_hook.cli.checks.before_create import check_before_create, check_kata
 from oci_hook.cli.checks.check import Check, failed
 from oci_hook.cli.checks.hooks import (
     ENGINES_OF_HOOKS,
@@ -40,7 +41,7 @@ _WAYS = {
 _DEVICES_SINCE = {"podman": (4, 1), "cri-o": (1, 23), "containerd": (1, 7), "docker": (25, 0)}
 """The first version that reads CDI files; containerd and Docker have to be told to until 2.0 and 28.3."""
 _GENERATE = "sczctl cdi generate --all"
-_UNSUPPORTED = ("kata-runtime", "youki")
+_UNSUPPORTED = ("youki",)
 
 
 def check_runtimes(files: HostFiles) -> Iterator[Check]:
@@ -64,6 +65,7 @@ def check_runtimes(files: HostFiles) -> Iterator[Check]:
         if path is not None:
             remedy = "use a runtime that docs/runtimes.md lists"
             yield Check(f"runtime {name}", "warn", f"{path}: not supported, the hook refuses it", remedy)
+    yield from check_kata(files)
 
 
 def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None) -> Iterator[Check]:
@@ -89,6 +91,8 @@ def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None
     devices, checks = _check_devices(config_file, files, largest)
     yield from checks
     yield from _check_hooks_directories([engine for engine in present if engine in ENGINES_OF_HOOKS], files, largest)
+    if "podman" in present:
+        yield from check_before_create(base, files)
     yield from check_shims(files)
     if "containerd" in present:
         yield from check_nri(files, largest)

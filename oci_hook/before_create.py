@@ -1,0 +1,260 @@
+"""Before `create`: models that are complete on the host before a runtime is told of the container, by a bind entry.
+
+    asking ─► refusals without a key ─► token ─► admission ─► fill ─► audit ─► record ─► attach below bound/ ─► entries
+
+Under a VM sandbox nothing that a prestart hook mounts reaches the guest; a tmpfs that was there before does. The shim,
+podman's precreate and the NRI plugin call `prepare`; the prestart hook looks for the record, compares config.json with
+it and adopts it. The mark is that record alone: an annotation could be set by anyone.
+Decision: docs/adr/0014-before-create.md. Facts: docs/runtimes.md.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+from oci_hook.admission import Admission, Container, Host, admit
+from oci_hook.adoption import LOCK_SECONDS, adopt
+from oci_hook.bound_checks import (
+    OPTIONS,
+    BindEntry,
+    plan_entries,
+    verify_container,
+    verify_in_place,
+)
+from oci_hook.config import Config
+from oci_hook.delivery import host_mounts
+from oci_hook.delivery.bound import Bound
+from oci_hook.delivery.deliver import Attached, ContainerView, Delivery
+from oci_hook.delivery.holder import Runtime
+from oci_hook.delivery.host_records import BoundRecord, HostRecords
+from oci_hook.documents import shown
+from oci_hook.errors import DestinationRefused, HolderRefused, SczError, SystemCallFailed
+from oci_hook.host import (
+    audit_grants,
+    audit_outcome,
+    bindings_of,
+    close_container,
+    close_ended,
+    delivery_settings,
+    held_models,
+    load_host,
+    not_delivered,
+    open_bundle,
+    open_record,
+    sweep_host_mounts,
+)
+from oci_hook.identity.sources import load_token
+from oci_hook.linux import mounts
+from oci_hook.oci.annotations import ModelRequest, Requests
+from oci_hook.oci.engine import EngineFacts
+from oci_hook.oci.spec import Spec
+from oci_hook.records import ContainerRecords
+
+__all__ = ["OPTIONS", "Asking", "BindEntry", "adopt", "discard", "known", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A container that does not exist yet.
+
+    Attributes:
+        container_id: The engine's.
+        bundle: Absolute path of the OCI bundle; empty where the engine does not tell it (NRI, precreate).
+        spec: config.json, or what is known of it; without `root_path` a bundle of the image cannot be had.
+        facts: What the engine vouches for.
+        requests: The models that concern this container.
+        runtime: As access policies and `smm.scz/require` name it: `kata`.
+        creator: Pid and start time (clock ticks since boot) of a process that lives until the container is adopted.
+    """
+
+    container_id: str
+    bundle: str
+    spec: Spec
+    facts: EngineFacts
+    requests: Requests
+    runtime: str
+    creator: tuple[int, int]
+
+
+def prepare(asking: Asking, config: Config) -> tuple[BindEntry, ...]:
+    """Admit, decrypt and seal what a container asks for, and attach it on the host's side.
+
+    Whatever raises leaves nothing. For a container that has been prepared by the same creator the entries are those of
+    its record again.
+
+    Args:
+        asking: Who asks; with no model in its requests the answer is empty.
+        config: The host's configuration.
+
+    Returns:
+        One entry for each model, in the order of the requests.
+
+    Raises:
+        SczError: The container must not be created.
+    """
+    if not asking.requests.models:
+        return ()
+    began = time.monotonic()
+    runtime = verify_container(asking.container_id, asking.creator, asking.runtime)
+    # As the runtime will name it: it resolves links, too.
+    asking = replace(asking, bundle=os.path.realpath(asking.bundle) if asking.bundle else "")
+    wanted = asking.requests.models
+    entries = plan_entries(asking.container_id, asking.bundle, asking.spec, wanted, config.runtime_directory)
+    host = load_host(config)
+    with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
+        sweep_host_mounts(config)
+    close_ended(config)
+    if not _is_prepared(asking, host):
+        _deliver(asking, runtime, entries, host, began=began)
+    return entries
+
+
+def _is_prepared(asking: Asking, host: Host) -> bool:
+    """Whether the same creator has had this done; what is left of an earlier container of this name is removed.
+
+    Raises:
+        HolderRefused: A container of this name lives, or what it left cannot be removed.
+    """
+    config = host.config
+    records = HostRecords(config.runtime_directory)
+    if not records.exist():
+        return False
+    with records.locked(timeout_seconds=LOCK_SECONDS):
+        earlier = records.find(asking.container_id, asking.bundle)
+        if not isinstance(earlier, BoundRecord):
+            return False
+        if earlier.is_held_by_another(asking.creator):
+            raise HolderRefused(
+                f"a container {shown(asking.container_id)} has its models from before its create, and lives",
+                remedy="end it first; `sczctl ps` shows its process",
+            )
+        if earlier.creator == asking.creator and _has(earlier, asking, host):
+            return True
+        if left := host_mounts.forget(records, earlier).left:
+            raise HolderRefused(f"a model of an earlier container of this name cannot be removed: {shown(left[0])}")
+    return False
+
+
+def _has(record: BoundRecord, asking: Asking, host: Host) -> bool:
+    """Whether a record is of exactly what is asked for, and its models are in place."""
+    delivered = ContainerRecords(host.config.runtime_directory).delivered(
+        asking.container_id, record.bundle, *asking.creator
+    )
+    wanted = asking.requests.models
+    if delivered is None or record.runtime != asking.runtime or not_delivered(wanted, delivered, host.store):
+        return False
+    try:
+        verify_in_place(record)
+    except DestinationRefused:
+        return False
+    return [mount.destination for mount in record.mounts] == [request.destination for request in wanted]
+
+
+def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], host: Host, *, began: float) -> None:
+    """The pipeline of `start.deliver`, with a folder of the host in the place of the container."""
+    config, wanted = host.config, asking.requests.models
+    settings = delivery_settings(config)
+
+    def find() -> Bound:
+        return Bound(
+            asking.container_id,
+            asking.bundle,
+            runtime,
+            asking.creator,
+            [entry.destination for entry in entries],
+            runtime_directory=config.runtime_directory,
+            timeout_seconds=settings.timeout_seconds,
+        )
+
+    with Delivery(_view(asking), settings, find=find) as delivery, ExitStack() as bundles, ExitStack() as undo:
+        undo.callback(_forget, asking, config)
+        delivery.prepare([f"/{number}" for number in range(len(wanted))])
+        container = Container(
+            container_id=asking.container_id,
+            bundle=asking.bundle,
+            pid=asking.creator[0],
+            start_time=asking.creator[1],
+            runtime=runtime,
+            pod_uid=asking.facts.pod_uid,
+            token=load_token(asking.spec.mounts, asking.requests.token_path or config.token_path),
+        )
+        admissions = [_admit(request, bundles, asking, container, host) for request in wanted]
+        models = [replace(admission.delivery(), destination=f"/{n}") for n, admission in enumerate(admissions)]
+        delivery.fill(models)
+        audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
+        record = open_record(container, admissions, None, keeper=delivery.keeper, seconds=host.clock())
+        records = ContainerRecords(config.runtime_directory)
+        records.write(record)
+        attached = _in_container(delivery.attach(), wanted)
+        for entry in entries:
+            mounts.make_private(entry.source)
+        records.mark_delivered(record, held_models(admissions, attached))
+        audit_outcome(host, container, record, attached, seconds=time.monotonic() - began)
+        undo.pop_all()
+
+
+def _admit(request: ModelRequest, bundles: ExitStack, asking: Asking, container: Container, host: Host) -> Admission:
+    layout = bundles.enter_context(open_bundle(request, asking.bundle, asking.spec, host.store))
+    return admit(request, layout, container, host)
+
+
+def _in_container(attached: Sequence[Attached], wanted: Sequence[ModelRequest]) -> tuple[Attached, ...]:
+    """What was attached, by its destination in the container instead of its place in the folder."""
+    return tuple(
+        replace(each, destination=wanted[int(each.destination.removeprefix("/"))].destination) for each in attached
+    )
+
+
+def _view(asking: Asking) -> ContainerView:
+    """For the folder: nothing of the container's own mounts lies there."""
+    return ContainerView(
+        container_id=asking.container_id,
+        pid=asking.creator[0],
+        bundle=asking.bundle,
+        root_path="",
+        tmpfs_destinations=frozenset(),
+        uid_offset=asking.spec.root_uid,
+        gid_offset=asking.spec.root_gid,
+        mount_namespace_joined=False,
+    )
+
+
+def _forget(asking: Asking, config: Config) -> None:
+    """Undo what was remembered of a container that will not be."""
+    with suppress(SczError):
+        ContainerRecords(config.runtime_directory).close(asking.container_id, asking.bundle)
+        bindings_of(config).release(asking.container_id, asking.bundle)
+
+
+# --- what was made ready ----------------------------------------------------------------------------------------------
+
+
+def discard(container_id: str, bundle: str, config: Config) -> None:
+    """Take a container's models away: its creation failed, or it has ended.
+
+    They are truncated and unmounted, the records closed, the audit log told, the token freed. For a container without
+    any of that it does nothing.
+
+    Args:
+        container_id: The engine's.
+        bundle: As it was prepared, or as it was adopted; empty: not known.
+        config: The host's configuration.
+
+    Raises:
+        SystemCallFailed: A model stays mounted; a sweep will try again.
+        CouldNotTell: A record, the lock or the audit log cannot be used.
+    """
+    close_container(container_id, os.path.realpath(bundle) if bundle else "", config)
+
+
+def known(config: Config) -> tuple[str, ...]:
+    """The ids of the containers that have a record of this kind, sorted.
+
+    Raises:
+        FileUnreadable: The folder of records cannot be read.
+    """
+    return tuple(sorted({record.container_id for record in HostRecords(config.runtime_directory).bound()}))

@@ -1,0 +1,138 @@
+"""podman's `precreate`: config.json on standard input, the one that podman shall go on with on standard output.
+
+    config.json ─► annotations ─► [no VM asked for: the same bytes] ─► container id ─► `before_create.prepare` ─► mounts
+
+podman does not say which runtime it is about to call, so `smm.scz/require` with `runtime=kata` says that the model has
+to be there before `create`; whether that was true, the prestart hook sees when it adopts the record. Every other
+container goes the ordinary way. On failure nothing is printed and nothing is left; of the hook's words podman shows its
+user none, only the exit code.
+Sources: oci-hooks(5), "precreate"; docs/runtimes.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+
+from oci_hook.errors import EngineUnsupported, HolderGone, SczError, SystemCallFailed
+from oci_hook.invocation import Invocation
+from oci_hook.oci.annotations import Requests, gather_requests, has_ours
+from oci_hook.oci.precreate import Precreate, container_id, parse_precreate, with_mounts
+from oci_hook.oci.spec import MAX_SPEC_BYTES, Spec
+from oci_hook.oci.state import State
+
+ENGINE = "podman"
+RUNTIME = "kata"
+"""What `runtime=` names, and what the access policy is asked about."""
+
+
+def main(invocation: Invocation) -> int:
+    """Run the stage; returns the exit code.
+
+    Args:
+        invocation: The command line; `--engine` has to be podman.
+    """
+    creator = os.getppid()  # podman itself, before anything of it can have changed
+    state = None
+    try:
+        data = sys.stdin.buffer.read(MAX_SPEC_BYTES + 1)
+        given = parse_precreate(data)
+        spec = given.spec
+        requests = _requests(spec, invocation)
+        if requests is None:
+            _write(data)
+            return 0
+        state = State(container_id(spec), creator, "", "creating", spec.annotations)
+        _verify_hooks(given, invocation)
+        _deliver(data, spec, requests, state, invocation.config_file)
+    except SczError as error:
+        from oci_hook.report import report_refusal
+
+        return report_refusal(invocation.config_file, state, error)
+    return 0
+
+
+def _requests(spec: Spec, invocation: Invocation) -> Requests | None:
+    """What the container asks for before `create`; None: nothing.
+
+    Raises:
+        AnnotationInvalid: An annotation of ours is unknown or malformed.
+        EngineUnsupported: Another engine's name is on the command line, and a VM is asked for.
+    """
+    if not has_ours(spec.annotations):
+        return None
+    requests = gather_requests(spec.annotations, {}, None)
+    if not requests.models or requests.models[0].requirements.runtime != RUNTIME:
+        return None
+    if invocation.engine != ENGINE or invocation.requests:
+        raise EngineUnsupported(
+            "precreate is a stage of podman's alone", remedy="`sczctl install --engine podman --before-create`"
+        )
+    return requests
+
+
+def _verify_hooks(given: Precreate, invocation: Invocation) -> None:
+    """Check that the hooks which follow are there: one sees whether this is a VM, the other takes the model away.
+
+    Raises:
+        EngineUnsupported: podman will not call them, or those of another installation.
+    """
+    launcher = invocation.command()[3]
+    for stage in ("prestart", "poststop"):
+        expected = Invocation(stage, config_file=invocation.config_file, engine=ENGINE).command()[3:]
+        if not any(each == stage and list(words[3:]) == expected for each, words in given.commands):
+            raise EngineUnsupported(
+                f"podman will not call {launcher} at {stage}: nothing would check the runtime and take the model away",
+                remedy="`sczctl install --engine podman --before-create` writes all of them; `sczctl doctor` looks",
+            )
+
+
+def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, config_file: str) -> None:
+    """Prepare the models and print the new config.json; if that cannot be printed, they are taken away again."""
+    from oci_hook.config import load_config
+
+    config = load_config(config_file)
+
+    from oci_hook.before_create import Asking, discard, prepare
+    from oci_hook.host import verify_privileges
+    from oci_hook.linux.processes import harden_process
+    from oci_hook.oci.engine import read_engine_facts
+
+    verify_privileges()
+    harden_process()
+    facts = read_engine_facts(ENGINE, spec.annotations)
+    asking = Asking(state.container_id, "", spec, facts, requests, RUNTIME, _creator(state.pid))
+    entries = prepare(asking, config)
+    try:
+        _write(with_mounts(data, [{**asdict(entry), "type": "bind"} for entry in entries]))
+    except BaseException:
+        discard(state.container_id, "", config)
+        raise
+
+
+def _creator(pid: int) -> tuple[int, int]:
+    """podman's pid and start time.
+
+    Raises:
+        HolderGone: It has ended: who is our parent now has taken us in.
+    """
+    from oci_hook.linux.processes import process_start_time
+
+    seconds = process_start_time(pid)
+    if seconds is None or pid == 1 or os.getppid() != pid:
+        raise HolderGone("podman ended while its hook ran")
+    return pid, seconds
+
+
+def _write(data: bytes) -> None:
+    """All of it.
+
+    Raises:
+        SystemCallFailed: podman does not read it.
+    """
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as cause:
+        raise SystemCallFailed(f"config.json cannot be handed back to podman: {cause.strerror}") from cause
