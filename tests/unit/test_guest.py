@@ -1,4 +1,4 @@
-"""Guest mode: who may call, what a refused workload finds, and that it ends where it can be told nothing. Needs root."""
+"""Guest mode: who may call, what a refused workload finds, and that it ends where it can be told nothing; as root."""
 
 from __future__ import annotations
 
