@@ -238,6 +238,17 @@ def test_a_container_that_asks_for_nothing_is_left_alone(agent: Agent) -> None:
     assert len(audit(agent)) == before
 
 
+def test_a_pods_sandbox_passes_untouched(agent: Agent) -> None:
+    """The pod's annotations are on its pause container, too; the engine on the host says that it is one."""
+    agent.scene.write_config(engine='[guest]\nagent = "/absent"')
+    config = agent.scene.config.read_text()
+    agent.scene.config.write_text(config.replace('engine = "podman"', 'engine = "containerd"'))
+    asked = {"smm.scz/model": "small:1", "io.kubernetes.cri.container-type": "sandbox"}
+    ran = agent.run(None, annotations=asked, command="ls /models 2>&1; true")
+    assert (ran.returncode, ran.ran, ran.stderr) == (0, True, "")
+    assert "No such file" in ran.stdout
+
+
 def test_the_hook_twice_delivers_once(agent: Agent) -> None:
     second = agent.place_hook("prestart", "scz-smm-again")
     try:
@@ -351,6 +362,25 @@ def test_a_hook_that_is_killed_leaves_no_model(agent: Agent) -> None:
         process, stdout, _ = _meanwhile(agent, bundle, lambda pids: pids[0])
     assert process.returncode != 0  # grep finds no mount
     assert "/models/" not in stdout
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2])
+def test_a_kill_at_any_moment_leaves_a_whole_model_a_text_or_nothing(agent: Agent, delay: float) -> None:
+    command = "cd /models/small && for file in $(find . -type f | sort); do sha256sum $file; done"
+    asked = {"smm.scz/model": "small:1"}
+    with agent.bundle(token=agent.scene.token(), annotations=asked, command=command) as bundle:
+        with agent.start(bundle) as process:
+            time.sleep(delay)
+            for pid in hook_processes(agent)[-1:]:  # the youngest: it is the one that works
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            stdout, stderr = process.communicate(timeout=240)
+        ran = (bundle / "trace/ran").exists()
+    found = {line.split()[1].removeprefix("./"): line.split()[0] for line in stdout.splitlines()}
+    whole = {name: hashlib.sha256(contents(name, size)).hexdigest() for name, size in FILES.items()}
+    delivered = {name: found.get(name) for name in whole} == whole and set(found) == {*whole, "model.json"}
+    assert delivered or not ran or set(found) <= {"REFUSED.txt"}, (stdout, stderr)
+    assert ran or "code" in stderr, stderr
 
 
 # --- what cannot be told ----------------------------------------------------------------------------------------------
