@@ -29,6 +29,7 @@ from oci_hook.errors import (
     StateInvalid,
 )
 from oci_hook.linux.processes import HeldProcess, process_of_thread, process_start_time
+from oci_hook.linux.syscalls import failing
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.oci.spec import Mount, Spec
 from oci_hook.oci.state import CONTAINER_ID
@@ -173,7 +174,8 @@ def verify_runtime(runtime: HeldProcess, record: BoundRecord) -> None:
             remedy=f"start the container with a runtime that is {record.runtime}, or without smm.scz/require",
         )
     if name == "kata":  # it says of itself alone that this is a VM
-        seen = os.stat("exe", dir_fd=runtime.proc_fd)
+        with failing("the runtime's program cannot be looked at"):
+            seen = os.stat("exe", dir_fd=runtime.proc_fd)
         if seen.st_uid != 0 or seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise RequirementRefused(f"the runtime {shown(program)} is not root's alone")
 

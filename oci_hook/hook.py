@@ -44,14 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = None
     try:
         _isolate()
-        if invocation.stage == "precreate":
-            from oci_hook.precreate import main as filter_configuration
-
-            return filter_configuration(invocation)
-        if invocation.stage == "prepare":
-            from oci_hook.prepare import main as prepare
-
-            return prepare(invocation)
+        if invocation.stage in ("precreate", "prepare"):
+            return _before_create(invocation)
         state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
         # Some runtimes pass no annotations: config.json has them. A digest is looked at whatever is there by now.
         if not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest:
@@ -76,6 +70,15 @@ def _isolate() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, terminate)
+
+
+def _before_create(invocation: Invocation) -> int:
+    """Stages that have no state: there is no container yet."""
+    if invocation.stage == "precreate":
+        from oci_hook.precreate import main as run
+    else:
+        from oci_hook.prepare import main as run
+    return run(invocation)
 
 
 def _start(state: State, invocation: Invocation) -> None:

@@ -44,7 +44,7 @@ def main(invocation: Invocation) -> int:
             _write(data)
             return 0
         state = State(container_id(spec), creator, "", "creating", spec.annotations)
-        _verify_hooks(given, invocation)
+        _verify_hook(given, invocation)
         _deliver(data, spec, requests, state, invocation.config_file)
     except SczError as error:
         from oci_hook.report import report_refusal
@@ -72,20 +72,20 @@ def _requests(spec: Spec, invocation: Invocation) -> Requests | None:
     return requests
 
 
-def _verify_hooks(given: Precreate, invocation: Invocation) -> None:
-    """Check that the hooks which follow are there: one sees whether this is a VM, the other takes the model away.
+def _verify_hook(given: Precreate, invocation: Invocation) -> None:
+    """Check that the prestart hook follows: it sees whether this is a VM.
+
+    poststop is not in config.json, as podman calls it itself; without it, a later start or the sweep removes the model.
 
     Raises:
-        EngineUnsupported: podman will not call them, or those of another installation.
+        EngineUnsupported: The runtime will not call it, or that of another installation.
     """
-    launcher = invocation.command()[3]
-    for stage in ("prestart", "poststop"):
-        expected = Invocation(stage, config_file=invocation.config_file, engine=ENGINE).command()[3:]
-        if not any(each == stage and list(words[3:]) == expected for each, words in given.commands):
-            raise EngineUnsupported(
-                f"podman will not call {launcher} at {stage}: nothing would check the runtime and take the model away",
-                remedy="`sczctl install --engine podman --before-create` writes all of them; `sczctl doctor` looks",
-            )
+    expected = Invocation("prestart", config_file=invocation.config_file, engine=ENGINE).command()[3:]
+    if not any(stage == "prestart" and list(words[3:]) == expected for stage, words in given.commands):
+        raise EngineUnsupported(
+            f"the runtime will not call {expected[0]} at prestart: nothing would check which runtime that is",
+            remedy="`sczctl install --engine podman --before-create` writes the hooks; `sczctl doctor` looks at them",
+        )
 
 
 def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, config_file: str) -> None:

@@ -78,18 +78,20 @@ class Kernel:
         release: What `uname -r` will say in the guest.
         image: The file for QEMU's ``-kernel``; it is a PE image for firmware, too.
         modules: Module files by name, with ``_`` for ``-``.
+        builtin: The names of those that the kernel has in itself: which they are differs from suite to suite.
     """
 
     release: str
     image: Path
     modules: Mapping[str, Path]
+    builtin: frozenset[str] = frozenset()
 
     def closure(self, names: Sequence[str]) -> list[Path]:
         """The files of the modules and of what they depend on, in an order in which they can be loaded."""
         found: dict[str, Path] = {}
 
         def add(name: str) -> None:
-            if name not in found:
+            if name not in found and name not in self.builtin:
                 if name not in self.modules:
                     raise GuestError(f"{self.release} has no module {name}, or not among those that are unpacked")
                 for other in _depends(module_bytes(self.modules[name])):
@@ -119,7 +121,7 @@ def fetch_kernel(folder: Path) -> Kernel:
         _run(folder, "apt-get", "-qq", "update")
         _run(folder, *download)
     (archive,) = folder.glob("linux-image-*.deb")
-    wanted = ["./boot/vmlinuz-*", *(f"*/kernel/{part}/*" for part in _UNPACKED)]
+    wanted = ["./boot/vmlinuz-*", "*/modules.builtin", *(f"*/kernel/{part}/*" for part in _UNPACKED)]
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, env=_ENVIRONMENT) as data:
         tar = ["tar", "--extract", "--no-same-owner", "--wildcards", f"--directory={folder}", *wanted]
         done = subprocess.run(tar, stdin=data.stdout, env=_ENVIRONMENT, stderr=subprocess.PIPE, text=True, check=False)
@@ -129,7 +131,9 @@ def fetch_kernel(folder: Path) -> Kernel:
     (image,) = folder.glob("boot/vmlinuz-*")
     files = folder.glob("**/kernel/**/*.ko*")
     modules = {path.name.partition(".ko")[0].replace("-", "_"): path for path in files}
-    return Kernel(image.name.removeprefix("vmlinuz-"), image, modules)
+    (names,) = folder.glob("**/modules.builtin")
+    builtin = frozenset(Path(line).stem.replace("-", "_") for line in names.read_text().splitlines())
+    return Kernel(image.name.removeprefix("vmlinuz-"), image, modules, builtin)
 
 
 def module_bytes(path: Path) -> bytes:

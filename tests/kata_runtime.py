@@ -301,13 +301,16 @@ class Container:
 
 
 def contained(bundle: Path, spec: Mapping[str, Any]) -> Contained:
-    """A container's root file system and bind entries, by its config.json."""
-    binds = [
-        Bind(Path(mount["source"]), mount["destination"], "ro" in mount.get("options", ()))
-        for mount in spec.get("mounts", ())
-        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options", ()))
-    ]
-    return Contained(bundle / spec["root"]["path"], binds)
+    """A container's root file system and bind entries, by its config.json; without those that Kata makes itself."""
+    return Contained(
+        bundle / spec["root"]["path"],
+        [
+            Bind(Path(mount["source"]), mount["destination"], "ro" in mount.get("options", ()))
+            for mount in spec.get("mounts", ())
+            if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options", ()))
+            if mount["destination"] != "/dev/shm" and not mount["source"].startswith(("/proc", "/sys"))
+        ],
+    )
 
 
 def run_hooks(spec: Mapping[str, Any], stage: str, name: str, bundle: Path, pid: int) -> None:

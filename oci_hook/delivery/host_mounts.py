@@ -132,9 +132,6 @@ def remove(records: HostRecords, record: Record) -> Removed:
     else:
         paths, left = _remove_elsewhere(record, last)
     if not left:
-        if isinstance(record, BoundRecord):
-            for folder in {os.path.dirname(model.path) for model in record.mounts}:
-                remove_folder(folder)
         records.remove(record)
     return Removed(record.container_id, record.bundle, tuple(paths), tuple(left))
 
@@ -145,6 +142,10 @@ def _remove_here(record: Record, last: Sequence[bool]) -> tuple[list[str], list[
     left: list[str] = []
     for model, is_last in zip(record.mounts, last, strict=True):
         _remove_model(model, paths, left, last=is_last)
+    if isinstance(record, BoundRecord) and not left:
+        # Also takes away what a namespace kept that the unmounting has not reached: nothing is mounted on what is gone.
+        for folder in {os.path.dirname(model.path) for model in record.mounts}:
+            remove_folder(folder)
     return paths, left
 
 

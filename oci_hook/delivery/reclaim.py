@@ -74,6 +74,12 @@ def reclaim(
         HolderGone: The container ended, or its process is in another namespace.
         SystemCallFailed: The kernel refuses.
     """
+    if record.keeper == (0, 0) and record.runtime != "runsc":
+        raise EngineUnsupported(
+            "the container has its model by a bind entry of config.json: it is mounted on the host, and both stay "
+            "until the container ends",
+            remedy="end the container: its model's memory comes back then",
+        )
     if record.keeper == (0, 0):
         raise EngineUnsupported(
             "a container of a gVisor pod has its model mounted on the host's side, where its gofer copied it from: "

@@ -40,7 +40,8 @@ class Precreate:
 
     Attributes:
         spec: As the prestart hook will read it, too.
-        commands: Stage and arguments of each hook that the runtime will call; podman has added those of hooks.d.
+        commands: Stage and arguments of each hook that the runtime will call: also those of hooks.d, but for
+            `poststop`, which podman calls itself.
     """
 
     spec: Spec

@@ -150,6 +150,25 @@ def test_same_container_binds_again_as_with_several_models(bindings: Bindings) -
             bindings.bind_token(identity(), "b", "/b", *second)
 
 
+def test_what_is_adopted_lives_with_the_container(bindings: Bindings, directory: Path) -> None:
+    bindings.adopt("a", "", "/b", (1, 1))
+    assert not directory.exists()
+    with process() as creator, process() as container, process() as other:
+        bindings.bind_token(identity(), "a", "", *creator)
+        bindings.bind_token(identity(b"another's"), "b", "", *creator)
+        before = records(directory)
+        bindings.adopt("a", "/b", "/b", container)  # it was bound by no such bundle
+        assert records(directory) == before
+        bindings.adopt("a", "", "/b", container)
+        assert len(records(directory).items() - before.items()) == 1
+        bindings.bind_token(identity(), "a", "/b", *container)
+        with pytest.raises(TokenBoundElsewhere):
+            bindings.bind_token(identity(), "c", "/b", *other)
+    # Creator and container are gone.
+    with process() as other:
+        bindings.bind_token(identity(), "c", "/b", *other)
+
+
 def test_restarted_container_takes_the_token_again(bindings: Bindings) -> None:
     with process() as first:
         bindings.bind_token(identity(), "a", "/b", *first)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from oci_hook.errors import AnnotationInvalid, SczError, SpecInvalid
 from oci_hook.invocation import ENVIRONMENT, NO_DIGEST, Invocation, parse_invocation
-from oci_hook.oci.edit import HOOK_SECONDS, add_hooks, parse_document, requested_annotations
+from oci_hook.oci.edit import HOOK_SECONDS, add_hooks, parse_document, requested_annotations, verify_unchanged
 from oci_hook.oci.spec import verify_spec_digest
 
 CONFIG = "/etc/scz-smm/config.toml"
@@ -31,6 +31,40 @@ def edit(spec: dict[str, Any], engine: str = "containerd") -> bytes:
     document = parse_document(data)
     annotations = requested_annotations(document, engine)
     return add_hooks(data, document, annotations, engine=engine, config_file=CONFIG) if annotations else data
+
+
+def with_binds(data: bytes, binds: list[dict[str, Any]]) -> bytes:
+    """config.json as the shim before a VM sandbox's runtime leaves it."""
+    document = parse_document(data)
+    annotations = requested_annotations(document, "containerd")
+    return add_hooks(data, document, annotations, engine="containerd", config_file=CONFIG, binds=binds)
+
+
+def test_bind_entries_come_behind_the_mounts_and_under_the_digest() -> None:
+    mounts = [{"destination": "/proc", "type": "proc", "source": "proc"}]
+    bind = {"destination": "/models/small", "source": "/run/scz-smm/bound/x/0", "options": ["bind", "ro"]}
+    data = json.dumps({**SPEC, "mounts": mounts}).encode()
+    edited = with_binds(data, [bind])
+    assert json.loads(edited)["mounts"] == [*mounts, {**bind, "type": "bind"}]
+    verify_spec_digest(edited, digest_of(edited))
+    with pytest.raises(SpecInvalid):
+        verify_spec_digest(edited.replace(b'"ro"', b'"rw"'), digest_of(edited))
+    # Once more for the same container: nothing changes. For another: refused.
+    verify_unchanged(edited, parse_document(edited), engine="containerd", config_file=CONFIG)
+    assert with_binds(edited, [bind]) == edited
+    with pytest.raises(SpecInvalid, match="another container"):
+        with_binds(edited, [{**bind, "source": "/run/scz-smm/bound/y/0"}])
+    changed = edited.replace(b"/proc", b"/prok")
+    with pytest.raises(SpecInvalid):
+        verify_unchanged(changed, parse_document(changed), engine="containerd", config_file=CONFIG)
+    verify_unchanged(data, parse_document(data), engine="containerd", config_file=CONFIG)
+    assert json.loads(with_binds(json.dumps(SPEC).encode(), [bind]))["mounts"] == [{**bind, "type": "bind"}]
+
+
+@pytest.mark.parametrize("mounts", [{}, "x", {"a": 1}])
+def test_mounts_that_are_none(mounts: object) -> None:
+    with pytest.raises(SpecInvalid):
+        with_binds(json.dumps({**SPEC, "mounts": mounts}).encode(), [{"destination": "/m"}])
 
 
 def digest_of(edited: bytes) -> str:

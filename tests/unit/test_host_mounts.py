@@ -15,7 +15,7 @@ import pytest
 from oci_hook.delivery import host_mounts
 from oci_hook.delivery.holder import own_mount_namespace
 from oci_hook.delivery.host_mounts import Removed
-from oci_hook.delivery.host_records import HostMount, HostRecord, HostRecords
+from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostMount, HostRecord, HostRecords
 from oci_hook.delivery.host_side import HostSide, verify_closed
 from oci_hook.errors import FileUnreadable, HolderRefused, SystemCallFailed, Terminated
 from oci_hook.linux import mounts
@@ -137,6 +137,92 @@ class TestRecords:
             raise AssertionError("this block is not reached")
         with records.locked(timeout_seconds=1):
             pass
+
+
+@pytest.fixture
+def bound(tmp_path: Path) -> BoundRecord:
+    """Of a container that is not adopted yet."""
+    (tmp_path / "bundle").mkdir(exist_ok=True)
+    return BoundRecord(
+        container_id="c",
+        bundle=str(tmp_path / "bundle"),
+        namespace=own_mount_namespace(),
+        runtime="kata",
+        creator=myself(),
+        container=NOBODY,
+        mounts=(HostMount("/run/scz-smm/bound/x/0", 7, "0:1", "/models/x"),),
+    )
+
+
+class TestBeforeCreate:
+    def test_it_lives_with_its_creator_then_with_its_container(self, bound: BoundRecord) -> None:
+        assert not bound.is_stale()
+        assert dataclasses.replace(bound, creator=GONE).is_stale()
+        assert not dataclasses.replace(bound, creator=GONE, container=myself()).is_stale()
+        assert dataclasses.replace(bound, container=GONE).is_stale()
+        assert dataclasses.replace(bound, bundle="/nonexistent").is_stale()
+        assert not dataclasses.replace(bound, bundle="").is_stale()
+
+    def test_whose_it_is(self, bound: BoundRecord) -> None:
+        assert not bound.is_held_by_another(GONE)
+        assert dataclasses.replace(bound, container=myself()).is_held_by_another(GONE)
+        assert not dataclasses.replace(bound, container=myself()).is_held_by_another(myself())
+        assert not dataclasses.replace(bound, container=GONE).is_held_by_another(myself())
+
+    def test_both_kinds_are_written_and_read_again(
+        self, records: HostRecords, record: HostRecord, bound: BoundRecord
+    ) -> None:
+        records.write(record)
+        (file,) = Path(records.runtime_directory, "host-mounts").iterdir()
+        # The form of the version before is that of a pod's record still.
+        assert json.loads(file.read_text()).keys() == {field.name for field in dataclasses.fields(HostRecord)}
+        assert json.loads(file.read_text())["mounts"][0].keys() == {"path", "fsid", "device"}
+        unknown = dataclasses.replace(bound, container_id="d", bundle="")
+        records.write(unknown)
+        assert set(records.all()[0]) == {record, unknown}
+        assert records.bound() == (unknown,)
+
+    def test_it_is_found_before_its_bundle_is_known(self, records: HostRecords, bound: BoundRecord) -> None:
+        unknown = dataclasses.replace(bound, bundle="")
+        records.write(unknown)
+        assert records.find("c", bound.bundle) == records.find("c", "") == unknown
+        assert records.find("d", bound.bundle) is records.find("d", "") is None
+        records.write(bound)
+        assert records.find("c", bound.bundle) == bound
+        records.remove(unknown)
+        link = Path(bound.bundle).with_name("link")
+        link.symlink_to(bound.bundle)
+        assert records.find("c", str(link)) == records.find("c", "") == bound
+        records.write(dataclasses.replace(bound, bundle="/another"))
+        assert records.find("c", "") is None  # which of the two is not guessed
+
+    def test_a_pods_record_is_found_by_its_own_bundle_alone(self, records: HostRecords, record: HostRecord) -> None:
+        records.write(record)
+        link = Path(record.bundle).with_name("link")
+        link.symlink_to(record.bundle)
+        assert records.find("c", record.bundle) == record
+        assert records.find("c", str(link)) is records.find("c", "") is None
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"kind": "after"},
+            {"kind": 1},
+            {"container": [1]},
+            {"bundle": 1},
+            {"runtime": ""},
+            {"mounts": [{"path": "/a", "fsid": 1, "device": "0:1"}]},
+            {"mounts": []},
+            {"sandbox": [0, 0]},
+        ],
+    )
+    def test_what_is_no_record(self, records: HostRecords, bound: BoundRecord, change: dict[str, object]) -> None:
+        records.write(bound)
+        (file,) = Path(records.runtime_directory, "host-mounts").iterdir()
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with pytest.raises(FileUnreadable):
+            records.load("c", bound.bundle)
+        assert records.bound() == ()
 
 
 @pytest.fixture(params=list(MemoryFilesystem))

@@ -295,7 +295,7 @@ def test_a_container_that_asks_for_no_vm_gets_its_own_bytes_back(annotations: di
 KATA = {"smm.scz/model": "x", "smm.scz/require": "runtime=kata"}
 HOOKS = {
     stage: [{"path": "/python", "args": Invocation(stage, config_file=CONFIG, engine="podman").command()}]
-    for stage in ("prestart", "poststop")
+    for stage in ("prestart",)
 }
 REFUSED = {
     "not JSON": (b"{", "--engine podman", 11, "not JSON"),
@@ -320,11 +320,11 @@ REFUSED = {
         25,
         "at prestart",
     ),
-    "no poststop": (
-        encoded(document(annotations=KATA, hooks={**HOOKS, "poststop": HOOKS["prestart"]})),
+    "prestart at another stage": (
+        encoded(document(annotations=KATA, hooks={"createRuntime": HOOKS["prestart"]})),
         "--engine podman",
         25,
-        "at poststop",
+        "at prestart",
     ),
     "hooks of another installation": (
         encoded(document(annotations=KATA, hooks=HOOKS)).replace(CONFIG.encode(), b"/other/config.toml"),

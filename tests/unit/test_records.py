@@ -48,6 +48,23 @@ def test_a_record_is_delivered_for_its_own_process_only(tmp_path: Path, record: 
     assert not records.delivered("c1", "/other", record.pid, record.start_time)
 
 
+def test_it_becomes_that_of_the_process_that_adopts_it(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.adopt("c1", "", "/b", (1, 2))  # there is none, nor its folder
+    unknown = replace(record, bundle="")
+    records.write(unknown)
+    records.adopt("c1", "/b", "/b", (1, 2))
+    assert list(records.live()) == [unknown]
+    init = process_start_time(1)
+    assert init is not None
+    records.adopt("c1", "", "/b", (1, init))
+    assert list(records.live()) == [replace(record, pid=1, start_time=init)]
+    records.adopt("c1", "/b", "/b", (record.pid, record.start_time))
+    assert list(records.live()) == [record]
+    assert records.close("c1", "") is None
+    assert records.close("c1", "/b") == record
+
+
 def test_live_drops_what_a_killed_hook_left(tmp_path: Path, record: ContainerRecord) -> None:
     records = ContainerRecords(str(tmp_path / "run"))
     records.write(record)

@@ -388,3 +388,18 @@ def test_a_file_that_was_changed_since(tmp_path: Path, change: Callable[[bytes],
     for told in (digest, "", "0", NO_DIGEST, "f" * 64, "root"):
         with pytest.raises(SpecInvalid, match="shim"):
             load_spec(str(tmp_path), digest=told)
+
+
+def test_a_bundle_that_is_not_known_yet() -> None:
+    def unknown(**changes: Any) -> Spec:
+        return parse_spec(json.dumps({"root": {"path": "rootfs"}, **changes}).encode(), bundle="")
+
+    assert unknown().root_path == ""
+    assert unknown(root=None).root_path == ""
+    assert unknown(root={"path": "/srv/rootfs"}).root_path == "/srv/rootfs"
+    bind = {"destination": "/a", "type": "bind", "source": "/s", "options": ["bind"]}
+    assert unknown(mounts=[bind]).mounts[0].source == "/s"
+    with pytest.raises(SpecInvalid, match="no bundle"):
+        unknown(mounts=[{**bind, "source": "s"}])
+    with pytest.raises(SpecInvalid):
+        parse_spec(b"{}", bundle="/b")

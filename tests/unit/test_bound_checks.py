@@ -1,0 +1,277 @@
+"""What is compared where models come by bind entries: the plan before `create`, config.json in the prestart hook."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oci_hook.bound_checks import (
+    OPTIONS,
+    BindEntry,
+    lasting_process,
+    plan_entries,
+    verify_apart,
+    verify_container,
+    verify_entries,
+    verify_in_place,
+    verify_runtime,
+)
+from oci_hook.delivery.bound_folders import folder_of, folders, lock_folder, place_of, remove_abandoned
+from oci_hook.delivery.holder import own_mount_namespace
+from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostMount
+from oci_hook.errors import (
+    DestinationInvalid,
+    DestinationRefused,
+    EngineUnsupported,
+    HolderRefused,
+    RequirementRefused,
+    SczError,
+    StateInvalid,
+)
+from oci_hook.linux.processes import HeldProcess, process_of_thread, process_start_time
+from oci_hook.oci.annotations import ModelRequest, parse_requests
+from oci_hook.oci.spec import Mount, Spec, parse_spec
+
+RUN = "/run/scz-smm"
+
+
+def spec(*mounts: dict[str, Any], **more: Any) -> Spec:
+    document = {"root": {"path": "/r"}, "mounts": list(mounts), "linux": {"namespaces": [{"type": "mount"}]}, **more}
+    return parse_spec(json.dumps(document).encode(), bundle="/b")
+
+
+def requests(**paths: str) -> tuple[ModelRequest, ...]:
+    annotations = {f"smm.scz/model.{slot}": f"{slot}:1" for slot in paths}
+    return parse_requests({**annotations, **{f"smm.scz/path.{slot}": path for slot, path in paths.items()}}).models
+
+
+def plan(found: Spec, asked: tuple[ModelRequest, ...], run: str = RUN) -> tuple[BindEntry, ...]:
+    return plan_entries("c", "/b", found, asked, run)
+
+
+def mount(destination: str, kind: str = "tmpfs") -> dict[str, Any]:
+    return {"destination": destination, "type": kind, "source": "/s", "options": ["rw"]}
+
+
+class TestPlan:
+    def test_one_entry_for_each_model_in_order(self) -> None:
+        found = plan(spec(mount("/proc"), mount("/m"), mount("/models2")), requests(a="/models/x", b="/opt/y"))
+        folder = folder_of(RUN, "c", "/b")
+        assert found == (
+            BindEntry("/models/x", place_of(folder, 0), OPTIONS),
+            BindEntry("/opt/y", place_of(folder, 1), OPTIONS),
+        )
+        assert folder != folder_of(RUN, "c", "") != folder_of(RUN, "c", "/b2")
+        assert "rbind" not in OPTIONS
+
+    @pytest.mark.parametrize("destination", ["/", "/models", "/models/", "/models/x", "/models/x/y", "//models/./x"])
+    def test_another_mount_at_above_or_below(self, destination: str) -> None:
+        with pytest.raises(DestinationRefused, match="hide"):
+            plan(spec(mount(destination)), requests(a="/models/x"))
+
+    def test_its_own_entries_are_no_others(self) -> None:
+        (entry,) = plan(spec(), requests(a="/models/x"))
+        again = {**dataclasses.asdict(entry), "type": "bind"}
+        assert plan(spec(again), requests(a="/models/x")) == (entry,)
+        with pytest.raises(DestinationRefused):
+            plan(spec(again | {"options": ["bind"]}), requests(a="/models/x"))
+
+    @pytest.mark.parametrize("namespaces", [[], [{"type": "pid"}], [{"type": "mount", "path": "/proc/1/ns/mnt"}]])
+    def test_mounts_that_are_anothers(self, namespaces: list[dict[str, str]]) -> None:
+        with pytest.raises(HolderRefused):
+            plan(spec(linux={"namespaces": namespaces}), requests(a="/models/x"))
+
+    def test_what_kata_replaces(self) -> None:
+        with pytest.raises(DestinationRefused, match="empty directory"):
+            plan(spec(), requests(a="/kubernetes.io~empty-dir/x"))
+        with pytest.raises(DestinationRefused, match="empty directory"):
+            plan(spec(), requests(a="/x"), "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/v")
+
+    def test_a_bundle_in_an_image_that_is_not_known(self) -> None:
+        asked = parse_requests({"smm.scz/model": "rootfs:/b", "smm.scz/path": "/m"}).models
+        unknown = parse_spec(b'{"linux": {"namespaces": [{"type": "mount"}]}}', bundle="")
+        assert unknown.root_path == ""
+        with pytest.raises(EngineUnsupported, match="not known before create"):
+            plan_entries("c", "", unknown, asked, RUN)
+        assert plan(spec(), asked)
+
+    @pytest.mark.parametrize("path", ["/proc/x", "/dev/m", "/sys/m"])
+    def test_the_kernels_places(self, path: str) -> None:
+        with pytest.raises(DestinationInvalid):
+            plan(spec(), requests(a=path))
+
+    @given(st.text(max_size=30), st.text(max_size=30))
+    def test_any_two_paths_are_apart_or_refused(self, ours: str, theirs: str) -> None:
+        entry = BindEntry(f"/{ours}", "/s")
+        try:
+            verify_apart([entry], [Mount(f"/{theirs}", "tmpfs", "t", ())])
+        except DestinationRefused:
+            return
+        one, other = ([part for part in path.split("/") if part] for path in (ours, theirs))
+        assert one[: len(other)] != other
+        assert other[: len(one)] != one
+
+    @pytest.mark.parametrize(
+        ("name", "creator", "runtime", "error"),
+        [
+            ("", (1, 1), "kata", StateInvalid),
+            ("../x", (1, 1), "kata", StateInvalid),
+            ("c", (0, 1), "kata", StateInvalid),
+            ("c", (1, -1), "kata", StateInvalid),
+            ("c", (1, 1), "process", EngineUnsupported),
+            ("c", (1, 1), "", EngineUnsupported),
+        ],
+    )
+    def test_what_no_record_can_be_made_of(
+        self, name: str, creator: tuple[int, int], runtime: str, error: type[SczError]
+    ) -> None:
+        with pytest.raises(error):
+            verify_container(name, creator, runtime)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> BoundRecord:
+    """Of a directory that is mounted nowhere else."""
+    place = tmp_path / "0"
+    place.mkdir()
+    seen = place.stat()
+    return BoundRecord(
+        container_id="c",
+        bundle="",
+        namespace=own_mount_namespace(),
+        runtime="kata",
+        creator=(1, 1),
+        container=NOBODY,
+        mounts=(
+            HostMount(
+                str(place),
+                os.statvfs(place).f_fsid,
+                f"{os.major(seen.st_dev)}:{os.minor(seen.st_dev)}",
+                "/models/x",
+            ),
+        ),
+    )
+
+
+class TestEntries:
+    def entry(self, record: BoundRecord, **changes: Any) -> dict[str, Any]:
+        made = {"destination": "/models/x", "type": "bind", "source": record.mounts[0].path, "options": list(OPTIONS)}
+        return made | changes
+
+    def test_exactly_the_entry(self, record: BoundRecord) -> None:
+        verify_entries(record, spec(mount("/proc"), self.entry(record), mount("/opt")), requests(a="/models/x"))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"source": "/etc"},
+            {"options": ["bind"]},
+            {"options": list(reversed(OPTIONS))},
+            {"options": [*OPTIONS, "rw"]},
+            {"type": "none"},
+            {"destination": "/models/y"},
+        ],
+    )
+    def test_anything_else(self, record: BoundRecord, changes: dict[str, Any]) -> None:
+        with pytest.raises(DestinationRefused):
+            verify_entries(record, spec(self.entry(record, **changes)), requests(a="/models/x"))
+
+    def test_other_requests(self, record: BoundRecord) -> None:
+        for asked in (requests(), requests(a="/models/y"), requests(a="/models/x", b="/opt/y")):
+            with pytest.raises(DestinationRefused, match="other places"):
+                verify_entries(record, spec(self.entry(record)), asked)
+
+    def test_what_lies_there(self, record: BoundRecord) -> None:
+        verify_in_place(record)
+        (there,) = record.mounts
+        for other in (
+            dataclasses.replace(there, device="0:99999"),
+            dataclasses.replace(there, fsid=there.fsid ^ 1),
+            dataclasses.replace(there, path="/nonexistent"),
+        ):
+            with pytest.raises(DestinationRefused, match="not mounted where"):
+                verify_in_place(dataclasses.replace(record, mounts=(other,)))
+
+
+@pytest.fixture
+def sleeper() -> Iterator[int]:
+    with subprocess.Popen(["/bin/sleep", "600"]) as process:
+        yield process.pid
+        process.kill()
+
+
+class TestProcesses:
+    def test_a_threads_process(self) -> None:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(process_of_thread(threading.get_native_id())))
+        thread.start()
+        thread.join()
+        assert found == [os.getpid()] == [process_of_thread(os.getpid())]
+
+    def test_the_runtimes_child(self, sleeper: int) -> None:
+        with HeldProcess(os.getpid()) as runtime:
+            assert lasting_process(sleeper, runtime) == (sleeper, process_start_time(sleeper))
+
+    @pytest.mark.parametrize("pid", [0, 1])
+    def test_no_process_of_its_own(self, pid: int) -> None:
+        with HeldProcess(os.getpid()) as runtime:
+            assert lasting_process(pid, runtime) == (1, process_start_time(1))
+            assert lasting_process(os.getpid(), runtime) == (1, process_start_time(1))
+
+    @pytest.mark.parametrize("name", ["conmon", "containerd-shim", "containerd-shim-runc-v2"])
+    def test_the_engines_monitor_above_a_create(self, sleeper: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            HeldProcess, "executable_name", lambda self: name if self.pid == os.getpid() else "kata-runtime"
+        )
+        with HeldProcess(sleeper) as runtime:
+            assert lasting_process(sleeper, runtime) == (os.getpid(), process_start_time(os.getpid()))
+        monkeypatch.setattr(HeldProcess, "executable_name", lambda _self: "containerd-shim-kata-v2")
+        with HeldProcess(sleeper) as runtime:
+            assert lasting_process(sleeper, runtime) == (sleeper, process_start_time(sleeper))
+
+    @pytest.mark.parametrize("program", ["runc", "bash", "kata-agent", ""])
+    def test_another_runtime(
+        self, record: BoundRecord, sleeper: int, program: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(HeldProcess, "executable_name", lambda _self: program)
+        with HeldProcess(sleeper) as runtime, pytest.raises(RequirementRefused, match="made ready for kata"):
+            verify_runtime(runtime, record)
+
+    def test_katas(self, record: BoundRecord, sleeper: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(HeldProcess, "executable_name", lambda _self: "containerd-shim-kata-v2")
+        with HeldProcess(sleeper) as runtime:
+            verify_runtime(runtime, record)
+
+
+class TestFolders:
+    def test_what_nobody_holds_and_no_record_names_goes(self, tmp_path: Path) -> None:
+        run = str(tmp_path / "run")
+        held, used, left = (folder_of(run, name, "") for name in ("held", "used", "left"))
+        fds = [lock_folder(folder, "c") for folder in (held, used, left)]
+        for folder in (held, used, left):
+            os.mkdir(place_of(folder, 0))
+        with pytest.raises(HolderRefused, match="another process prepares"):
+            lock_folder(held, "c")
+        os.close(fds[1])
+        os.close(fds[2])
+        remove_abandoned(run, {used})
+        assert set(folders(run)) == {held, used}
+        os.close(fds[0])
+        remove_abandoned(run, set())
+        assert folders(run) == ()
+
+    def test_root_alone_may_enter(self, tmp_path: Path) -> None:
+        folder = folder_of(str(tmp_path / "run"), "c", "/b")
+        os.close(lock_folder(folder, "c"))
+        for path in (folder, os.path.dirname(folder)):
+            assert os.stat(path).st_mode & 0o7777 == 0o700
