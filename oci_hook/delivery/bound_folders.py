@@ -15,10 +15,11 @@ from contextlib import suppress
 
 from oci_hook.documents import shown
 from oci_hook.errors import FileUnreadable, HolderRefused
+from oci_hook.locks import lock_descriptor
 from oci_hook.trusted_file import make_private_directory
 
 _FOLDER = "bound"
-_TRIES = 16
+_TRIES, _SWEEP_SECONDS = 100, 3.0
 
 
 def bound_directory(runtime_directory: str) -> str:
@@ -54,18 +55,20 @@ def lock_folder(folder: str, container_id: str) -> int:
     make_private_directory(os.path.dirname(parent))
     make_private_directory(parent)
     for _ in range(_TRIES):
-        make_private_directory(folder)
         try:
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700)  # below directories that root alone enters
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:  # a sweep took it for an abandoned one
             continue
         except OSError as cause:
             raise FileUnreadable(f"{folder}: {cause.strerror}") from cause
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A sweep holds it for a moment only.
+            lock_descriptor(fd, what=folder, timeout_seconds=_SWEEP_SECONDS, error=HolderRefused)
             if _is_at(fd, folder):
                 return fd
-        except BlockingIOError:
+        except HolderRefused:
             os.close(fd)
             raise HolderRefused(
                 f"another process prepares the models of the container {shown(container_id)} at this moment",

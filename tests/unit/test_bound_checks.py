@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -275,3 +276,21 @@ class TestFolders:
         os.close(lock_folder(folder, "c"))
         for path in (folder, os.path.dirname(folder)):
             assert os.stat(path).st_mode & 0o7777 == 0o700
+
+    def test_a_sweep_between_making_and_locking_it(self, tmp_path: Path) -> None:
+        """One process makes and locks a folder again and again, the other takes every one that it finds unlocked."""
+        run = str(tmp_path / "run")
+        folder = folder_of(run, "c", "/b")
+        os.close(lock_folder(folder, "c"))
+        sweeper = os.fork()
+        if sweeper == 0:
+            while True:
+                remove_abandoned(run, set())
+        try:
+            for _ in range(300):
+                fd = lock_folder(folder, "c")
+                assert os.path.samestat(os.fstat(fd), os.stat(folder))
+                os.close(fd)
+        finally:
+            os.kill(sweeper, signal.SIGKILL)
+            os.waitpid(sweeper, 0)
