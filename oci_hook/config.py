@@ -38,7 +38,7 @@ class Config:
     runtime_directory: str = "/run/scz-smm"
     audit_file: str = "/var/log/scz-smm/audit.jsonl"
     guest_agent: str = "/usr/bin/kata-agent"
-    guest_timeout_seconds: int = 8
+    guest_timeout_seconds: int = 7
 
 
 def parse_config(data: bytes) -> Config:

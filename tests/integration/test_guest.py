@@ -147,12 +147,13 @@ class Agent:
         command: str = LOOK,
         change: Callable[[Path], None] = lambda _bundle: None,
         executable: Path | None = None,
+        hook_seconds: float = 120,
     ) -> Ran:
         """One container from beginning to end."""
         asked = {"smm.scz/model": "small:1"} if annotations is None else annotations
         with self.bundle(token=token, annotations=asked, mounts=mounts, command=command) as bundle:
             change(bundle)
-            with self.start(bundle, executable=executable) as process:
+            with self.start(bundle, executable=executable, hook_seconds=hook_seconds) as process:
                 try:
                     stdout, stderr = process.communicate(timeout=240)
                 finally:
@@ -330,6 +331,20 @@ def test_the_budget_ends_before_the_agents_patience_and_the_workload_is_told(age
         agent.scene.tpm.resume()
     refused_inside(ran, "Terminated")
     assert "timeout_seconds" in ran.stdout
+
+
+def test_the_agents_own_ten_seconds_are_enough_to_refuse(agent: Agent) -> None:
+    agent.scene.write_config(guest=f'[guest]\nagent = "{agent.executable}"')  # the budget that it has by itself
+    token = agent.scene.token()
+    agent.scene.tpm.pause()
+    try:
+        ran = agent.run(token, hook_seconds=10)
+    finally:
+        agent.scene.tpm.resume()
+    if ran.ran:
+        refused_inside(ran, "Terminated")
+    else:  # on a machine too busy to tell it in time
+        killed(ran, "Terminated")
 
 
 def _meanwhile(
