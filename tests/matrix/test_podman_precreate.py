@@ -32,7 +32,7 @@ CODES = {cls.__name__: code for code, cls in all_errors().items()}
 KATA = {"smm.scz/require": "runtime=kata"}
 DEFAULT = "usr/share/containers/oci/hooks.d"
 SUMS = {name: hashlib.sha256(contents(name, size)).hexdigest() for name, size in FILES.items()}
-WAIT_SECONDS = 5
+WAIT_SECONDS = 60
 
 
 @dataclass
@@ -187,7 +187,14 @@ def test_config_json_is_the_same_but_for_the_entry(house: House) -> None:
     members = re.compile(rb',\{"destination":"/models/small"[^}]*\}')
     (added,) = members.findall(after)
     assert json.loads(added[1:]) == json.loads(written)
-    assert after.replace(added, b"") == before
+    rest = after.replace(added, b"")
+    hooks = json.loads(before)["hooks"]
+    if "prestart" not in hooks:  # podman 5 calls it createRuntime, which Kata 1 does not know
+        (hook,) = hooks["createRuntime"]
+        assert json.loads(rest)["hooks"] == {"prestart": [hook], "createRuntime": [hook]}
+        (added,) = re.findall(rb'"prestart":\[.*?\}\],', rest)
+        rest = rest.replace(added, b"")
+    assert rest == before
 
 
 def test_two_models_of_one_container(house: House) -> None:
@@ -212,6 +219,33 @@ def test_what_treats_hooks_as_kata_does_reads_the_model(house: House) -> None:
     assert house.left() == []
 
 
+def test_two_containers_of_a_pod(house: House) -> None:
+    podman = house.scene.podman
+    infra = ("--infra-command=/bin/sleep 1000", f"--infra-image={house.scene.image}")
+    podman.call("pod", "create", "--name=two", *infra, "--network=none", f"--cgroup-parent=/{podman._name}")
+    try:
+        names = []
+        for number, runtime in enumerate((house.runc, house.like.runtime)):
+            words = ["--pod=two", *house.words(token=f"pod{number}"), house.scene.image]
+            if runtime == house.runc:
+                words += ["sh", "-c", f"{checksums()}; sleep 600"]
+            else:
+                words += ["sleep", "600"]
+            names.append(podman.call("create", *words, runtime=runtime).stdout.strip())
+            podman.start_container(names[-1])
+        first, second = names
+        wait_until(lambda: bool(house.like.seen(second)) and len(podman.call("logs", first).stdout.splitlines()) >= 5)
+        assert SUMS.items() <= house.like.seen(second)["/models/small"].items()
+        assert read_sums(podman.call("logs", first).stdout) == SUMS
+        podman.rm(second)
+        (shown,) = json.loads(house.scene.sczctl("ps", "--json").stdout)
+        assert shown["container_id"] == first
+        assert read_sums(podman.call("exec", first, "sh", "-c", checksums()).stdout) == SUMS
+    finally:
+        podman.call("pod", "rm", "--force", "--time=0", "two")
+    assert house.left() == []
+
+
 def test_a_container_that_does_not_ask_for_a_vm_goes_the_ordinary_way(house: House) -> None:
     words = ["--annotation", "smm.scz/model=small:1"]
     words += ["--volume", f"{house.scene.token('t5')}:{TOKEN_PATH}:ro"]
@@ -225,9 +259,19 @@ def test_under_kata_the_ordinary_way_is_refused(house: House, requirement: str) 
     words = ["--annotation", "smm.scz/model=small:1"]
     words += ["--annotation", f"smm.scz/require={requirement}"] if requirement else []
     words += ["--volume", f"{house.scene.token('t6')}:{TOKEN_PATH}:ro"]
-    for runtime in (house.runc, house.like.runtime):
+    runtimes = [house.runc]
+    if int(house.scene.podman.call("--version").stdout.split()[-1].split(".")[0]) < 5:
+        runtimes.append(house.like.runtime)
+    for runtime in runtimes:
         done = refused(house, "HolderRefused", *words, runtime=runtime)
         assert "--before-create" in done.stderr + str(house.scene.why())
+    if len(runtimes) == 1:  # podman 5 gives Kata 1 no hook that it knows: it starts, and there is no model
+        name = house.scene.podman.create([*words, house.scene.image, "true"], runtime=house.like.runtime)
+        house.scene.podman.start_container(name)
+        wait_until(lambda: bool(house.like.seen(name)))
+        assert "/models/small" not in house.like.seen(name)
+        house.scene.podman.rm(name)
+        assert house.left() == []
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -387,6 +431,37 @@ def test_a_hook_that_takes_too_long_is_ended_and_leaves_nothing(house: House) ->
     finally:
         house.precreate.write_text(text)
     assert house.run(*words).returncode == 0  # its token is free again, too
+
+
+def test_each_start_by_the_api_service_is_admitted_anew(house: House) -> None:
+    """The service outlives a creation that fails, so nothing shows that it failed."""
+    podman = house.scene.podman
+    socket = house.scene.directory / "api.sock"
+    words = [*house.words(token="t20"), house.scene.image, "/no-such-program"]
+    name = podman.create(words, runtime=house.like.runtime)
+    service = subprocess.Popen(
+        podman.command("system", "service", "--time=0", f"unix://{socket}"), env=podman.environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(socket.exists)
+        remote = [*podman.namespace.prefix, "podman", "--remote", f"--url=unix://{socket}", "start", name]
+
+        def start() -> str:
+            house.scene.forget_refusals()
+            done = subprocess.run(remote, env=podman.environment, capture_output=True, text=True, check=False)
+            assert done.returncode != 0
+            return done.stderr
+
+        assert "the stand-in refuses" in start()
+        assert house.left() != []
+        (house.scene.host / "t20").write_text("no token any more")
+        assert f"exit status {CODES['TokenMalformed']}" in start()
+        assert house.scene.why()["reason"] == "TokenMalformed"
+        assert house.left() == []
+    finally:
+        service.terminate()
+        service.wait(timeout=WAIT_SECONDS)
 
 
 @contextlib.contextmanager

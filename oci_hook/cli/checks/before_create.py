@@ -30,7 +30,7 @@ def check_kata(files: HostFiles) -> Iterator[Check]:
 
 
 def check_before_create(settings: Settings, files: HostFiles) -> Iterator[Check]:
-    """podman's `precreate`: written, read by podman, and by nobody who would fail at it."""
+    """podman's `precreate`: written, read by podman, and followed by the hooks that check."""
     name = "before create podman"
     try:
         state = podman.before_create_state(settings, files)
@@ -50,7 +50,6 @@ def check_before_create(settings: Settings, files: HostFiles) -> Iterator[Check]
     elif state == "yes":
         message = f"{podman.PRECREATE_FILE}, for smm.scz/require with runtime=kata"
         yield Check(name, "ok", message)
-    yield from _other_readers(files)
 
 
 def _ordinary(files: HostFiles) -> str | None:
@@ -61,7 +60,7 @@ def _ordinary(files: HostFiles) -> str | None:
     return None
 
 
-def _other_readers(files: HostFiles) -> Iterator[Check]:
+def check_other_readers(files: HostFiles) -> Iterator[Check]:
     """Files for `precreate` where buildah or CRI-O reads them: these give up at a stage that they do not know."""
     readers = {directory: ["`podman build` and buildah"] for directory in _BUILDAH_READS}
     try:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from oci_hook.cli.checks.before_create import check_before_create, check_kata
+from oci_hook.cli.checks.before_create import check_before_create, check_kata, check_other_readers
 from oci_hook.cli.checks.check import Check, failed
 from oci_hook.cli.checks.hooks import (
     ENGINES_OF_HOOKS,
@@ -93,6 +93,7 @@ def check_engines(config_file: str, files: HostFiles, largest: StoredSize | None
     yield from _check_hooks_directories([engine for engine in present if engine in ENGINES_OF_HOOKS], files, largest)
     if "podman" in present:
         yield from check_before_create(base, files)
+    yield from check_other_readers(files)
     yield from check_shims(files)
     if "containerd" in present:
         yield from check_nri(files, largest)
