@@ -59,6 +59,7 @@ class Host:
     bindings: Bindings
     clock: Callable[[], float]
     random: Callable[[int], bytes]
+    store_is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,9 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     )
     # 7. The token is this container's own: its pod's, or not another live container's.
     _verify_binding(identity, container, host)
-    # 8. A bundle in the image was never looked at by `sczctl add`: it holds the very bytes that the owner signed.
-    if request.reference.rootfs_path is not None:
+    # 8. A bundle in the image was never looked at by `sczctl add`, and a guest's store may be a share that its host
+    #    writes: it holds the very bytes that the owner signed.
+    if request.reference.rootfs_path is not None or host.store_is_shared:
         verify_digests(layout, manifest, lambda _done: None)
     # 9. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
     tpm = HostTpm(host.config, host.device)

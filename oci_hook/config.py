@@ -40,6 +40,8 @@ class Config:
     nri_engine: Engine = "containerd"
     nri_socket: str = "/var/run/nri/nri.sock"
     nri_vm_handlers: tuple[str, ...] = ("kata*",)
+    guest_agent: str = "/usr/bin/kata-agent"
+    guest_timeout_seconds: int = 7
 
 
 def parse_config(data: bytes) -> Config:
@@ -73,6 +75,7 @@ def parse_config(data: bytes) -> Config:
 
     tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
     nri = section("nri")
+    guest = section("guest")
     config = Config(
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
@@ -87,8 +90,10 @@ def parse_config(data: bytes) -> Config:
         nri_engine=cast(Engine, text(nri, "engine", default.nri_engine, "containerd|cri-o")),
         nri_socket=text(nri, "socket", default.nri_socket, _ABSOLUTE),
         nri_vm_handlers=patterns(nri, "vm_handlers", default.nri_vm_handlers),
+        guest_agent=text(guest, "agent", default.guest_agent, _ABSOLUTE),
+        guest_timeout_seconds=number(guest, "timeout_seconds", default.guest_timeout_seconds, 1, 600),
     )
-    for fields in (tpm, token, memory, paths, nri, top):
+    for fields in (tpm, token, memory, paths, nri, guest, top):
         _finish(fields)
     return config
 

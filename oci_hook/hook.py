@@ -16,11 +16,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from oci_hook.errors import InstallationIncomplete, InternalError, SczError, StateInvalid, Terminated
 from oci_hook.invocation import ENGINES, STAGES, Invocation, parse_invocation
 from oci_hook.oci.annotations import has_ours
 from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
+
+if TYPE_CHECKING:
+    from oci_hook.delivery.holder import Agent
 
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _USAGE = (
@@ -97,7 +101,7 @@ def _withdraw(state: State, config_file: str) -> None:
             withdraw(state, config)
 
 
-def _deliver(state: State, invocation: Invocation) -> None:
+def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -> None:
     """What the container asks for, if anything; the rest is `start`'s."""
     from oci_hook.oci.annotations import gather_requests, merge_annotations
     from oci_hook.oci.spec import load_spec
@@ -121,7 +125,18 @@ def _deliver(state: State, invocation: Invocation) -> None:
         return
     requests = gather_requests(annotations, invocation.requests, facts.container_name)
     if requests.models:
-        deliver(state, spec, facts, requests, config)
+        deliver(state, spec, facts, requests, config, agent)
+
+
+def _start_in_guest(state: State, invocation: Invocation) -> None:
+    """guest-prestart: the same under Kata's agent, which ignores how a hook ends; so `guest` refuses inside."""
+    try:
+        from oci_hook.guest import supervise
+    except ImportError:
+        if state.pid > 1:  # a damaged installation can tell the workload nothing, nor may it run
+            os.kill(state.pid, signal.SIGKILL)
+        raise
+    supervise(state, invocation, lambda agent: _deliver(state, invocation, agent))
 
 
 def _stop(state: State, invocation: Invocation) -> None:
@@ -132,7 +147,13 @@ def _stop(state: State, invocation: Invocation) -> None:
     close_container(state.container_id, state.bundle, load_config(invocation.config_file))
 
 
-_RUN: dict[str, Callable[[State, Invocation], None]] = {"prestart": _start, "createRuntime": _start, "poststop": _stop}
+_RUN: dict[str, Callable[[State, Invocation], None]] = {
+    "prestart": _start,
+    "createRuntime": _start,
+    "poststop": _stop,
+    "guest-prestart": _start_in_guest,
+    "guest-poststop": _stop,
+}
 
 
 def _refuse(config_file: str, state: State | None, error: SczError) -> int:

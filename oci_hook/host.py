@@ -13,6 +13,7 @@ from oci_hook.bundle.layout import Layout
 from oci_hook.config import Config
 from oci_hook.delivery import host_mounts
 from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
+from oci_hook.delivery.holder import Agent
 from oci_hook.delivery.image_bundle import open_image_bundle
 from oci_hook.documents import shown
 from oci_hook.errors import EngineUnsupported, ModelUnknown, SystemCallFailed
@@ -50,11 +51,12 @@ def verify_privileges() -> None:
         )
 
 
-def load_host(config: Config) -> Host:
+def load_host(config: Config, *, store_is_shared: bool = False) -> Host:
     """Read everything of root's that a decision rests on.
 
     Args:
         config: The host's configuration.
+        store_is_shared: Others may write the store (in a guest it may lie on a share of the host's).
 
     Raises:
         InputError: A file of it cannot be used; none is skipped in silence.
@@ -72,6 +74,7 @@ def load_host(config: Config) -> Host:
         bindings=bindings_of(config),
         clock=time.time,
         random=os.urandom,
+        store_is_shared=store_is_shared,
     )
 
 
@@ -134,7 +137,7 @@ def _audit_closed(config: Config, container_id: str, models: Sequence[str]) -> N
     tell("closed", f"container {shown(container_id, 64)}: {named} gone", container=container_id, model=named)
 
 
-def container_view(state: State, spec: Spec, facts: EngineFacts) -> ContainerView:
+def container_view(state: State, spec: Spec, facts: EngineFacts, agent: Agent | None = None) -> ContainerView:
     """What the delivery needs of the state, of config.json and of the engine's word."""
     return ContainerView(
         container_id=state.container_id,
@@ -151,6 +154,7 @@ def container_view(state: State, spec: Spec, facts: EngineFacts) -> ContainerVie
             mount.destination for mount in spec.mounts if _is_empty_directory(mount, facts.pod_uid)
         ),
         annotations=spec.annotations,
+        agent=agent,
     )
 
 

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 
 DEFAULT_CONFIG_FILE = "/etc/scz-smm/config.toml"
 ENGINES = ("podman", "cri-o", "containerd", "docker")
-STAGES = ("prestart", "createRuntime", "poststop", "precreate", "prepare")
-"""`precreate` is podman's alone (`precreate.py`); `prepare` is no hook's: what asks before `create` (`prepare.py`)."""
+STAGES = ("prestart", "createRuntime", "poststop", "precreate", "prepare", "guest-prestart", "guest-poststop")
+"""`precreate` is podman's alone (`precreate.py`); `prepare` is no hook's: what asks before `create` (`prepare.py`).
+Those with `guest-` run under Kata's agent, in the guest (`guest.py`)."""
 ENVIRONMENT = ("PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8")
 """For every hook that we write: where none is named, a runtime passes its own on."""
 PACKAGE_DIRECTORY = "/usr/lib/scz-smm"

@@ -20,6 +20,7 @@ MESSAGE_IDS = {
     "refused": "8710b05e21da47bc9330e544b3b436a9",
     "released": "063b545be1ed4b6a9406f31377d9c566",
     "closed": "5631d5aad75e445f9bd3cf22e3a4f0e2",
+    "killed": "11195ebae61b4606bcf1246870dfe455",
 }
 _LONGEST = 4096
 _KEY = re.compile(r"[A-Z][A-Z0-9_]{0,63}")

@@ -14,6 +14,7 @@ from oci_hook.admission import Container, admit
 from oci_hook.adoption import adopt_prepared
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import Delivery
+from oci_hook.delivery.holder import Agent
 from oci_hook.errors import SystemCallFailed
 from oci_hook.host import (
     audit_grants,
@@ -36,7 +37,9 @@ from oci_hook.oci.state import State
 from oci_hook.records import ContainerRecords
 
 
-def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, config: Config) -> None:
+def deliver(
+    state: State, spec: Spec, facts: EngineFacts, requests: Requests, config: Config, agent: Agent | None = None
+) -> None:
     """Give a container its models, once.
 
     Whatever raises before `attach` leaves nothing visible: until then the decrypted files have no path. A container
@@ -48,19 +51,21 @@ def deliver(state: State, spec: Spec, facts: EngineFacts, requests: Requests, co
         facts: What the engine vouches for.
         requests: The models that concern this container.
         config: The host's configuration.
+        agent: In a Kata guest, who called the hook.
 
     Raises:
         SczError: The container must not start.
     """
     began = time.monotonic()
-    host = load_host(config)
+    host = load_host(config, store_is_shared=agent is not None)
     with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
         sweep_host_mounts(config)
     close_ended(config)
     if adopt_prepared(state, spec, requests, config):
         return
     records = ContainerRecords(config.runtime_directory)
-    with ExitStack() as bundles, Delivery(container_view(state, spec, facts), delivery_settings(config)) as delivery:
+    view = container_view(state, spec, facts, agent)
+    with ExitStack() as bundles, Delivery(view, delivery_settings(config)) as delivery:
         earlier = records.delivered(state.container_id, state.bundle, state.pid, delivery.start_time)
         wanted = not_delivered(requests.models, earlier, host.store)
         if not wanted:

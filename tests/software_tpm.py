@@ -11,6 +11,7 @@ Specification: TPM 2.0 Library, Part 3, 9.4 (Shutdown) and 22.2 (PCR_Extend).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -118,6 +119,23 @@ class SoftwareTpm:
         """End what `pause` began."""
         os.kill(self.pid, signal.SIGCONT)
 
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Path]:
+        """Lend the TPM to a virtual machine, which resets it when it starts; the value is swtpm's control socket.
+
+        Meanwhile nobody else can speak to it; afterwards it has been turned off and on again.
+        """
+        self._command(0x8001, 0x145, bytes(2))  # TPM2_Shutdown(CLEAR)
+        control = f"{self.socket_path}.vm"
+        self._stop_process()
+        self._spawn("--ctrl", f"type=unixio,path={control}")
+        try:
+            yield Path(control)
+        finally:
+            self._stop_process()
+            Path(control).unlink(missing_ok=True)
+            self._start_process()
+
     # --- making, starting and stopping --------------------------------------------------------------------------------
 
     def start(self) -> SoftwareTpm:
@@ -184,23 +202,26 @@ class SoftwareTpm:
         path = str(self.socket_path)
         for old in (path, f"{path}.ctrl"):
             Path(old).unlink(missing_ok=True)
-        command = ["/usr/bin/setpriv", "--pdeathsig", "KILL", "/usr/bin/swtpm", "socket", "--tpm2"]
-        command += ["--tpmstate", f"dir={self._state}", "--server", f"type=unixio,path={path}"]
-        command += ["--ctrl", f"type=unixio,path={path}.ctrl", "--flags", "not-need-init,startup-clear"]
-        with (self.directory / "swtpm.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+        words = ["--server", f"type=unixio,path={path}", "--ctrl", f"type=unixio,path={path}.ctrl"]
+        self._spawn(*words, "--flags", "not-need-init,startup-clear")
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
                 self._command(0x8001, 0x17B, (8).to_bytes(2, "big"))  # TPM2_GetRandom: it has started up
                 return
             except OSError as cause:
-                if self._process.poll() is not None or time.monotonic() > deadline:
+                if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
                     log_text = (self.directory / "swtpm.log").read_text(errors="replace")[-2000:]
                     raise SoftwareTpmError(f"swtpm did not start: {cause}\n{log_text}") from cause
                 time.sleep(0.01)
+
+    def _spawn(self, *words: str) -> None:
+        command = ["/usr/bin/setpriv", "--pdeathsig", "KILL", "/usr/bin/swtpm", "socket", "--tpm2"]
+        command += ["--tpmstate", f"dir={self._state}", *words]
+        with (self.directory / "swtpm.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
 
     def _stop_process(self) -> None:
         process, self._process = self._process, None

@@ -28,6 +28,21 @@ MOUNT_NAMESPACE = "ns/mnt"
 
 
 @dataclass(frozen=True, slots=True)
+class Agent:
+    """Kata's agent, which runs the hook in a guest. Made by `oci_hook.guest`, never from what a container says.
+
+    Attributes:
+        pid: Of the process that called the hook.
+        executable: Absolute path of what it has to be, by root's configuration.
+        announce_fd: Gets one byte before the first model is attached; -1: none.
+    """
+
+    pid: int
+    executable: str
+    announce_fd: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class ContainerView:
     """What the state and config.json say of the container; none of it is believed without a look.
 
@@ -45,6 +60,7 @@ class ContainerView:
         memory_volumes: Destinations of the pod's own memory-backed volumes (emptyDir), as the engine's kubelet names
             them.
         annotations: All of config.json: a runtime may obey some of them.
+        agent: In a Kata guest, who called the hook; None elsewhere.
     """
 
     container_id: str
@@ -59,6 +75,7 @@ class ContainerView:
     mount_destinations: tuple[str, ...] = ()
     memory_volumes: frozenset[str] = frozenset()
     annotations: Mapping[str, str] = field(default_factory=dict)
+    agent: Agent | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import os
 import re
 from typing import cast
 
+from oci_hook.delivery.agent import AgentInit
 from oci_hook.delivery.container_init import ContainerInit
 from oci_hook.delivery.gofer import Gofer
 from oci_hook.delivery.holder import ContainerView, Holder, Runtime
@@ -58,6 +59,8 @@ def hold(container: ContainerView, *, runtime_directory: str, timeout_seconds: f
         raise HolderRefused("config.json joins another mount namespace by path")
     if container.pid <= 1:
         raise HolderRefused(f"the state names process {container.pid}")
+    if container.agent is not None:
+        return AgentInit(container, container.agent)
     leader = process_of_thread(container.pid)
     with HeldProcess(os.getppid()) as runtime:
         # 2. The runtime that runs this hook is one whose ways are known, and shares its kernel with the container.
