@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from oci_hook.errors import EngineUnsupported, HolderGone, SczError, SystemCallFailed
 from oci_hook.invocation import Invocation
 from oci_hook.oci.annotations import Requests, gather_requests, has_ours
-from oci_hook.oci.precreate import Precreate, container_id, parse_precreate, with_mounts
+from oci_hook.oci.precreate import Precreate, container_id, parse_precreate, with_mounts, with_prestart
 from oci_hook.oci.spec import MAX_SPEC_BYTES, Spec
 from oci_hook.oci.state import State
 
@@ -48,7 +48,7 @@ def main(invocation: Invocation) -> int:
             _write(data)
             return 0
         state = State(container_id(spec), creator, "", "creating", spec.annotations)
-        _verify_hook(given, invocation)
+        data = _with_hook(data, given, invocation)
         _deliver(data, spec, requests, state, invocation.config_file)
     except SczError as error:
         from oci_hook.report import report_refusal
@@ -76,20 +76,26 @@ def _requests(spec: Spec, invocation: Invocation) -> Requests | None:
     return requests
 
 
-def _verify_hook(given: Precreate, invocation: Invocation) -> None:
-    """Check that the prestart hook follows: it sees whether this is a VM.
+def _with_hook(data: bytes, given: Precreate, invocation: Invocation) -> bytes:
+    """See that our prestart hook follows, as it checks the runtime; config.json with it at `prestart`.
 
+    podman 5 makes `createRuntime` of what hooks.d has at `prestart`. Kata 1 does not know that stage, so there the hook
+    is added where podman 4 has it; where both are called, the second finds all done.
     poststop is not in config.json, as podman calls it itself; without it, a later start or the sweep removes the model.
 
     Raises:
         EngineUnsupported: The runtime will not call it, or that of another installation.
     """
     expected = Invocation("prestart", config_file=invocation.config_file, engine=ENGINE).command()[3:]
-    if not any(stage == "prestart" and list(words[3:]) == expected for stage, words in given.commands):
-        raise EngineUnsupported(
-            f"the runtime will not call {expected[0]} at prestart: nothing would check which runtime that is",
-            remedy="`sczctl install --engine podman --before-create` writes the hooks; `sczctl doctor` looks at them",
-        )
+    ours = {stage: hook for stage, words, hook in given.hooks if list(words[3:]) == expected}
+    if "prestart" in ours:
+        return data
+    if "createRuntime" in ours:
+        return with_prestart(data, ours["createRuntime"])
+    raise EngineUnsupported(
+        f"the runtime will not call {expected[0]} at prestart: nothing would check which runtime that is",
+        remedy="`sczctl install --engine podman --before-create` writes the hooks; `sczctl doctor` looks at them",
+    )
 
 
 def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, config_file: str) -> None:

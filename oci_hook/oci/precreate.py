@@ -3,7 +3,7 @@
 podman names the container in two places that its user does not write: the last part of `linux.cgroupsPath`, and the
 folder of the files that it mounts itself. Both have to say the same. What goes back is the very text that came, with
 our mounts behind the others: nothing is written anew, so nothing of it changes. Bytes in, bytes out.
-Sources: oci-hooks(5), "precreate"; what podman 4.3 passes, which the tests look at again.
+Sources: oci-hooks(5), "precreate"; what podman 4.3 and 5.4 pass, which the tests look at again.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Precreate:
 
     Attributes:
         spec: As the prestart hook will read it, too.
-        commands: Stage and arguments of each hook that the runtime will call: also those of hooks.d, but for
-            `poststop`, which podman calls itself.
+        hooks: Stage, arguments and the whole of each hook that the runtime will call: also those of hooks.d, but for
+            `poststop`, which podman calls itself. podman 5 gives those of `prestart` to the runtime as `createRuntime`.
     """
 
     spec: Spec
-    commands: tuple[tuple[str, tuple[str, ...]], ...]
+    hooks: tuple[tuple[str, tuple[str, ...], Mapping[str, Any]], ...]
 
 
 def parse_precreate(data: bytes) -> Precreate:
@@ -71,21 +71,22 @@ def parse_precreate(data: bytes) -> Precreate:
         if mount.is_bind and not entry["source"].startswith("/"):
             raise SpecInvalid(f"{_WHAT}: the source of the mount {shown(mount.destination)} is relative")
     hooks = document.get("hooks")
-    return Precreate(spec, tuple(_commands(Fields(hooks if hooks is not None else {}, what=_HOOKS, error=SpecInvalid))))
+    return Precreate(spec, tuple(_hooks(Fields({} if hooks is None else hooks, what=_HOOKS, error=SpecInvalid))))
 
 
-def _commands(fields: Fields) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _hooks(fields: Fields) -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Any]]]:
     for stage, entries in fields.rest().items():
         found = Fields({stage: [] if entries is None else entries}, what=_HOOKS, error=SpecInvalid)
-        for words in found.items(stage, _arguments, low=0, high=_MAX_HOOKS):
-            yield stage, words
+        for words, hook in found.items(stage, _arguments, low=0, high=_MAX_HOOKS):
+            yield stage, words, hook
 
 
-def _arguments(hook: object) -> tuple[str, ...]:
-    words = Fields(hook, what=_HOOKS, error=SpecInvalid).rest().get("args")
+def _arguments(value: object) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    hook = Fields(value, what=_HOOKS, error=SpecInvalid).rest()
+    words = hook.get("args")
     if not isinstance(words, list | None) or not all(isinstance(word, str) for word in words or ()):
         raise SpecInvalid(f"{_HOOKS}: the arguments of one are not strings")
-    return tuple(words or ())
+    return tuple(words or ()), hook
 
 
 def _verify_letters(members: Mapping[str, object], known: frozenset[str] | set[str]) -> None:
@@ -135,19 +136,33 @@ def with_mounts(data: bytes, entries: Sequence[Mapping[str, Any]]) -> bytes:
         data: What `parse_precreate` accepted.
         entries: OCI mounts; none: the text as it is.
     """
-    if not entries:
-        return data
+    return _with(data.decode(), "mounts", entries).encode() if entries else data
+
+
+def with_prestart(data: bytes, hook: Mapping[str, Any]) -> bytes:
+    """The same config.json with a further hook at prestart.
+
+    Args:
+        data: What `parse_precreate` accepted; it has hooks.
+        hook: An OCI hook.
+    """
     text = data.decode()
+    start, end = next((start, end) for name, start, end in _members(text) if name == "hooks")
+    return f"{text[:start]}{_with(text[start:end], 'prestart', [hook])}{text[end:]}".encode()
+
+
+def _with(text: str, member: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    """An object's text with entries behind those of a member that is a list, null or absent."""
     added = ",".join(json.dumps(entry, ensure_ascii=False, separators=(",", ":")) for entry in entries)
     for name, start, end in _members(text):
-        if name == "mounts":
-            mounts = json.loads(text[start:end])
-            if mounts is None:
-                return f"{text[:start]}[{added}]{text[end:]}".encode()
-            return f"{text[: end - 1]}{',' if mounts else ''}{added}{text[end - 1 :]}".encode()
+        if name == member:
+            there = json.loads(text[start:end])
+            if there is None:
+                return f"{text[:start]}[{added}]{text[end:]}"
+            return f"{text[: end - 1]}{',' if there else ''}{added}{text[end - 1 :]}"
     behind = _behind_space(text, 0) + 1
     comma = "" if text[_behind_space(text, behind)] == "}" else ","
-    return f'{text[:behind]}"mounts":[{added}]{comma}{text[behind:]}'.encode()
+    return f'{text[:behind]}"{member}":[{added}]{comma}{text[behind:]}'
 
 
 def _members(text: str) -> Iterator[tuple[str, int, int]]:

@@ -131,6 +131,11 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def gone(house: House) -> None:
+    """Nothing is left, without a sweep; conmon's clean-up comes after what podman answers."""
+    wait_until(lambda: house.left() == [])
+
+
 def checksums(place: str = "/models/small") -> str:
     return f"cd {place} && find . -type f ! -name model.json | sort | xargs sha256sum"
 
@@ -153,7 +158,7 @@ def refused(house: House, reason: str, *words: str, runtime: str | None = None) 
     assert not (trace / "ran").exists()
     assert set((house.like.folder / "seen").iterdir()) == seen
     assert house.scene.why().get("reason") == reason, (done, house.scene.why())
-    assert house.left() == []
+    gone(house)
     return done
 
 
@@ -169,7 +174,7 @@ def test_the_model_is_there_before_create_and_gone_afterwards(house: House) -> N
     assert {"ro", "nosuid", "nodev", "noexec"} <= set(mount.split()[5].split(","))
     assert "shared:" not in mount
     assert "Read-only file system" in done.stderr
-    assert house.left() == []
+    gone(house)
     events = [each["event"] for each in house.audit()][-3:]
     assert events == ["grant", "outcome", "closed"]
 
@@ -187,7 +192,14 @@ def test_config_json_is_the_same_but_for_the_entry(house: House) -> None:
     members = re.compile(rb',\{"destination":"/models/small"[^}]*\}')
     (added,) = members.findall(after)
     assert json.loads(added[1:]) == json.loads(written)
-    assert after.replace(added, b"") == before
+    rest = after.replace(added, b"")
+    hooks = json.loads(before)["hooks"]
+    if "prestart" not in hooks:  # podman 5 calls it createRuntime, which Kata 1 does not know
+        (hook,) = hooks["createRuntime"]
+        assert json.loads(rest)["hooks"] == {"prestart": [hook], "createRuntime": [hook]}
+        (added,) = re.findall(rb'"prestart":\[.*?\}\],', rest)
+        rest = rest.replace(added, b"")
+    assert rest == before
 
 
 def test_two_models_of_one_container(house: House) -> None:
@@ -209,7 +221,7 @@ def test_what_treats_hooks_as_kata_does_reads_the_model(house: House) -> None:
     (shown,) = json.loads(house.scene.sczctl("ps", "--json").stdout)
     assert shown["container_id"] == name
     podman.rm(name)
-    assert house.left() == []
+    gone(house)
 
 
 def test_two_containers_of_a_pod(house: House) -> None:
@@ -236,7 +248,7 @@ def test_two_containers_of_a_pod(house: House) -> None:
         assert read_sums(podman.call("exec", first, "sh", "-c", checksums()).stdout) == SUMS
     finally:
         podman.call("pod", "rm", "--force", "--time=0", "two")
-    assert house.left() == []
+    gone(house)
 
 
 def test_a_container_that_does_not_ask_for_a_vm_goes_the_ordinary_way(house: House) -> None:
@@ -252,9 +264,19 @@ def test_under_kata_the_ordinary_way_is_refused(house: House, requirement: str) 
     words = ["--annotation", "smm.scz/model=small:1"]
     words += ["--annotation", f"smm.scz/require={requirement}"] if requirement else []
     words += ["--volume", f"{house.scene.token('t6')}:{TOKEN_PATH}:ro"]
-    for runtime in (house.runc, house.like.runtime):
+    runtimes = [house.runc]
+    if int(house.scene.podman.call("--version").stdout.split()[-1].split(".")[0]) < 5:
+        runtimes.append(house.like.runtime)
+    for runtime in runtimes:
         done = refused(house, "HolderRefused", *words, runtime=runtime)
         assert "--before-create" in done.stderr + str(house.scene.why())
+    if len(runtimes) == 1:  # podman 5 gives Kata 1 no hook that it knows: it starts, and there is no model
+        name = house.scene.podman.create([*words, house.scene.image, "true"], runtime=house.like.runtime)
+        house.scene.podman.start_container(name)
+        wait_until(lambda: bool(house.like.seen(name)))
+        assert "/models/small" not in house.like.seen(name)
+        house.scene.podman.rm(name)
+        gone(house)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -286,7 +308,7 @@ def test_without_podmans_name_of_the_container(house: House) -> None:
     done = house.scene.podman.call("run", "--rm", "--network=none", *words, house.scene.image, "true",
                                    runtime="crun", check=False)  # fmt: skip
     assert f"exit status {CODES['EngineUnsupported']}" in done.stderr
-    assert house.left() == []
+    gone(house)
 
 
 def test_without_the_hook_that_checks_the_runtime(house: House) -> None:
@@ -337,7 +359,7 @@ def test_a_container_starts_again_and_again(house: House) -> None:
     for _ in range(3):
         started = podman.call("start", "--attach", name, check=False)
         assert read_sums(started.stdout) == SUMS, started.stderr
-        assert house.left() == []
+        gone(house)
         (last,) = re.findall(rb'"source":"([^"]*/bound/[^"]*)"', (house.recordings / "z-after").read_bytes())
         sources.append(last)
         (house.recordings / "z-after").unlink()
@@ -354,7 +376,7 @@ def test_restart_of_a_container_that_runs(house: House) -> None:
     wait_until(lambda: len(podman.call("logs", name).stdout.splitlines()) >= 3 * len(FILES))
     assert read_sums(podman.call("logs", name).stdout) == SUMS
     podman.rm(name)
-    assert house.left() == []
+    gone(house)
 
 
 @pytest.mark.parametrize("runtime", ["runc", "like"])
@@ -365,7 +387,7 @@ def test_removal_by_force(house: House, runtime: str) -> None:
     podman.start_container(name)
     assert house.left() != []
     podman.rm(name)
-    assert house.left() == []
+    gone(house)
 
 
 @pytest.mark.parametrize("runtime", ["runc", "like"])
@@ -441,7 +463,7 @@ def test_each_start_by_the_api_service_is_admitted_anew(house: House) -> None:
         (house.scene.host / "t20").write_text("no token any more")
         assert f"exit status {CODES['TokenMalformed']}" in start()
         assert house.scene.why()["reason"] == "TokenMalformed"
-        assert house.left() == []
+        gone(house)
     finally:
         service.terminate()
         service.wait(timeout=WAIT_SECONDS)

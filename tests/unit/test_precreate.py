@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from oci_hook.errors import EngineUnsupported, SczError, SpecInvalid
 from oci_hook.invocation import Invocation
-from oci_hook.oci.precreate import container_id, parse_precreate, with_mounts
+from oci_hook.oci.precreate import container_id, parse_precreate, with_mounts, with_prestart
 from oci_hook.oci.spec import MAX_SPEC_BYTES
 
 ID, OTHER = "8c85f2879375d37e40d06ecc138f2dd3474bfa10e36526e75c3637ccba68ebf5", "ab" * 32
@@ -243,6 +243,24 @@ def test_each_byte_but_the_new_mounts_stays(before: str, after: str | None) -> N
     assert with_mounts(before.encode(), []) == before.encode()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            '{"hooks":{"createRuntime":[{"a":1}]},"x":1}',
+            '{"hooks":{"prestart":[{"p":2}],"createRuntime":[{"a":1}]},"x":1}',
+        ),
+        (
+            '{"x":1, "hooks": { "prestart" : [ {"b":1}\n] } }',
+            '{"x":1, "hooks": { "prestart" : [ {"b":1}\n,{"p":2}] } }',
+        ),
+        ('{"hooks":{"prestart":null}}', '{"hooks":{"prestart":[{"p":2}]}}'),
+    ],
+)
+def test_a_hook_at_prestart_beside_the_others(before: str, after: str) -> None:
+    assert with_prestart(before.encode(), {"p": 2}).decode() == after
+
+
 def common(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
@@ -321,7 +339,7 @@ REFUSED = {
         "at prestart",
     ),
     "prestart at another stage": (
-        encoded(document(annotations=KATA, hooks={"createRuntime": HOOKS["prestart"]})),
+        encoded(document(annotations=KATA, hooks={"poststart": HOOKS["prestart"]})),
         "--engine podman",
         25,
         "at prestart",
