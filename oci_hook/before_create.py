@@ -39,6 +39,7 @@ from oci_hook.host import (
     bindings_of,
     close_container,
     close_ended,
+    close_removed,
     delivery_settings,
     held_models,
     load_host,
@@ -134,8 +135,11 @@ def _is_prepared(asking: Asking, host: Host) -> bool:
             )
         if earlier.creator == asking.creator and _has(earlier, asking, host):
             return True
-        if left := host_mounts.forget(records, earlier).left:
-            raise HolderRefused(f"a model of an earlier container of this name cannot be removed: {shown(left[0])}")
+        removed = host_mounts.forget(records, earlier)
+        if removed.left:
+            what = shown(removed.left[0])
+            raise HolderRefused(f"a model of an earlier container of this name cannot be removed: {what}")
+    close_removed(config, removed)
     return False
 
 

@@ -87,11 +87,20 @@ def sweep_host_mounts(config: Config) -> list[host_mounts.Removed]:
     """
     removed = host_mounts.sweep(config.runtime_directory)
     for each in removed:
-        if each.models:
-            _audit_closed(config, each.container_id, each.models)
-        if each.container_id and not each.left:
-            bindings_of(config).release(each.container_id, each.bundle)
+        close_removed(config, each)
     return removed
+
+
+def close_removed(config: Config, removed: host_mounts.Removed) -> None:
+    """A container is gone whose models were removed from the host's side: tell the audit log, free its token.
+
+    Raises:
+        CouldNotTell: The audit log cannot be written, or the token's record not removed.
+    """
+    if removed.models:
+        _audit_closed(config, removed.container_id, removed.models)
+    if removed.container_id and not removed.left:
+        bindings_of(config).release(removed.container_id, removed.bundle)
 
 
 def close_ended(config: Config) -> list[ContainerRecord]:

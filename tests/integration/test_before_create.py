@@ -25,6 +25,7 @@ import pytest
 from oci_hook.before_create import adopt, discard, known
 from oci_hook.config import load_config
 from oci_hook.errors import HolderRefused, all_errors
+from oci_hook.linux.processes import process_start_time
 from tests.integration.conftest import FILES, contents
 from tests.runtimes import make_bundle
 from tests.scene import TOKEN_PATH, Scene
@@ -154,6 +155,16 @@ def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def sleeping() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives until it is killed, or the block ends."""
+    with subprocess.Popen(["/bin/sleep", "600"]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def read(stdout: str) -> dict[str, str]:
@@ -496,19 +507,19 @@ def test_asked_twice_it_is_made_once(vms: Sandboxes) -> None:
     first, second = ask(vms.scene, "twice", bundle), ask(vms.scene, "twice", bundle)
     assert (first.returncode, first.stdout) == (second.returncode, second.stdout) == (0, first.stdout)
     assert len(vms.mounts()) == len(vms.records()) == 1
-    # By another creator it is another container, and the one before is gone.
-    with subprocess.Popen(["/bin/sleep", "600"]) as sleeper:
-        try:
-            creator = (sleeper.pid, int(Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(") ")[2].split()[19]))
-            third = ask(vms.scene, "twice", vms.bundle(), creator=creator)
-            assert third.returncode == 0
-        finally:
-            sleeper.kill()
-    vms.scene.sczctl("sweep")  # both: one has lost its bundle's name, one its creator
-    for path in vms.scene.runtime_directory.glob("host-mounts/*.json"):
-        record = json.loads(path.read_text())
-        assert record["creator"] != list(creator)
-    shutil.rmtree(bundle)
+    # Another creator makes another container of that name: what was made for the one before is emptied and gone.
+    (path,) = vms.mounts()
+    held = os.open(f"{path}/config.json", os.O_RDONLY)
+    with sleeping() as sleeper:
+        started = process_start_time(sleeper.pid)
+        assert started is not None
+        third = ask(vms.scene, "twice", bundle, creator=(sleeper.pid, started))
+        assert (third.returncode, third.stdout) == (0, first.stdout)
+        assert [record["creator"] for record in vms.records()] == [[sleeper.pid, started]]
+        assert len(vms.mounts()) == 1
+        assert os.pread(held, 99, 0) == b""
+        os.close(held)
+        sleeper.kill()
     vms.scene.sczctl("sweep")
     assert vms.left() == []
 
@@ -528,7 +539,7 @@ def test_what_the_nri_plugin_calls(vms: Sandboxes) -> None:
     before_create(vms.scene, "adopted", adopted, known=False)
     before_create(vms.scene, "never", never, known=False)
     assert known(config) == ("adopted", "never")
-    with subprocess.Popen(["/bin/sleep", "600"]) as hypervisor:
+    with sleeping() as hypervisor:
         adopt("adopted", "", hypervisor.pid, config)
         adopt("adopted", "", hypervisor.pid, config)
         with pytest.raises(HolderRefused, match="another process's"):
