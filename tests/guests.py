@@ -36,6 +36,7 @@ SHARE_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "virtiofs")
 #: The last line of a guest's console.
 ENDED = re.compile(r"^guest: ended (\d+)$")
 
+_PACKAGE = "linux-image-amd64"
 _BUSYBOX = Path("/bin/busybox")
 _VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _FIRMWARE, _VARIABLES = Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
@@ -113,16 +114,11 @@ def fetch_kernel(folder: Path) -> Kernel:
         folder: Where to; a new folder, the caller's to remove.
     """
     folder.mkdir(parents=True)
-    package = _run(folder, "apt-cache", "depends", "--important", "linux-image-amd64")
-    found = re.search(r"Depends: (linux-image-\S+)", package)
-    if found is None:
-        raise GuestError(f"linux-image-amd64 depends on no kernel: {package}")
-    download = ("apt-get", "-o", "APT::Sandbox::User=root", "-qq", "download", found[1])
     try:
-        _run(folder, *download)
-    except GuestError:  # the machine's package lists are older than the mirror
+        _download(folder)
+    except GuestError:  # the machine has no package lists, or they are older than the mirror
         _run(folder, "apt-get", "-qq", "update")
-        _run(folder, *download)
+        _download(folder)
     (archive,) = folder.glob("linux-image-*.deb")
     wanted = ["./boot/vmlinuz-*", "*/modules.builtin", *(f"*/kernel/{part}/*" for part in _UNPACKED)]
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, env=_ENVIRONMENT) as data:
@@ -137,6 +133,13 @@ def fetch_kernel(folder: Path) -> Kernel:
     (names,) = folder.glob("**/modules.builtin")
     builtin = frozenset(Path(line).stem.replace("-", "_") for line in names.read_text().splitlines())
     return Kernel(image.name.removeprefix("vmlinuz-"), image, modules, builtin, _unpack(image, folder / "vmlinux"))
+
+
+def _download(folder: Path) -> None:
+    found = re.search(r"Depends: (linux-image-\S+)", _run(folder, "apt-cache", "depends", "--important", _PACKAGE))
+    if found is None:
+        raise GuestError(f"{_PACKAGE} depends on no kernel")
+    _run(folder, "apt-get", "-o", "APT::Sandbox::User=root", "-qq", "download", found[1])
 
 
 def _unpack(image: Path, plain: Path) -> Path | None:

@@ -69,6 +69,20 @@ def test_podman_starts_a_guest_that_reads_the_model(host: Scene, runtime: str) -
     assert left(host) == []
 
 
+def test_a_running_container_keeps_its_model_until_it_is_removed(host: Scene, runtime: str) -> None:
+    """It is bound to podman's monitor, as Kata 1's own `create` has ended: a sweep leaves it."""
+    options = ["--detach", "--name", "running"]
+    command, token = ["sleep", "600"], host.token()
+    done = host.run(
+        host.image, command, model="small:1", token=token, runtime=runtime, annotations=KATA, options=options
+    )
+    assert done.returncode == 0, (done, host.why())
+    host.sczctl("sweep")
+    assert len([line for line in left(host) if "/bound/" in line]) == 1
+    host.podman.rm("running")
+    assert left(host) == []
+
+
 def test_without_a_token_there_is_no_guest(host: Scene, runtime: str) -> None:
     done = host.run(host.image, ["true"], model="small:1", token=None, runtime=runtime, annotations=KATA)
     assert done.returncode not in (0, 7)
