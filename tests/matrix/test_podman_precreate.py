@@ -372,7 +372,8 @@ def test_restart_of_a_container_that_runs(house: House) -> None:
     name = podman.create([*house.words(token="t13"), house.scene.image, "sh", "-c", script], runtime=house.runc)
     podman.start_container(name)
     for number in range(1, 4):
-        wait_until(lambda lines=number * len(FILES): len(podman.call("logs", name).stdout.splitlines()) >= lines)
+        written = number * len(FILES)
+        wait_until(lambda: len(podman.call("logs", name).stdout.splitlines()) >= written)  # noqa: B023 - called at once
         if number < 3:
             podman.call("restart", "--time=0", name)
     assert read_sums(podman.call("logs", name).stdout) == SUMS
