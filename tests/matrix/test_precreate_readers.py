@@ -47,7 +47,9 @@ class Place:
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in self.podman.environment.items() if name != "CONTAINERS_CONF"}
-        command = self.podman.command(*words)
+        verb, *rest = words
+        parent = [f"--cgroup-parent=/{self.podman._name}"] if verb == "run" else []
+        command = self.podman.command(verb, *parent, *rest)
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
     def build(self, *words: str) -> subprocess.CompletedProcess[str]:
