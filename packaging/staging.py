@@ -49,6 +49,7 @@ TREES = (
     Tree("config/containers.conf.d", f"{DOC}/examples/containers.conf.d"),
     Tree("config/crio", f"{DOC}/examples/crio"),
     Tree("config/docker", f"{DOC}/examples/docker"),
+    Tree("config/guest", f"{DOC}/examples/guest"),
     Tree("config/podman", f"{DOC}/examples/podman"),
     Tree("build/man", "usr/share/man", compress=True),
     Tree("build/completions/bash", "usr/share/bash-completion/completions"),
