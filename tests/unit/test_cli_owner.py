@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -109,6 +110,7 @@ def on_a_terminal(words: list[str], answers: list[tuple[bytes, bytes]]) -> tuple
     """Run a command on a terminal of its own; after each expected text, type an answer."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored below a shell's background job
         os.execv(sys.executable, [sys.executable, "-c", "from oci_hook.cli import main; main()", *words])
     shown, waiting = b"", b""
     deadline = time.monotonic() + 30
