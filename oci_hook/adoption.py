@@ -44,7 +44,7 @@ def adopt_prepared(state: State, spec: Spec, requests: Requests, config: Config)
         HolderRefused: Another process has adopted them.
         CouldNotTell: A record, a lock or /proc cannot be used.
     """
-    record = _prepared(state.container_id, state.bundle, config)
+    record = _prepared(state.container_id, state.bundle, config, spec)
     if record is None:
         return False
     if record.is_stale():  # of an earlier container; the sweep could not have the lock
@@ -59,9 +59,36 @@ def adopt_prepared(state: State, spec: Spec, requests: Requests, config: Config)
         # 3. The runtime will find the models there.
         verify_in_place(record)
         process = lasting_process(state.pid, runtime)
-    _adopt(state.container_id, state.bundle, process, config)
+    _adopt(state.container_id, state.bundle, process, config, spec)
     forget_refusal(config.runtime_directory, state.container_id, bundle=state.bundle)
     return True
+
+
+def verify_none_prepared(state: State, spec: Spec, config: Config) -> None:
+    """prestart of a container that asks for no model: refuse it if models came before its `create` all the same.
+
+    What asked for them is gone from config.json, and the bind entries may be there still, under any runtime.
+
+    Args:
+        state: What the runtime says.
+        spec: config.json.
+        config: The host's configuration.
+
+    Raises:
+        DestinationRefused: They did.
+        CouldNotTell: A record, the lock or the audit log cannot be used.
+    """
+    record = _prepared(state.container_id, state.bundle, config, spec)
+    if record is None:
+        return
+    if record.is_stale():  # of an earlier container of this name: emptied before this one begins
+        close_container(record.container_id, record.bundle, config)
+        return
+    raise DestinationRefused(
+        f"models were made ready for the container {shown(state.container_id)} before its create, and config.json no "
+        "longer asks for them",
+        remedy="let nothing change annotations behind scz-runtime, precreate or scz-nri, and start the container again",
+    )
 
 
 def _verify_references(record: BoundRecord, requests: Requests, config: Config) -> None:
@@ -93,12 +120,12 @@ def adopt(container_id: str, bundle: str, pid: int, config: Config) -> None:
         _adopt(container_id, bundle, (process.pid, process.start_time), config)
 
 
-def _adopt(container_id: str, bundle: str, process: tuple[int, int], config: Config) -> None:
+def _adopt(container_id: str, bundle: str, process: tuple[int, int], config: Config, spec: Spec | None = None) -> None:
     """Whatever ends this half-way, the host's record comes last: until then it is stale with the creator."""
     records = HostRecords(config.runtime_directory)
     with records.locked(timeout_seconds=LOCK_SECONDS):
-        record = records.find(container_id, bundle)
-        if not isinstance(record, BoundRecord):
+        record = _prepared(container_id, bundle, config, spec)
+        if record is None:
             raise HolderRefused(f"nothing was made ready for the container {shown(container_id)} before its create")
         if record.is_held_by_another(process):
             raise HolderRefused(f"the models of the container {shown(container_id)} are another process's")
@@ -145,7 +172,14 @@ def withdraw_own(container_id: str, bundle: str, creator: tuple[int, int], confi
         close_container(record.container_id, record.bundle, config)
 
 
-def _prepared(container_id: str, bundle: str, config: Config) -> BoundRecord | None:
+def _prepared(container_id: str, bundle: str, config: Config, spec: Spec | None = None) -> BoundRecord | None:
+    """The container's record; with config.json also that of a living one of its id, whose models it is shown."""
     records = HostRecords(config.runtime_directory)
-    record = records.find(container_id, bundle) if records.exist() else None
+    if not records.exist():
+        return None
+    record = records.find(container_id, bundle)
+    if record is None and spec is not None:
+        another, sources = records.load(container_id, ""), {mount.source for mount in spec.mounts}
+        if isinstance(another, BoundRecord) and not sources.isdisjoint(mount.path for mount in another.mounts):
+            return another
     return record if isinstance(record, BoundRecord) else None

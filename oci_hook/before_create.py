@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from oci_hook.admission import Admission, Container, Host, admit
-from oci_hook.adoption import LOCK_SECONDS, adopt
+from oci_hook.adoption import LOCK_SECONDS, adopt, withdraw_own
 from oci_hook.bound_checks import (
     OPTIONS,
     BindEntry,
@@ -30,10 +30,11 @@ from oci_hook.delivery import host_mounts
 from oci_hook.delivery.bound import Bound
 from oci_hook.delivery.deliver import Attached, ContainerView, Delivery
 from oci_hook.delivery.holder import Runtime
-from oci_hook.delivery.host_records import BoundRecord, HostRecords
+from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostRecords
 from oci_hook.documents import shown
 from oci_hook.errors import DestinationRefused, HolderRefused, SczError, SystemCallFailed
 from oci_hook.host import (
+    audit_closed,
     audit_grants,
     audit_outcome,
     bindings_of,
@@ -53,7 +54,7 @@ from oci_hook.linux import mounts
 from oci_hook.oci.annotations import ModelRequest, Requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Spec
-from oci_hook.records import ContainerRecords
+from oci_hook.records import ContainerRecord, ContainerRecords
 
 __all__ = ["OPTIONS", "Asking", "BindEntry", "adopt", "discard", "known", "prepare"]
 
@@ -84,8 +85,8 @@ class Asking:
 def prepare(asking: Asking, config: Config) -> tuple[BindEntry, ...]:
     """Admit, decrypt and seal what a container asks for, and attach it on the host's side.
 
-    Whatever raises leaves nothing. For a container that has been prepared by the same creator the entries are those of
-    its record again.
+    Whatever raises leaves nothing. A container that the same creator has had prepared, with the same bundle, is
+    admitted anew, and what was decrypted stays; where no bundle is known, that goes, and it is decrypted anew, too.
 
     Args:
         asking: Who asks; with no model in its requests the answer is empty.
@@ -109,53 +110,73 @@ def prepare(asking: Asking, config: Config) -> tuple[BindEntry, ...]:
     with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
         sweep_host_mounts(config)
     close_ended(config)
-    if not _is_prepared(asking, host):
-        _deliver(asking, runtime, entries, host, began=began)
+    _made_ready(asking, host)  # what an earlier one left goes before the folder is locked, which goes with it
+    _deliver(asking, runtime, entries, host, began=began)
     return entries
 
 
-def _is_prepared(asking: Asking, host: Host) -> bool:
-    """Whether the same creator has had this done; what is left of an earlier container of this name is removed.
+def _made_ready(asking: Asking, host: Host, *, is_locked: bool = False) -> ContainerRecord | None:
+    """What the same creator has had made ready for this very container; what is left of an earlier one is removed.
+
+    Args:
+        asking: Who asks.
+        host: Where.
+        is_locked: The container's folder is: what is there by now is another preparation's, and stays.
 
     Raises:
-        HolderRefused: A container of this name lives, or what it left cannot be removed.
+        HolderRefused: A container of this name lives, what it left cannot be removed, or another one was faster.
     """
-    config = host.config
-    records = HostRecords(config.runtime_directory)
-    if not records.exist():
-        return False
-    with records.locked(timeout_seconds=LOCK_SECONDS):
-        earlier = records.find(asking.container_id, asking.bundle)
-        if not isinstance(earlier, BoundRecord):
-            return False
-        if earlier.is_held_by_another(asking.creator):
-            raise HolderRefused(
-                f"a container {shown(asking.container_id)} has its models from before its create, and lives",
-                remedy="end it first; `sczctl ps` shows its process",
-            )
-        if earlier.creator == asking.creator and _has(earlier, asking, host):
-            return True
-        removed = host_mounts.forget(records, earlier)
-        if removed.left:
-            what = shown(removed.left[0])
-            raise HolderRefused(f"a model of an earlier container of this name cannot be removed: {what}")
-    close_removed(config, removed)
-    return False
+    config, name = host.config, shown(asking.container_id)
+    records, removed = HostRecords(config.runtime_directory), None
+    if records.exist():
+        with records.locked(timeout_seconds=LOCK_SECONDS):
+            # One without a bundle is another container's where this one has one.
+            earlier = (records.load if asking.bundle else records.find)(asking.container_id, asking.bundle)
+            if isinstance(earlier, BoundRecord):
+                if (kept := _of_the_same(earlier, asking, host)) is not None:
+                    return kept
+                if earlier.is_held_by_another(NOBODY):
+                    raise HolderRefused(
+                        f"a container {name} has its models from before its create, and lives",
+                        remedy="end it first; `sczctl ps` shows its process",
+                    )
+                if is_locked:
+                    raise HolderRefused(f"another process has made the models of the container {name} ready meanwhile")
+                removed = host_mounts.forget(records, earlier)
+                if removed.left:
+                    what = shown(removed.left[0])
+                    raise HolderRefused(f"a model of an earlier container of this name cannot be removed: {what}")
+    if removed is not None:
+        close_removed(config, removed)
+    living = ContainerRecords(config.runtime_directory).load(asking.container_id, asking.bundle)
+    if living is not None and living.is_alive() and (living.pid, living.start_time) != asking.creator:
+        raise HolderRefused(
+            f"a container {name} with this bundle has its models, and lives",
+            remedy="end it first; `sczctl ps` shows its process",
+        )
+    return None
 
 
-def _has(record: BoundRecord, asking: Asking, host: Host) -> bool:
-    """Whether a record is of exactly what is asked for, and its models are in place."""
-    delivered = ContainerRecords(host.config.runtime_directory).delivered(
-        asking.container_id, record.bundle, *asking.creator
-    )
-    wanted = asking.requests.models
-    if delivered is None or record.runtime != asking.runtime or not_delivered(wanted, delivered, host.store):
-        return False
+def _of_the_same(record: BoundRecord, asking: Asking, host: Host) -> ContainerRecord | None:
+    """What was made ready, if it is exactly what is asked for, by the same creator, and in its place.
+
+    A container whose bundle is not known may be another of that name: an engine's service creates many.
+    """
+    if not asking.bundle or record.creator != asking.creator or record.runtime != asking.runtime:
+        return None
+    if record.is_held_by_another(asking.creator):
+        return None
+    records, wanted = ContainerRecords(host.config.runtime_directory), asking.requests.models
+    delivered = records.delivered(asking.container_id, asking.bundle, *asking.creator)
+    if delivered is None or not_delivered(wanted, delivered, host.store):
+        return None
     try:
         verify_in_place(record)
     except DestinationRefused:
-        return False
-    return [mount.destination for mount in record.mounts] == [request.destination for request in wanted]
+        return None
+    destinations = [request.destination for request in wanted]
+    is_same = [mount.destination for mount in record.mounts] == list(delivered.destinations) == destinations
+    return delivered if is_same and len(delivered.held) == len(wanted) else None
 
 
 def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], host: Host, *, began: float) -> None:
@@ -175,8 +196,10 @@ def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], hos
         )
 
     with Delivery(_view(asking), settings, find=find) as delivery, ExitStack() as bundles, ExitStack() as undo:
-        undo.callback(_forget, asking, config)
-        delivery.prepare([f"/{number}" for number in range(len(wanted))])
+        kept = _made_ready(asking, host, is_locked=True)
+        undo.callback(_forget if kept is None else _withdraw, asking, config)
+        if kept is None:
+            delivery.prepare([f"/{number}" for number in range(len(wanted))])
         container = Container(
             container_id=asking.container_id,
             bundle=asking.bundle,
@@ -187,18 +210,58 @@ def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], hos
             token=load_token(asking.spec.mounts, asking.requests.token_path or config.token_path),
         )
         admissions = [_admit(request, bundles, asking, container, host) for request in wanted]
-        models = [replace(admission.delivery(), destination=f"/{n}") for n, admission in enumerate(admissions)]
-        delivery.fill(models)
-        audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
-        record = open_record(container, admissions, None, keeper=delivery.keeper, seconds=host.clock())
-        records = ContainerRecords(config.runtime_directory)
-        records.write(record)
-        attached = _in_container(delivery.attach(), wanted)
-        for entry in entries:
-            mounts.make_private(entry.source)
-        records.mark_delivered(record, held_models(admissions, attached))
+        if kept is None:
+            record, attached = _attach(delivery, entries, container, admissions, host, undo)
+        else:
+            record, attached = kept, _keep(kept, asking, container, admissions, host)
         audit_outcome(host, container, record, attached, seconds=time.monotonic() - began)
         undo.pop_all()
+
+
+def _attach(
+    delivery: Delivery,
+    entries: Sequence[BindEntry],
+    container: Container,
+    admissions: Sequence[Admission],
+    host: Host,
+    undo: ExitStack,
+) -> tuple[ContainerRecord, tuple[Attached, ...]]:
+    """Fill and attach what was admitted; the record, and what is visible now."""
+    models = [replace(admission.delivery(), destination=f"/{n}") for n, admission in enumerate(admissions)]
+    delivery.fill(models)
+    record = open_record(container, admissions, None, keeper=delivery.keeper, seconds=host.clock())
+    audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
+    undo.callback(_tell_closed, record, host.config)
+    records = ContainerRecords(host.config.runtime_directory)
+    records.write(record)
+    attached = _in_container(delivery.attach(), [admission.request for admission in admissions])
+    for entry in entries:
+        mounts.make_private(entry.source)
+    records.mark_delivered(record, held_models(admissions, attached))
+    return record, attached
+
+
+def _keep(
+    kept: ContainerRecord, asking: Asking, container: Container, admissions: Sequence[Admission], host: Host
+) -> tuple[Attached, ...]:
+    """What was made ready before and was admitted again: it is visible, and the audit log is told of the decision.
+
+    Raises:
+        HolderRefused: It is another version's by now, or was taken away meanwhile.
+        CouldNotTell: The audit log cannot be written.
+    """
+    is_same = kept.manifests == tuple(admission.manifest.digest for admission in admissions)
+    if not is_same or _made_ready(asking, host, is_locked=True) != kept:
+        raise HolderRefused(
+            f"the models that were made ready for the container {shown(asking.container_id)} are not those that it "
+            "would get now",
+            remedy="start the container again",
+        )
+    audit_grants(host, container, admissions)
+    return tuple(
+        Attached(request.slot, request.destination, held.fsid, held.device, held.mount_id, held.size_bytes)
+        for request, held in zip(asking.requests.models, kept.held, strict=True)
+    )
 
 
 def _admit(request: ModelRequest, bundles: ExitStack, asking: Asking, container: Container, host: Host) -> Admission:
@@ -228,10 +291,23 @@ def _view(asking: Asking) -> ContainerView:
 
 
 def _forget(asking: Asking, config: Config) -> None:
-    """Undo what was remembered of a container that will not be."""
+    """Undo what was remembered of a container that will not be; what names another process stays."""
+    name, creator = (asking.container_id, asking.bundle), asking.creator
     with suppress(SczError):
-        ContainerRecords(config.runtime_directory).close(asking.container_id, asking.bundle)
-        bindings_of(config).release(asking.container_id, asking.bundle)
+        ContainerRecords(config.runtime_directory).close(*name, process=creator)
+    with suppress(SczError):
+        bindings_of(config).release(*name, process=creator)
+
+
+def _tell_closed(record: ContainerRecord, config: Config) -> None:
+    with suppress(SczError):
+        audit_closed(config, record.container_id, record.models)
+
+
+def _withdraw(asking: Asking, config: Config) -> None:
+    """A container that is not admitted again loses what it was admitted to before, unless it lives by now."""
+    with suppress(SczError):
+        withdraw_own(asking.container_id, asking.bundle, asking.creator, config)
 
 
 # --- what was made ready ----------------------------------------------------------------------------------------------
@@ -249,6 +325,7 @@ def discard(container_id: str, bundle: str, config: Config) -> None:
         config: The host's configuration.
 
     Raises:
+        HolderRefused: No bundle is known, and there are several records of this id.
         SystemCallFailed: A model stays mounted; a sweep will try again.
         CouldNotTell: A record, the lock or the audit log cannot be used.
     """

@@ -25,7 +25,10 @@ from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
 
 if TYPE_CHECKING:
     from oci_hook.delivery.holder import Agent
+    from oci_hook.oci.spec import Spec
 
+_RUNTIME_DIRECTORY, _BOUND = "/run/scz-smm", "bound"  # of `config`, which costs a parser, and `delivery.bound_folders`
+_MAX_CONFIG_BYTES = 64 << 10
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _USAGE = (
     f"usage: scz-hook [--config FILE] [--engine {'|'.join(ENGINES)}] [--request KEY=VALUE]... [--spec-digest HEX] "
@@ -48,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _before_create(invocation)
         state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
         # Some runtimes pass no annotations: config.json has them. A digest is looked at whatever is there by now.
-        if not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest:
+        asks = not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest
+        if asks or _may_be_ready(state, invocation.config_file):
             _RUN[invocation.stage](state, invocation)
     except SczError as error:
         return _refuse(invocation.config_file, state, error)
@@ -95,10 +99,39 @@ def _withdraw(state: State, config_file: str) -> None:
 
     with suppress(SczError):  # a sweep does the same; what is told is why the container may not start
         config = load_config(config_file)
-        if os.path.isdir(os.path.join(config.runtime_directory, "bound")):
+        if os.path.isdir(os.path.join(config.runtime_directory, _BOUND)):
             from oci_hook.adoption import withdraw
 
             withdraw(state, config)
+
+
+def _may_be_ready(state: State, config_file: str) -> bool:
+    """Whether models came before a `create` of this name; it asks for none, or none any more.
+
+    One look at a folder, and no import, where that never happened on this host.
+    """
+    directory = _runtime_directory(config_file)
+    if directory is None or not os.path.isdir(os.path.join(directory, _BOUND)):
+        return False
+    from oci_hook.delivery.host_records import HostRecords
+
+    return HostRecords(directory).may_concern(state.container_id, state.bundle)
+
+
+def _runtime_directory(config_file: str) -> str | None:
+    """Without the parser of the configuration, unless a line of it may name another; None: it cannot be used."""
+    try:
+        with open(config_file, "rb") as file:
+            lines = file.read(_MAX_CONFIG_BYTES).splitlines()
+    except OSError:
+        lines = []
+    if not any(b"runtime" in line or b"\\" in line for line in lines if not line.lstrip().startswith(b"#")):
+        return _RUNTIME_DIRECTORY
+    from oci_hook.config import load_config
+
+    with suppress(SczError):  # whoever asks for a model is told; nothing can have been made ready by it
+        return load_config(config_file).runtime_directory
+    return None
 
 
 def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -> None:
@@ -109,6 +142,7 @@ def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -
     spec = load_spec(state.bundle, digest=invocation.spec_digest)
     annotations = merge_annotations(state.annotations, spec.annotations)
     if not has_ours(annotations) and not invocation.requests:
+        _verify_none_prepared(state, spec, invocation)
         return
 
     from oci_hook.config import load_config
@@ -121,11 +155,21 @@ def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -
     harden_process()
     config = load_config(invocation.config_file)
     facts = read_engine_facts(invocation.engine or config.engine, annotations)
-    if facts.is_sandbox:
-        return
-    requests = gather_requests(annotations, invocation.requests, facts.container_name)
-    if requests.models:
-        deliver(state, spec, facts, requests, config, agent)
+    if not facts.is_sandbox:
+        requests = gather_requests(annotations, invocation.requests, facts.container_name)
+        if requests.models:
+            deliver(state, spec, facts, requests, config, agent)
+            return
+    _verify_none_prepared(state, spec, invocation)
+
+
+def _verify_none_prepared(state: State, spec: Spec, invocation: Invocation) -> None:
+    """A container that asks for nothing: refused if its models came before its `create` all the same."""
+    if _may_be_ready(state, invocation.config_file):
+        from oci_hook.adoption import verify_none_prepared
+        from oci_hook.config import load_config
+
+        verify_none_prepared(state, spec, load_config(invocation.config_file))
 
 
 def _start_in_guest(state: State, invocation: Invocation) -> None:

@@ -98,7 +98,7 @@ def close_removed(config: Config, removed: host_mounts.Removed) -> None:
         CouldNotTell: The audit log cannot be written, or the token's record not removed.
     """
     if removed.models:
-        _audit_closed(config, removed.container_id, removed.models)
+        audit_closed(config, removed.container_id, removed.models)
     if removed.container_id and not removed.left:
         bindings_of(config).release(removed.container_id, removed.bundle)
 
@@ -111,7 +111,7 @@ def close_ended(config: Config) -> list[ContainerRecord]:
     """
     ended = ContainerRecords(config.runtime_directory).sweep()
     for record in ended:
-        _audit_closed(config, record.container_id, record.models)
+        audit_closed(config, record.container_id, record.models)
     return ended
 
 
@@ -135,12 +135,13 @@ def close_container(container_id: str, bundle: str, config: Config) -> None:
         record = ContainerRecords(config.runtime_directory).close(container_id, each)
         bindings_of(config).release(container_id, each)
         if record is not None:
-            _audit_closed(config, record.container_id, record.models)
+            audit_closed(config, record.container_id, record.models)
     if removed is not None and removed.left:
         raise SystemCallFailed(f"a model stays mounted on the host: {'; '.join(removed.left)}")
 
 
-def _audit_closed(config: Config, container_id: str, models: Sequence[str]) -> None:
+def audit_closed(config: Config, container_id: str, models: Sequence[str]) -> None:
+    """Tell that a container has its models no longer."""
     named = ", ".join(models)
     AuditLog(config.audit_file).append("closed", container=container_id, model=named)
     tell("closed", f"container {shown(container_id, 64)}: {named} gone", container=container_id, model=named)

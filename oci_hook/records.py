@@ -191,9 +191,17 @@ class ContainerRecords:
                 return None
             raise
 
+    def load(self, container_id: str, bundle: str) -> ContainerRecord | None:
+        """A container's record; None if there is none.
+
+        Raises:
+            FileUnreadable: It cannot be read, or was not written by us.
+        """
+        return self._load(self._path(container_id, bundle))
+
     def delivered(self, container_id: str, bundle: str, pid: int, start_time: int) -> ContainerRecord | None:
         """What this very process was given already, if anything."""
-        record = self._load(self._path(container_id, bundle))
+        record = self.load(container_id, bundle)
         if record is None or not record.delivered or (record.pid, record.start_time) != (pid, start_time):
             return None
         return record
@@ -255,8 +263,15 @@ class ContainerRecords:
             if bundle != earlier:
                 os.unlink(self._path(container_id, earlier))
 
-    def close(self, container_id: str, bundle: str) -> ContainerRecord | None:
+    def close(
+        self, container_id: str, bundle: str, *, process: tuple[int, int] | None = None
+    ) -> ContainerRecord | None:
         """Remove a container's record; returns it, or None if there was none.
+
+        Args:
+            container_id: The container's.
+            bundle: Its OCI bundle.
+            process: Pid and start time; a record that names another process stays. None: whatever it names.
 
         Raises:
             FileUnreadable: It cannot be read.
@@ -267,6 +282,8 @@ class ContainerRecords:
             return None
         with self._locked():
             record = self._load(path)
+            if record is not None and process not in (None, (record.pid, record.start_time)):
+                return None
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         return record

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 
 from oci_hook.delivery import host_mounts
@@ -20,7 +20,7 @@ from oci_hook.delivery.bound_folders import folder_of, lock_folder, remove_folde
 from oci_hook.delivery.holder import Ground, Holder, RootIdentity, Runtime, own_mount_namespace
 from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostMount, HostRecords
 from oci_hook.documents import shown
-from oci_hook.errors import HolderGone, HolderRefused, SystemCallFailed
+from oci_hook.errors import FileUnreadable, HolderGone, HolderRefused, SystemCallFailed
 from oci_hook.linux.processes import HeldProcess
 from oci_hook.locks import lock_descriptor
 
@@ -122,7 +122,9 @@ class Bound(Holder):
             if kind is not None:
                 if self._record is not None:
                     host_mounts.forget(self._records, self._record)
-                remove_folder(self._folder)
+                with suppress(FileUnreadable):
+                    if self._records.load(self._container_id, self._bundle) is None:  # else the folder is that record's
+                        remove_folder(self._folder)
         finally:
             super().__exit__(kind, value, traceback)
 

@@ -16,8 +16,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from oci_hook.documents import Fields, canonical, parse_object
-from oci_hook.errors import FileUnreadable, SystemCallFailed
+from oci_hook.documents import Fields, canonical, parse_object, shown
+from oci_hook.errors import FileUnreadable, HolderRefused, SystemCallFailed
 from oci_hook.linux.processes import process_start_time
 from oci_hook.locks import lock_descriptor
 from oci_hook.trusted_file import load_root_file, make_private_directory, remove_half_written, replace_file
@@ -202,22 +202,43 @@ class HostRecords:
     def find(self, container_id: str, bundle: str) -> Record | None:
         """A container's record; also one that was made before its bundle was known, or by its bundle's real path.
 
+        Two namespaces of containerd may use one id: a record without a bundle that a living process has adopted is not
+        that of a container which names its own.
+
         Args:
             container_id: The engine's.
             bundle: Empty: not known; then the one record of this id whose models came before `create`.
 
         Raises:
+            HolderRefused: No bundle is known, and there are several records of this id.
             FileUnreadable: It cannot be read, or was not written by us.
         """
         for path in dict.fromkeys((bundle, os.path.realpath(bundle) if bundle else "", "")):
-            if (record := self.load(container_id, path)) is not None and (
-                path == bundle or isinstance(record, BoundRecord)
-            ):
+            record = self.load(container_id, path)
+            if record is None or (path != bundle and not isinstance(record, BoundRecord)):
+                continue
+            if path or not bundle or not (isinstance(record, BoundRecord) and record.is_held_by_another(NOBODY)):
                 return record
         if bundle:
             return None
         of_this_id = [each for each in self.bound() if each.container_id == container_id]
-        return of_this_id[0] if len(of_this_id) == 1 else None
+        if len(of_this_id) > 1:
+            bundles = ", ".join(shown(each.bundle) for each in of_this_id)
+            raise HolderRefused(
+                f"models were made ready for several containers {shown(container_id)}, and it is not known which is "
+                f"meant: {bundles}",
+                remedy="end the others of this id; then `sczctl sweep`",
+            )
+        return of_this_id[0] if of_this_id else None
+
+    def may_concern(self, container_id: str, bundle: str) -> bool:
+        """Whether models came before a `create` of this id, with this bundle or before one was known.
+
+        Raises:
+            FileUnreadable: A record cannot be read, or was not written by us.
+        """
+        paths = dict.fromkeys((bundle, os.path.realpath(bundle), ""))
+        return any(isinstance(self.load(container_id, path), BoundRecord) for path in paths)
 
     def bound(self) -> tuple[BoundRecord, ...]:
         """Every record of a container whose models came before `create`."""

@@ -196,8 +196,13 @@ class Bindings:
                         continue
                     replace_file(path, canonical(document | {"pid": process[0], "start_time": process[1]}))
 
-    def release(self, container_id: str, bundle: str) -> None:
+    def release(self, container_id: str, bundle: str, *, process: tuple[int, int] | None = None) -> None:
         """Free what a container held, and what dead ones left; for poststop.
+
+        Args:
+            container_id: The container's.
+            bundle: Its OCI bundle.
+            process: Pid and start time; what another living process holds stays. None: whoever holds it.
 
         Raises:
             FileUnreadable: The directory cannot be read or written.
@@ -211,19 +216,20 @@ class Bindings:
                 path = os.path.join(self._directory, name)
                 # A hook that was killed while it wrote left a dotted name; under the lock nobody writes now.
                 left_over = name.startswith(".")
-                if left_over or (_RECORD_NAME.fullmatch(name) and self._is_free(path, container_id, bundle)):
+                if left_over or (_RECORD_NAME.fullmatch(name) and self._is_free(path, container_id, bundle, process)):
                     _remove(path)
 
-    def _is_free(self, path: str, container_id: str, bundle: str) -> bool:
+    def _is_free(self, path: str, container_id: str, bundle: str, process: tuple[int, int] | None) -> bool:
         try:
             held = self._load(path)
         except SczError:  # damaged: it is told to the one whose token it is about, who is refused
             return False
         if held is None:
             return False
-        return (held.container_id, held.bundle) == (container_id, bundle) or not self._is_alive(
-            held.pid, held.start_time
+        is_its_own = (held.container_id, held.bundle) == (container_id, bundle) and (
+            process in (None, (held.pid, held.start_time))
         )
+        return is_its_own or not self._is_alive(held.pid, held.start_time)
 
     def _load(self, path: str) -> _Record | None:
         if not os.path.lexists(path):

@@ -17,20 +17,26 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from oci_hook.before_create import adopt, discard, known
+import oci_hook.before_create as before_create_module
+from oci_hook.before_create import Asking, adopt, discard, known, prepare
 from oci_hook.config import load_config
-from oci_hook.errors import HolderRefused, all_errors
+from oci_hook.errors import HolderRefused, SystemCallFailed, all_errors
+from oci_hook.linux import mounts
 from oci_hook.linux.processes import process_start_time
+from oci_hook.oci.annotations import gather_requests
+from oci_hook.oci.engine import read_engine_facts
+from oci_hook.oci.spec import parse_spec
 from tests.integration.conftest import FILES, contents
 from tests.runtimes import make_bundle
 from tests.scene import TOKEN_PATH, Scene
 from tests.shims import write_shim
-from tests.vms import PATH, Kata, add_mounts, ask, before_create, our_hooks, runc_as_kata
+from tests.vms import PATH, Kata, add_mounts, ask, before_create, our_hooks, ourselves, runc_as_kata
 
 CODES = {cls.__name__: code for code, cls in all_errors().items()}
 SUMS = {f"/models/small/{name}": hashlib.sha256(contents(name, size)).hexdigest() for name, size in FILES.items()}
@@ -578,3 +584,208 @@ def test_what_is_no_asking(vms: Sandboxes, text: str) -> None:
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout) == (CODES["StateInvalid"], "")
     assert done.stderr.count("\n") == 1
+
+
+# --- what no longer asks, and others of the same name -----------------------------------------------------------------
+
+
+def _nothing(spec: dict[str, Any]) -> None:
+    spec["annotations"] = {"x": "y"}
+
+
+def _none_at_all(spec: dict[str, Any]) -> None:
+    spec["annotations"] = {}
+
+
+def _a_sandbox(spec: dict[str, Any]) -> None:
+    spec["annotations"]["io.kubernetes.cri.container-type"] = "sandbox"
+
+
+def _of_another(spec: dict[str, Any]) -> None:
+    spec["annotations"] |= {"smm.scz/containers": "main", "io.kubernetes.cri.container-name": "side"}
+
+
+@pytest.mark.parametrize("program", ["kata-runtime", "runc"])
+@pytest.mark.parametrize("change", [_nothing, _none_at_all, _a_sandbox, _of_another])
+def test_one_that_no_longer_asks_is_refused(
+    vms: Sandboxes, change: Callable[[dict[str, Any]], None], program: str
+) -> None:
+    bundle = vms.bundle(hooks=True)
+    before_create(vms.scene, "silent", bundle, known=program == "runc")
+    spec = json.loads((bundle / "config.json").read_text())
+    change(spec)
+    (bundle / "config.json").write_text(json.dumps(spec))
+    runtime = vms.runtime if program == "kata-runtime" else Path("/usr/bin/runc")
+    assert vms.run(bundle, program=runtime, name="silent").returncode != 0
+    vms.refused("DestinationRefused")
+
+
+def test_what_is_left_of_one_before_does_not_stop_one_that_asks_for_nothing(vms: Sandboxes) -> None:
+    bundle = vms.bundle("true", hooks=True)
+    with sleeping() as creator:
+        started = process_start_time(creator.pid)
+        before_create(vms.scene, "left", bundle, creator=(creator.pid, started or 0))
+    config_file = bundle / "config.json"
+    spec = json.loads(config_file.read_text())
+    spec["mounts"].pop()
+    _nothing(spec)
+    config_file.write_text(json.dumps(spec))
+    assert vms.run(bundle, program=vms.runtime, name="left").returncode == 0
+    assert (vms.ran, vms.left()) == (True, [])
+
+
+def test_poststop_of_one_that_no_longer_asks_removes_its_models(vms: Sandboxes) -> None:
+    bundle = vms.bundle(hooks=True)
+    before_create(vms.scene, "stopped", bundle)
+    state = {
+        "ociVersion": "1.0",
+        "id": "stopped",
+        "status": "stopped",
+        "bundle": str(bundle),
+        "annotations": {"x": "y"},
+    }
+    command = json.loads((bundle / "config.json").read_text())["hooks"]["poststop"][0]["args"]
+    subprocess.run(command, input=json.dumps(state), text=True, check=True, timeout=120)
+    assert vms.left() == []
+
+
+def test_another_container_of_that_name_takes_nothing_from_one_that_lives(vms: Sandboxes) -> None:
+    """As in two namespaces of containerd: one by the plugin, which is told no bundle, one by hooks."""
+    config = load_config(str(vms.scene.config))
+    ready, other = vms.bundle(), vms.bundle("exec sleep 600", hooks=True)
+    with vms.start(other, program=Path("/usr/bin/runc"), name="same"), sleeping() as hypervisor:
+        wait_until(lambda: vms.ran)
+        assert ask(vms.scene, "same", ready, known=False).returncode == 0
+        adopt("same", "", hypervisor.pid, config)
+        subprocess.run(
+            vms.command(Path("/usr/bin/runc"), "delete", "--force", "same"),
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        assert len(vms.mounts()) == len(vms.records()) == 1
+        assert [row["pid"] for row in vms.ps()] == [hypervisor.pid]
+        # Nor does one that is refused, or that shows the other's model and asks for none.
+        thief = vms.bundle(hooks=True)
+        (record,) = vms.records()
+        source = record["mounts"][0]["path"]
+        add_mounts(thief, [{"destination": "/m", "type": "bind", "source": source, "options": ["bind", "ro"]}])
+        spec = json.loads((thief / "config.json").read_text())
+        _nothing(spec)
+        (thief / "config.json").write_text(json.dumps(spec))
+        (vms.trace / "ran").unlink()
+        assert vms.run(thief, program=vms.runtime, name="same").returncode != 0
+        assert not vms.ran
+        assert len(vms.mounts()) == 1
+        discard("same", "", config)
+    assert vms.left() == []
+
+
+def test_which_of_two_is_meant_is_not_guessed(vms: Sandboxes) -> None:
+    config = load_config(str(vms.scene.config))
+    first, second = vms.bundle(), vms.bundle()
+    before_create(vms.scene, "two", first)
+    before_create(vms.scene, "two", second)
+    with pytest.raises(HolderRefused, match="not known which"):
+        discard("two", "", config)
+    assert len(vms.mounts()) == 2
+    discard("two", str(first), config)
+    discard("two", "", config)
+    assert vms.left() == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_same_once_more_is_admitted_once_more(vms: Sandboxes, known: bool) -> None:
+    bundle = vms.bundle()
+    assert ask(vms.scene, "once", bundle, known=known).returncode == 0
+    (path,) = vms.mounts()
+    held = os.open(f"{path}/config.json", os.O_RDONLY)
+    assert ask(vms.scene, "once", bundle, known=known).returncode == 0
+    (path,) = vms.mounts()
+    # Where no bundle is known it may be another container's: what was made for the one before is emptied and gone.
+    assert (os.pread(held, 1, 0) != b"") is known
+    os.close(held)
+    grants = [json.loads(line)["event"] for line in vms.scene.audit.read_text().splitlines()].count("grant")
+    (bundle / "config.json").write_text(
+        json.dumps(
+            (spec := json.loads((bundle / "config.json").read_text()))
+            | {"mounts": [mount for mount in spec["mounts"] if mount["destination"] != TOKEN_PATH]}
+        )
+    )
+    assert ask(vms.scene, "once", bundle, known=known).returncode == CODES["TokenMissing"]
+    assert grants == [json.loads(line)["event"] for line in vms.scene.audit.read_text().splitlines()].count("grant")
+    vms.refused("TokenMissing")
+
+
+def test_a_container_that_lives_keeps_its_record_and_its_token(vms: Sandboxes) -> None:
+    bundle = vms.bundle("exec sleep 600", hooks=True)
+    with vms.start(bundle, program=Path("/usr/bin/runc"), name="dup"):
+        wait_until(lambda: vms.ran)
+        before = vms.left()
+        assert any("/tokens/" in path for path in before)
+        done = ask(vms.scene, "dup", bundle)
+        assert (done.returncode, vms.left()) == (CODES["HolderRefused"], before), done
+    assert vms.left() == []
+
+
+def test_one_that_was_faster_keeps_what_it_has(vms: Sandboxes, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, config = vms.bundle(hooks=True), load_config(str(vms.scene.config))
+    data = (bundle / "config.json").read_bytes()
+    spec = parse_spec(data, bundle=str(bundle))
+    facts = read_engine_facts("containerd", spec.annotations)
+    deliver = before_create_module._deliver
+
+    for has_bundle in (True, False):
+        requests = gather_requests(spec.annotations, {}, None)
+        asking = Asking("race", str(bundle) if has_bundle else "", spec, facts, requests, "kata", ourselves())
+        faster: list[list[str]] = []
+
+        def late(*words: Any, known: bool = has_bundle, faster: list[list[str]] = faster, **more: Any) -> None:
+            assert ask(vms.scene, "race", bundle, known=known).returncode == 0
+            faster.append(vms.left())
+            deliver(*words, **more)
+
+        monkeypatch.setattr(before_create_module, "_deliver", late)
+        if has_bundle:  # the very same: admitted, too, and given the same entries
+            (entry,) = prepare(asking, config)
+            assert [entry.source] == vms.mounts()
+        else:
+            with pytest.raises(HolderRefused, match="ready meanwhile"):
+                prepare(asking, config)
+        assert [vms.left()] == faster
+        assert any("/tokens/" in path for path in faster[0])
+        discard("race", asking.bundle, config)
+        assert vms.left() == []
+
+
+def test_two_at_once(vms: Sandboxes) -> None:
+    bundle, config = vms.bundle(hooks=True), load_config(str(vms.scene.config))
+    with ThreadPoolExecutor(2) as both:
+        for _ in range(3):
+            done = list(both.map(lambda _: ask(vms.scene, "par", bundle), range(2)))
+            assert {each.returncode for each in done} <= {0, CODES["HolderRefused"]}, done
+            assert 0 in {each.returncode for each in done}
+            left = vms.left()
+            found = [sum(f"/{name}/" in path for path in left) for name in ("containers", "tokens", "host-mounts")]
+            assert (found, len(vms.mounts())) == ([1, 1, 1], 1)
+            discard("par", str(bundle), config)
+            assert vms.left() == []
+
+
+def test_what_was_granted_and_failed_is_closed_in_the_audit_log(
+    vms: Sandboxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, config = vms.bundle(), load_config(str(vms.scene.config))
+    spec = parse_spec((bundle / "config.json").read_bytes(), bundle=str(bundle))
+    facts = read_engine_facts("containerd", spec.annotations)
+    requests = gather_requests(spec.annotations, {}, None)
+
+    def fails(_path: str) -> None:
+        raise SystemCallFailed("as if")
+
+    monkeypatch.setattr(mounts, "make_private", fails)
+    with pytest.raises(SystemCallFailed, match="as if"):
+        prepare(Asking("failed", str(bundle), spec, facts, requests, "kata", ourselves()), config)
+    assert vms.left() == []
+    last = [json.loads(line) for line in vms.scene.audit.read_text().splitlines()[-2:]]
+    assert [(entry["event"], entry["container"]) for entry in last] == [("grant", "failed"), ("closed", "failed")]

@@ -169,6 +169,16 @@ def test_what_is_adopted_lives_with_the_container(bindings: Bindings, directory:
         bindings.bind_token(identity(), "c", "/b", *other)
 
 
+def test_only_what_a_process_holds_is_freed(bindings: Bindings, directory: Path) -> None:
+    with process() as holder, process() as other:
+        bindings.bind_token(identity(), "a", "/b", *holder)
+        before = records(directory)
+        bindings.release("a", "/b", process=other)
+        assert records(directory) == before
+        bindings.release("a", "/b", process=holder)
+        assert records(directory) == {}
+
+
 def test_restarted_container_takes_the_token_again(bindings: Bindings) -> None:
     with process() as first:
         bindings.bind_token(identity(), "a", "/b", *first)

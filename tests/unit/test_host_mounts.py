@@ -194,7 +194,30 @@ class TestBeforeCreate:
         link.symlink_to(bound.bundle)
         assert records.find("c", str(link)) == records.find("c", "") == bound
         records.write(dataclasses.replace(bound, bundle="/another"))
-        assert records.find("c", "") is None  # which of the two is not guessed
+        with pytest.raises(HolderRefused, match="not known which"):
+            records.find("c", "")
+
+    def test_another_containers_of_that_id_that_lives_is_not_found(
+        self, records: HostRecords, bound: BoundRecord
+    ) -> None:
+        unknown = dataclasses.replace(bound, bundle="", container=myself())
+        records.write(unknown)
+        assert records.find("c", bound.bundle) is None
+        assert records.find("c", "") == unknown
+        assert records.may_concern("c", bound.bundle)
+        records.write(dataclasses.replace(unknown, container=GONE))
+        assert records.find("c", bound.bundle) is not None
+
+    def test_what_may_concern_a_container(self, records: HostRecords, record: HostRecord, bound: BoundRecord) -> None:
+        assert not records.may_concern("c", bound.bundle)
+        records.write(record)
+        assert not records.may_concern("c", record.bundle)  # a pod's
+        records.write(bound)
+        link = Path(bound.bundle).with_name("link")
+        link.symlink_to(bound.bundle)
+        assert records.may_concern("c", str(link))
+        assert not records.may_concern("c", "/another")
+        assert not records.may_concern("d", bound.bundle)
 
     def test_a_pods_record_is_found_by_its_own_bundle_alone(self, records: HostRecords, record: HostRecord) -> None:
         records.write(record)

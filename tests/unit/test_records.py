@@ -83,6 +83,16 @@ def test_close_returns_the_record_once(tmp_path: Path, record: ContainerRecord) 
     assert records.close("c1", "/b") is None
 
 
+def test_only_what_names_a_process_is_closed(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    assert records.load("c1", "/b") is None
+    records.write(record)
+    assert records.close("c1", "/b", process=(record.pid, record.start_time + 1)) is None
+    assert records.load("c1", "/b") == record
+    assert records.close("c1", "/b", process=(record.pid, record.start_time)) == record
+    assert records.load("c1", "/b") is None
+
+
 def test_a_damaged_record_is_not_believed(tmp_path: Path, record: ContainerRecord) -> None:
     records = ContainerRecords(str(tmp_path / "run"))
     records.write(record)
