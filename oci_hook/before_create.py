@@ -70,6 +70,7 @@ class Asking:
         requests: The models that concern this container.
         runtime: As access policies and `smm.scz/require` name it: `kata`.
         creator: Pid and start time (clock ticks since boot) of a process that lives until the container is adopted.
+        folder: The engine's own folder of the container, without which it will never come; empty: not known.
     """
 
     container_id: str
@@ -79,6 +80,7 @@ class Asking:
     requests: Requests
     runtime: str
     creator: tuple[int, int]
+    folder: str = ""
 
 
 def prepare(asking: Asking, config: Config) -> tuple[BindEntry, ...]:
@@ -170,6 +172,7 @@ def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], hos
             runtime,
             asking.creator,
             [entry.destination for entry in entries],
+            engine_folder=asking.folder,
             runtime_directory=config.runtime_directory,
             timeout_seconds=settings.timeout_seconds,
         )

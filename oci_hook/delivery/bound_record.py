@@ -1,13 +1,15 @@
 """The record of models that came before their container's `create`, and reach it by bind entries.
 
-Its container is known to be gone by the process that adopted it; until then by the one that creates it; and by the
-bundle, where it is known. It writes and removes nothing (`delivery.host_records`). Decision:
-docs/adr/0014-before-create.md.
+Its container is known to be gone by the process that adopted it. Until then it is known never to come by the process
+that creates it, which may create others for years (podman's API service, containerd), by the engine's folder of the
+container, and by time. And by the bundle, where it is known. It writes and removes nothing (`delivery.host_records`).
+Decision: docs/adr/0014-before-create.md.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 from oci_hook.documents import Fields
@@ -17,6 +19,8 @@ from oci_hook.linux.processes import process_start_time
 KIND = "before-create"
 NOBODY = (0, 0)
 """In the place of a process: none yet."""
+ADOPTION_SECONDS = 600
+"""From the record to its adoption: an engine goes on with a container at once, and a hook of ours takes 300 at most."""
 _MAX_SECONDS = 1 << 40
 
 
@@ -67,7 +71,11 @@ class BoundRecord:
         """Whether its container is known to be gone, or never to come."""
         if self.bundle and not os.path.isdir(self.bundle):
             return True
-        return not lives(self.creator if self.container == NOBODY else self.container)
+        if self.container != NOBODY:
+            return not lives(self.container)
+        if self.folder and not os.path.isdir(self.folder):
+            return True
+        return not lives(self.creator) or 0 < self.adopt_by < seconds_since_boot()
 
     def is_held_by_another(self, process: tuple[int, int]) -> bool:
         """Whether a process other than this one has adopted it, and lives."""
@@ -77,6 +85,11 @@ class BoundRecord:
 def lives(process: tuple[int, int]) -> bool:
     """Whether a process, by pid and start time, has not ended."""
     return process_start_time(process[0]) == process[1]
+
+
+def seconds_since_boot() -> int:
+    """Of the clock that nobody sets, and that goes on while the host sleeps."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def take_bound(fields: Fields, path: str) -> BoundRecord:
