@@ -427,7 +427,7 @@ def host_path(path: str) -> Callable[[Any], object]:
 @pytest.mark.parametrize("model", [True, False])
 @pytest.mark.parametrize(
     "path",
-    (
+    [
         "/",
         "//",
         "/.",
@@ -444,7 +444,7 @@ def host_path(path: str) -> Callable[[Any], object]:
         "/var/run/scz-smm",
         "/run/scz-smm/bound",
         "/run/scz-smm/a\nb",
-    ),
+    ],
 )
 def test_a_hostpath_to_the_models_of_others(path: str, model: bool) -> None:
     asking = changed(pod(), host_path(path))
