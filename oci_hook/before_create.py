@@ -71,6 +71,7 @@ class Asking:
         requests: The models that concern this container.
         runtime: As access policies and `smm.scz/require` name it: `kata`.
         creator: Pid and start time (clock ticks since boot) of a process that lives until the container is adopted.
+        folder: The engine's own folder of the container, without which it will never come; empty: not known.
     """
 
     container_id: str
@@ -80,6 +81,7 @@ class Asking:
     requests: Requests
     runtime: str
     creator: tuple[int, int]
+    folder: str = ""
 
 
 def prepare(asking: Asking, config: Config) -> tuple[BindEntry, ...]:
@@ -191,6 +193,7 @@ def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], hos
             runtime,
             asking.creator,
             [entry.destination for entry in entries],
+            engine_folder=asking.folder,
             runtime_directory=config.runtime_directory,
             timeout_seconds=settings.timeout_seconds,
         )

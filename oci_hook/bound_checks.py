@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast, get_args
 
-from oci_hook.delivery.bound_folders import folder_of, place_of
+from oci_hook.delivery.bound_folders import bound_directory, folder_of, place_of
 from oci_hook.delivery.destination import parse_destinations
 from oci_hook.delivery.holder import Runtime, open_directory
 from oci_hook.delivery.host_records import BoundRecord
@@ -23,13 +22,11 @@ from oci_hook.errors import (
     DestinationInvalid,
     DestinationRefused,
     EngineUnsupported,
-    HolderGone,
     HolderRefused,
     RequirementRefused,
     StateInvalid,
 )
-from oci_hook.linux.processes import HeldProcess, process_of_thread, process_start_time
-from oci_hook.linux.syscalls import failing
+from oci_hook.linux.processes import HeldProcess, process_of_thread
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.oci.spec import Mount, Spec
 from oci_hook.oci.state import CONTAINER_ID
@@ -39,6 +36,7 @@ OPTIONS = ("bind", "ro", "nosuid", "nodev", "noexec")
 _EMPTY_DIR = "kubernetes.io~empty-dir"
 _PATH_LIMIT_BYTES = 4095
 _INIT = 1
+_MONITORS = ("conmon", "conmonrs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,8 @@ def plan_entries(
         HolderRefused: The container joins another mount namespace.
         EngineUnsupported: A bundle of the image is asked for, and where that lies is not known.
         DestinationInvalid: A destination cannot be used, or a path would be too long.
-        DestinationRefused: Another mount of config.json would hide it, or Kata would put something else there.
+        DestinationRefused: Another mount of config.json would hide it, Kata would put something else there, or another
+            mount would show the models of other containers.
     """
     # 1. The container's mounts are its own.
     if spec.mount_namespace_path is not None or not spec.has_mount_namespace:
@@ -125,7 +124,40 @@ def plan_entries(
             raise DestinationInvalid("the path of the run-time directory is too long")
     # 5. Nothing else of config.json lies there, above or below.
     verify_apart(entries, spec.mounts)
+    # 6. No other container's models are shown.
+    verify_no_others(entries, spec, bound_directory(runtime_directory))
     return entries
+
+
+def verify_no_others(entries: Sequence[BindEntry], spec: Spec, directory: str) -> None:
+    """Raise if config.json shows the container what lies in or above the folders of every container's models.
+
+    Args:
+        entries: What it may show.
+        spec: config.json; every absolute path of a mount counts, whatever the mount's type: an overlay has layers.
+        directory: `bound_directory`.
+
+    Raises:
+        DestinationRefused: A mount's source, a path in its options, or the root file system lies there.
+    """
+    for mount in (Mount("/", "bind", spec.root_path, ()), *spec.mounts):
+        if any(entry.is_entry(mount) for entry in entries):
+            continue
+        words = [mount.source, *(word for option in mount.options for word in re.split("[=:,]", option))]
+        for real in {_real(word) for word in words if word.startswith("/")}:
+            if _is_in(real, directory) or _is_in(directory, real):
+                raise DestinationRefused(
+                    f"the mount {shown(mount.destination)} of config.json shows what lies in or above "
+                    f"{shown(directory)}: the models of other containers",
+                    remedy="give the container a narrower volume than that",
+                )
+
+
+def _real(path: str) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a NUL: no file
+        return path
 
 
 def verify_apart(entries: Sequence[BindEntry], mounts: Iterable[Mount]) -> None:
@@ -137,15 +169,21 @@ def verify_apart(entries: Sequence[BindEntry], mounts: Iterable[Mount]) -> None:
     for mount in mounts:
         if any(entry.is_entry(mount) for entry in entries):
             continue
-        theirs = _parts(mount.destination)
+        theirs = mount.destination
         for entry in entries:
-            ours = _parts(entry.destination)
-            if ours[: len(theirs)] == theirs or theirs[: len(ours)] == ours:
+            ours = entry.destination
+            if _is_in(ours, theirs) or _is_in(theirs, ours):
                 raise DestinationRefused(
                     f"{shown(entry.destination)} and the mount {shown(mount.destination)} of config.json lie in each "
                     "other: one would hide the other",
                     remedy="choose an smm.scz/path outside of every volume and tmpfs of the container",
                 )
+
+
+def _is_in(path: str, directory: str) -> bool:
+    """Whether it is the directory itself, or lies in it."""
+    above = _parts(directory)
+    return _parts(path)[: len(above)] == above
 
 
 def _parts(path: str) -> list[str]:
@@ -158,33 +196,35 @@ def _parts(path: str) -> list[str]:
 def verify_runtime(runtime: HeldProcess, record: BoundRecord) -> None:
     """Raise unless the runtime that runs this hook is the one that the models were admitted for.
 
+    Kata is known by the file that it runs alone: under crun, which has none that can be named, the first argument would
+    be whatever a link to crun is called.
+
     Raises:
         RequirementRefused: It is another, or a program that others than root could have put there.
         HolderGone: It ended.
         SystemCallFailed: /proc cannot be read.
     """
-    program = runtime.executable_name()
+    program = runtime.executable_name(by_argument=record.runtime != "kata")
     try:
         name: str = recognise_runtime(program)
     except HolderRefused:
         name = ""
     if name != record.runtime:
         raise RequirementRefused(
-            f"the models were made ready for {record.runtime}, and {shown(program)} runs the container",
+            f"the models were made ready for {record.runtime}, and "
+            f"{shown(program) if program else 'a program whose file has no name'} runs the container",
             remedy=f"start the container with a runtime that is {record.runtime}, or without smm.scz/require",
         )
-    if name == "kata":  # it says of itself alone that this is a VM
-        with failing("the runtime's program cannot be looked at"):
-            seen = os.stat("exe", dir_fd=runtime.proc_fd)
-        if seen.st_uid != 0 or seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise RequirementRefused(f"the runtime {shown(program)} is not root's alone")
+    if name == "kata" and not runtime.runs_what_is_roots():  # it says of itself alone that this is a VM
+        raise RequirementRefused(f"the runtime {shown(program)} is not root's alone")
 
 
 def verify_entries(record: BoundRecord, spec: Spec, requests: Sequence[ModelRequest]) -> None:
     """Raise unless config.json shows the container exactly the models of the record, each where it asks for it.
 
     Raises:
-        DestinationRefused: An entry is missing, was changed or is hidden; or another model is asked for.
+        DestinationRefused: An entry is missing, was changed or is hidden; another model is asked for, or other
+            containers' are shown.
     """
     asked = {request.destination for request in requests}
     entries = tuple(BindEntry(mount.destination, mount.path) for mount in record.mounts)
@@ -200,6 +240,8 @@ def verify_entries(record: BoundRecord, spec: Spec, requests: Sequence[ModelRequ
                 "again",
             )
     verify_apart(entries, spec.mounts)
+    for folder in {os.path.dirname(mount.path) for mount in record.mounts}:
+        verify_no_others(entries, spec, os.path.dirname(folder))
 
 
 def verify_in_place(record: BoundRecord) -> None:
@@ -229,14 +271,14 @@ def lasting_process(pid: int, runtime: HeldProcess) -> tuple[int, int]:
     """Pid and start time of the process that lives as long as the container, as far as the state tells.
 
     Kata 1 names a thread of the runtime itself. Where that is a shim it stays; where it is a `create` that ends, the
-    engine's own monitor is above it. Without one of those it is init: then poststop removes the models, or a sweep once
-    the bundle is gone.
+    engine's own monitor is above it. Without one of those nothing would tell a container's end from a killed runtime's.
 
     Args:
         pid: The state's.
         runtime: The process that runs this hook.
 
     Raises:
+        HolderRefused: The runtime is no shim, and no engine's monitor started it.
         HolderGone: A process ended.
         SystemCallFailed: /proc cannot be read.
     """
@@ -246,12 +288,29 @@ def lasting_process(pid: int, runtime: HeldProcess) -> tuple[int, int]:
             return process.pid, process.start_time
     if _is_monitor(runtime):
         return runtime.pid, runtime.start_time
-    with suppress(HolderGone), HeldProcess(runtime.parent_pid) as parent:
-        if _is_monitor(parent):
-            return parent.pid, parent.start_time
-    return _INIT, process_start_time(_INIT) or 0
+    if runtime.parent_pid > 0:  # 0: of another pid namespace
+        with HeldProcess(runtime.parent_pid) as parent:
+            if _is_monitor(parent):
+                return parent.pid, parent.start_time
+            program = parent.executable_name(by_argument=False)
+    else:
+        program = ""
+    raise HolderRefused(
+        f"the runtime was started by {shown(program) or 'a program that cannot be seen'}, and names no process that "
+        "lives as long as the container: its end would not be seen",
+        remedy="let an engine start it: podman or CRI-O by conmon or conmonrs, containerd or Docker by its shim",
+    )
 
 
 def _is_monitor(process: HeldProcess) -> bool:
-    name = process.executable_name()
-    return name == "conmon" or name.startswith("containerd-shim")
+    """Whether it is an engine's own process that stays with one container or pod.
+
+    Raises:
+        HolderRefused: Others than root could have put it there.
+    """
+    name = process.executable_name(by_argument=False)
+    if name not in _MONITORS and not name.startswith("containerd-shim"):
+        return False
+    if not process.runs_what_is_roots():
+        raise HolderRefused(f"{shown(name)}, which stays with the container, is not root's alone")
+    return True

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from oci_hook.errors import EngineUnsupported, HolderGone, SczError, SystemCallFailed
 from oci_hook.invocation import Invocation
 from oci_hook.oci.annotations import Requests, gather_requests, has_ours
-from oci_hook.oci.precreate import Precreate, container_id, parse_precreate, with_mounts, with_prestart
+from oci_hook.oci.precreate import Precreate, own_folder, parse_precreate, with_mounts, with_prestart
 from oci_hook.oci.spec import MAX_SPEC_BYTES, Spec
 from oci_hook.oci.state import State
 
@@ -47,9 +47,10 @@ def main(invocation: Invocation) -> int:
         if requests is None:
             _write(data)
             return 0
-        state = State(container_id(spec), creator, "", "creating", spec.annotations)
+        name, folder = own_folder(spec)
+        state = State(name, creator, "", "creating", spec.annotations)
         data = _with_hook(data, given, invocation)
-        _deliver(data, spec, requests, state, invocation.config_file)
+        _deliver(data, spec, requests, state, folder, invocation.config_file)
     except SczError as error:
         from oci_hook.report import report_refusal
 
@@ -86,20 +87,26 @@ def _with_hook(data: bytes, given: Precreate, invocation: Invocation) -> bytes:
     Raises:
         EngineUnsupported: The runtime will not call it, or that of another installation.
     """
-    expected = Invocation("prestart", config_file=invocation.config_file, engine=ENGINE).command()[3:]
-    ours = {stage: hook for stage, words, hook in given.hooks if list(words[3:]) == expected}
+    expected = Invocation("prestart", config_file=invocation.config_file, engine=ENGINE).command()
+    ours = {
+        stage: hook for stage, words, hook in given.hooks if list(words) == expected and hook.get("path") == expected[0]
+    }
     if "prestart" in ours:
         return data
     if "createRuntime" in ours:
         return with_prestart(data, ours["createRuntime"])
     raise EngineUnsupported(
-        f"the runtime will not call {expected[0]} at prestart: nothing would check which runtime that is",
+        f"the runtime will not call {expected[3]} at prestart: nothing would check which runtime that is",
         remedy="`sczctl install --engine podman --before-create` writes the hooks; `sczctl doctor` looks at them",
     )
 
 
-def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, config_file: str) -> None:
-    """Prepare the models and print the new config.json; if that cannot be printed, they are taken away again."""
+def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, folder: str, config_file: str) -> None:
+    """Prepare the models and print the new config.json; if that cannot be printed, they are taken away again.
+
+    podman's API service outlives a creation that fails, so the record says by which folder of podman's the container is
+    there still. One that is not there now tells nothing.
+    """
     from oci_hook.config import load_config
 
     config = load_config(config_file)
@@ -113,6 +120,7 @@ def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, config_f
     harden_process()
     facts = read_engine_facts(ENGINE, spec.annotations)
     asking = Asking(state.container_id, "", spec, facts, requests, RUNTIME, _creator(state.pid))
+    asking = replace(asking, folder=folder if os.path.isdir(folder) else "")
     _forget_failed(state.container_id, config)
     entries = prepare(asking, config)
     try:

@@ -163,13 +163,19 @@ class Kata:
         folder: For the copy of the interpreter.
         names: What the state's pid is: `thread` or `hypervisor`.
         prefix: Of the command, for another mount namespace.
+        monitor: The engine's own process above it: a copy of the shell of this name; empty: none.
     """
 
-    def __init__(self, folder: Path, bundle: Path, name: str, names: str, *, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, bundle: Path, name: str, names: str, *, prefix: Sequence[str] = (), monitor: str = ""
+    ) -> None:
         program = folder / "python/bin/kata-runtime"
         if not program.exists():
             program.parent.mkdir(parents=True)
             shutil.copy(os.path.realpath(sys.executable), program)
+        if monitor:
+            shutil.copy(os.path.realpath("/bin/sh"), folder / monitor)
+            prefix = (*prefix, str(folder / monitor), "-c", '"$@"; exit $?', "monitor")
         library = f"{sys.base_prefix}:{sys.base_exec_prefix}"
         self._process = subprocess.Popen(
             [*prefix, str(program), "-S", "-c", _KATA, str(bundle), name, names],

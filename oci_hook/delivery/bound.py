@@ -17,6 +17,7 @@ from types import TracebackType
 
 from oci_hook.delivery import host_mounts
 from oci_hook.delivery.bound_folders import folder_of, lock_folder, remove_folder
+from oci_hook.delivery.bound_record import ADOPTION_SECONDS, seconds_since_boot
 from oci_hook.delivery.holder import Ground, Holder, RootIdentity, Runtime, own_mount_namespace
 from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostMount, HostRecords
 from oci_hook.documents import shown
@@ -34,6 +35,7 @@ class Bound(Holder):
         runtime: What it will run under.
         creator: Pid and start time of the process that creates it.
         destinations: In the container; the models' places in the folder are their numbers, in this order.
+        engine_folder: The engine's folder of the container, without which it will never come; empty: not known.
         runtime_directory: For folder and record.
         timeout_seconds: For the records' lock.
 
@@ -52,11 +54,12 @@ class Bound(Holder):
         creator: tuple[int, int],
         destinations: Sequence[str],
         *,
+        engine_folder: str = "",
         runtime_directory: str,
         timeout_seconds: float,
     ) -> None:
         self._container_id, self._bundle = container_id, bundle
-        self._destinations = tuple(destinations)
+        self._destinations, self._engine_folder = tuple(destinations), engine_folder
         self._records = HostRecords(runtime_directory)
         self._record: BoundRecord | None = None
         self._timeout_seconds = timeout_seconds
@@ -110,6 +113,8 @@ class Bound(Holder):
             creator=(self.process.pid, self.process.start_time),
             container=NOBODY,
             mounts=tuple(map(self._describe, mount_fds, destinations)),
+            folder=self._engine_folder,
+            adopt_by=seconds_since_boot() + ADOPTION_SECONDS,
         )
         self._record = record  # first: half of a record is removed, too
         records.write(record)

@@ -4,8 +4,8 @@ One file a container below `<runtime_directory>/host-mounts`, root's alone, on t
 and removed after it is gone. A container's end is not always told (`poststop` does not run when the runtime is killed),
 so a record also says by what its container is known to be gone. Of a gVisor pod's: the sandbox's process, the bundle,
 and the state file that runsc keeps (`<root>/<container>_sandbox:<sandbox>.state`, in 20221219 and 20240729) once the
-`create` that ran the hook has ended. Of one whose models came before `create`: the process that adopted it; until then
-the one that creates it; and the bundle, where it is known. It removes no mount (`delivery.host_mounts`).
+`create` that ran the hook has ended. Of one whose models came before `create`: `delivery.bound_record` says it. It
+removes no mount (`delivery.host_mounts`).
 """
 
 from __future__ import annotations
@@ -16,34 +16,25 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from oci_hook.delivery.bound_record import (
+    KIND,
+    NOBODY,
+    BoundRecord,
+    HostMount,
+    lives,
+    read_mount,
+    take_bound,
+    take_pair,
+)
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, HolderRefused, SystemCallFailed
-from oci_hook.linux.processes import process_start_time
 from oci_hook.locks import lock_descriptor
 from oci_hook.trusted_file import load_root_file, make_private_directory, remove_half_written, replace_file
 
+__all__ = ["NOBODY", "BoundRecord", "HostMount", "HostRecord", "HostRecords", "Record"]
+
 _LIMIT_BYTES = 256 << 10
 _FOLDER, _LOCK = "host-mounts", "host-mounts.lock"
-_BOUND = "before-create"
-NOBODY = (0, 0)
-"""In the place of a process: none yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostMount:
-    """One model.
-
-    Attributes:
-        path: On the host.
-        fsid: `f_fsid` of its file system.
-        device: `major:minor` of its superblock; both together know it again.
-        destination: In the container, if a bind entry shows it there; else empty.
-    """
-
-    path: str
-    fsid: int
-    device: str
-    destination: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +65,9 @@ class HostRecord:
 
     def is_stale(self) -> bool:
         """Whether its container is known to be gone."""
-        if not _lives(self.sandbox) or not os.path.isdir(self.bundle):
+        if not lives(self.sandbox) or not os.path.isdir(self.bundle):
             return True
-        return not _lives(self.creator) and not os.path.lexists(self.state_file)
+        return not lives(self.creator) and not os.path.lexists(self.state_file)
 
     @property
     def state_file(self) -> str:
@@ -84,44 +75,7 @@ class HostRecord:
         return os.path.join(self.runtime_root, f"{self.container_id}_sandbox:{self.sandbox_id}.state")
 
 
-@dataclass(frozen=True, slots=True)
-class BoundRecord:
-    """The models of one container that came before its `create`, and reach it by bind entries.
-
-    Attributes:
-        container_id: The engine's.
-        bundle: The state's `bundle`; empty until it is known.
-        namespace: Device and inode of the mount namespace that they are in.
-        runtime: Which runtime they were admitted for, `kata` say.
-        creator: Pid and start time of a process that lives until the container is adopted.
-        container: Of the process that lives as long as the container does; `NOBODY` until it is adopted.
-        mounts: The models, each with its destination.
-    """
-
-    container_id: str
-    bundle: str
-    namespace: tuple[int, int]
-    runtime: str
-    creator: tuple[int, int]
-    container: tuple[int, int]
-    mounts: tuple[HostMount, ...]
-
-    def is_stale(self) -> bool:
-        """Whether its container is known to be gone, or never to come."""
-        if self.bundle and not os.path.isdir(self.bundle):
-            return True
-        return not _lives(self.creator if self.container == NOBODY else self.container)
-
-    def is_held_by_another(self, process: tuple[int, int]) -> bool:
-        """Whether a process other than this one has adopted it, and lives."""
-        return self.container not in (NOBODY, process) and _lives(self.container)
-
-
 Record = HostRecord | BoundRecord
-
-
-def _lives(process: tuple[int, int]) -> bool:
-    return process_start_time(process[0]) == process[1]
 
 
 class HostRecords:
@@ -184,7 +138,7 @@ class HostRecords:
         make_private_directory(self._directory)
         document = asdict(record)
         if isinstance(record, BoundRecord):
-            document["kind"] = _BOUND
+            document["kind"] = KIND
         else:
             for mount in document["mounts"]:
                 del mount["destination"]
@@ -281,50 +235,19 @@ def _load(path: str) -> Record:
     fields = Fields(document, what=path, error=FileUnreadable)
     record: Record
     if fields.has("kind"):
-        fields.literal("kind", _BOUND)
-        record = BoundRecord(
-            container_id=fields.string("container_id"),
-            bundle=fields.string("bundle", limit=4096) if document.get("bundle") != "" else fields.take("bundle"),
-            namespace=_pair(fields, "namespace", path),
-            runtime=fields.string("runtime", limit=64),
-            creator=_pair(fields, "creator", path),
-            container=_pair(fields, "container", path),
-            mounts=fields.items("mounts", lambda value: _mount(value, path, bound=True), low=1, high=64),
-        )
+        fields.literal("kind", KIND)
+        record = take_bound(fields, path)
     else:
         record = HostRecord(
             container_id=fields.string("container_id"),
             bundle=fields.string("bundle", limit=4096),
-            namespace=_pair(fields, "namespace", path),
+            namespace=take_pair(fields, "namespace", path),
             runtime_root=fields.string("runtime_root", limit=4096),
             sandbox_id=fields.string("sandbox_id"),
             runtime_executable=fields.string("runtime_executable", limit=4096),
-            sandbox=_pair(fields, "sandbox", path),
-            creator=_pair(fields, "creator", path),
-            mounts=fields.items("mounts", lambda value: _mount(value, path, bound=False), low=1, high=64),
+            sandbox=take_pair(fields, "sandbox", path),
+            creator=take_pair(fields, "creator", path),
+            mounts=fields.items("mounts", lambda value: read_mount(value, path, bound=False), low=1, high=64),
         )
     fields.finish()
     return record
-
-
-def _pair(fields: Fields, name: str, path: str) -> tuple[int, int]:
-    values = tuple(fields.items(name, lambda value: _number(value, path), low=2, high=2))
-    return values[0], values[1]
-
-
-def _number(value: object, path: str) -> int:
-    if type(value) is not int or value < 0:
-        raise FileUnreadable(f"{path}: a number is none")
-    return value
-
-
-def _mount(value: object, path: str, *, bound: bool) -> HostMount:
-    fields = Fields(value, what=path, error=FileUnreadable)
-    mount = HostMount(
-        path=fields.string("path", limit=1 << 13),
-        fsid=fields.integer("fsid", low=0, high=(1 << 64) - 1),
-        device=fields.string("device", pattern=r"[0-9]+:[0-9]+"),
-        destination=fields.string("destination", limit=4096) if bound else "",
-    )
-    fields.finish()
-    return mount

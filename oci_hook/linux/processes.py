@@ -14,6 +14,7 @@ import re
 import resource
 import select
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
@@ -182,11 +183,14 @@ class HeldProcess:
         with self._reading(name):
             return os.readlink(name, dir_fd=self.proc_fd)
 
-    def executable_name(self) -> str:
+    def executable_name(self, *, by_argument: bool = True) -> str:
         """The last part of the path of what it runs.
 
         crun seals itself by running from a detached bind mount or a memfd, which have no path ("/", "/memfd:…"); its
         first argument, which the engine chose, names it then.
+
+        Args:
+            by_argument: Whether that is believed, which anyone can choose; else such a program has no name: empty.
 
         Raises:
             HolderGone: The process ended.
@@ -194,8 +198,19 @@ class HeldProcess:
         """
         link = self.link("exe")
         if link == "/" or link.startswith("/memfd:"):
-            link = os.fsdecode(self.read("cmdline").partition(b"\0")[0])
+            link = os.fsdecode(self.read("cmdline").partition(b"\0")[0]) if by_argument else ""
         return os.path.basename(link.removesuffix(" (deleted)"))
+
+    def runs_what_is_roots(self) -> bool:
+        """Whether root owns the file that it runs, and nobody else may write it.
+
+        Raises:
+            HolderGone: The process ended.
+            SystemCallFailed: It cannot be looked at.
+        """
+        with self._reading("exe"):
+            seen = os.stat("exe", dir_fd=self.proc_fd)
+        return seen.st_uid == 0 and not seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
     def arguments(self) -> tuple[str, ...]:
         """Its command line; what it has written over it, if it has.

@@ -9,6 +9,7 @@ Sources: oci-hooks(5), "precreate"; what podman 4.3 and 5.4 pass, which the test
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,30 +104,41 @@ def container_id(spec: Spec) -> str:
         EngineUnsupported: The container has no cgroup, or one that podman did not name.
         SpecInvalid: None of podman's own mounts names the container, or one names another.
     """
+    return own_folder(spec)[0]
+
+
+def own_folder(spec: Spec) -> tuple[str, str]:
+    """The container's id, and podman's folder of the container, which is there until podman removes it.
+
+    Raises:
+        EngineUnsupported: The container has no cgroup, or one that podman did not name.
+        SpecInvalid: None of podman's own mounts names the container, or one names another.
+    """
     found = _CGROUP.fullmatch(spec.cgroups_path or "")
     if found is None:
         raise EngineUnsupported(
             f"linux.cgroupsPath is {shown(spec.cgroups_path or '', 200)}: podman's id of the container is not in it",
             remedy="start the container with podman itself (`podman run`), without --cgroups=disabled",
         )
-    named = dict(_named(spec.mounts))
-    others = [place for place in _OWN if named.get(place, found[1]) != found[1]]
-    if others or found[1] not in named.values():
+    named = {place: (container, folder) for place, container, folder in _named(spec.mounts)}
+    others = [place for place in _OWN if place in named and named[place][0] != found[1]]
+    folders = [folder for container, folder in named.values() if container == found[1]]
+    if others or not folders:
         what = f"the mount {others[0]} names another" if others else "no mount of podman's own names it"
         raise SpecInvalid(
             f"linux.cgroupsPath names the container {found[1][:12]}, {what}",
             remedy="create the container anew, without mounts of its own on /etc/hostname and /etc/hosts",
         )
-    return found[1]
+    return found[1], folders[0]
 
 
-def _named(mounts: Sequence[Mount]) -> Iterator[tuple[str, str]]:
-    """Where podman mounts a file of a container's folder, and whose."""
+def _named(mounts: Sequence[Mount]) -> Iterator[tuple[str, str, str]]:
+    """Where podman mounts a file of a container's folder, whose, and that folder."""
     usual = {**_OWN, **_SHARED}
     for mount in mounts:
         found = _SOURCE.fullmatch(mount.source) if mount.is_bind and mount.destination in usual else None
         if found is not None and found[2] == usual[mount.destination]:
-            yield mount.destination, found[1]
+            yield mount.destination, found[1], posixpath.dirname(mount.source)
 
 
 def with_mounts(data: bytes, entries: Sequence[Mapping[str, Any]]) -> bytes:

@@ -32,6 +32,7 @@ from oci_hook.linux.processes import process_start_time
 from oci_hook.oci.annotations import gather_requests
 from oci_hook.oci.engine import read_engine_facts
 from oci_hook.oci.spec import parse_spec
+from tests.engines import RuntimeNamespace
 from tests.integration.conftest import FILES, contents
 from tests.runtimes import make_bundle
 from tests.scene import TOKEN_PATH, Scene
@@ -360,7 +361,7 @@ def test_under_a_runtime_whose_pid_is_not_the_containers(vms: Sandboxes, names: 
     bundle = vms.bundle(hooks=True)
     (entry,) = before_create(vms.scene, "vm", bundle, known=known)
     host = Path("/proc/self/mountinfo").read_text()
-    with Kata(vms.folder, bundle, "vm", names) as kata:
+    with Kata(vms.folder, bundle, "vm", names, monitor="conmonrs") as kata:
         created = kata.created()
         assert created["code"] == 0, created
         assert {path: sum_ for path, sum_ in created["sums"].items() if path in SUMS} == SUMS
@@ -371,13 +372,24 @@ def test_under_a_runtime_whose_pid_is_not_the_containers(vms: Sandboxes, names: 
         (record,) = vms.records()
         assert record["bundle"] == str(bundle)
         lasting = record["container"][0]
-        # The thread's process is a `create` that ends, and no monitor of an engine is above it: init stands for it.
+        # The thread's process is a `create` that ends: the engine's monitor above it stays.
         comm = Path(f"/proc/{lasting}/comm").read_text()
-        assert (lasting == 1) if names == "thread" else (comm == "sleep\n")
+        assert comm == ("conmonrs\n" if names == "thread" else "sleep\n")
         vms.scene.sczctl("sweep")
         assert vms.mounts() == [entry["source"]]
         kata.delete()
     assert vms.left() == []
+
+
+@pytest.mark.parametrize("monitor", ["", "a-monitor"])
+def test_without_an_engines_monitor_nobody_would_see_the_end(vms: Sandboxes, monitor: str) -> None:
+    bundle = vms.bundle(hooks=True)
+    before_create(vms.scene, "init", bundle)
+    with Kata(vms.folder, bundle, "init", "thread", monitor=monitor) as kata:
+        created = kata.created()
+        assert created["code"] == CODES["HolderRefused"]
+        assert f"started by '{monitor or 'python3'}" in created["said"][-1]
+    vms.refused("HolderRefused")
 
 
 @pytest.mark.parametrize("names", ["thread", "hypervisor"])
@@ -491,6 +503,79 @@ def test_what_is_ready_for_kata_is_refused_under_another_runtime(vms: Sandboxes)
     before_create(vms.scene, "other", bundle)
     assert vms.run(bundle, program=Path("/usr/bin/runc"), name="other").returncode != 0
     vms.refused("RequirementRefused")
+
+
+def test_crun_under_katas_name_is_not_kata(vms: Sandboxes) -> None:
+    """It runs from a file without a path, and its first argument is what the link to it is called."""
+    link = vms.folder / "link" / "kata-runtime"
+    link.parent.mkdir()
+    link.symlink_to("/usr/bin/crun")
+    bundle = vms.bundle(hooks=True)
+    before_create(vms.scene, "link", bundle)
+    file = bundle / "config.json"
+    spec = json.loads(file.read_text())
+    for unused in ("resources", "cgroupsPath"):
+        spec["linux"].pop(unused, None)
+    file.write_text(json.dumps(spec))
+    namespace = RuntimeNamespace().start()
+    try:
+        words = ["--root", str(vms.folder / "crun"), "run", "--bundle", str(bundle), "link"]
+        done = subprocess.run(
+            [*namespace.prefix, str(link), *words], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False, timeout=120,
+        )  # fmt: skip
+    finally:
+        namespace.stop()
+    assert done.returncode != 0
+    assert SUMS["/models/small/config.json"] not in done.stdout
+    vms.refused("RequirementRefused")
+
+
+def _of_anothers(source: str) -> tuple[dict[str, Any], ...]:
+    return (
+        {"destination": "/steal", "type": "bind", "source": source, "options": ["bind", "ro"]},
+        {"destination": "/steal", "type": "bind", "source": str(Path(source).parents[1]), "options": ["rbind"]},
+        {"destination": "/steal", "type": "none", "source": str(Path(source).parents[2]), "options": ["rbind"]},
+        {"destination": "/steal", "type": "overlay", "source": "overlay", "options": [f"lowerdir=/etc:{source}"]},
+    )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_another_containers_models_are_not_shown_beside_ones_own(vms: Sandboxes, number: int) -> None:
+    first = vms.bundle(hooks=True)
+    (entry,) = before_create(vms.scene, "first", first)
+    forged = _of_anothers(entry["source"])[number]
+    # Where the thief asks with it already, and where it comes behind what was made ready.
+    early = ask(vms.scene, "thief", vms.bundle(hooks=True, mounts=[forged]))
+    assert early.returncode == CODES["DestinationRefused"]
+    assert "the models of other containers" in early.stderr
+    bundle = vms.bundle(hooks=True)
+    before_create(vms.scene, "thief", bundle)
+    add_mounts(bundle, [forged])
+    with Kata(vms.folder, bundle, "thief", "hypervisor") as kata:
+        created = kata.created()
+        assert created["code"] == CODES["DestinationRefused"]
+        assert "the models of other containers" in created["said"][-1]
+    assert vms.mounts() == [entry["source"]]
+    assert vms.scene.why()["reason"] == "DestinationRefused"
+    discard("first", str(first), load_config(str(vms.scene.config)))
+    assert vms.left() == []
+
+
+def test_what_nobody_adopts_goes_though_its_creator_lives(vms: Sandboxes) -> None:
+    for change in ("patience", "folder"):
+        bundle = vms.bundle(hooks=True)
+        before_create(vms.scene, change, bundle, known=False)
+        vms.scene.sczctl("sweep")
+        assert len(vms.mounts()) == 1
+        (file,) = (vms.scene.runtime_directory / "host-mounts").glob("*.json")
+        written = json.loads(file.read_text())
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        assert now < written["adopt_by"] <= now + 600
+        written |= {"adopt_by": int(now) - 1} if change == "patience" else {"folder": str(bundle / "never")}
+        file.write_text(json.dumps(written))
+        vms.scene.sczctl("sweep")
+        assert vms.left() == []
 
 
 def test_a_runtime_that_is_not_roots_alone(vms: Sandboxes) -> None:

@@ -471,6 +471,36 @@ def test_each_start_by_the_api_service_is_admitted_anew(house: House) -> None:
         service.wait(timeout=WAIT_SECONDS)
 
 
+def test_what_the_api_service_could_not_create_goes_with_the_container(house: House) -> None:
+    podman = house.scene.podman
+    socket = house.scene.directory / "api.sock"
+    words = [*house.words(token="t21"), house.scene.image, "/no-such-program"]
+    name = podman.create(words, runtime=house.like.runtime)
+    service = subprocess.Popen(
+        podman.command("system", "service", "--time=0", f"unix://{socket}"), env=podman.environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(socket.exists)
+        remote = [*podman.namespace.prefix, "podman", "--remote", f"--url=unix://{socket}"]
+
+        def call(*words: str) -> int:
+            done = subprocess.run(
+                [*remote, *words], env=podman.environment, capture_output=True, text=True, check=False,
+                timeout=WAIT_SECONDS,
+            )  # fmt: skip
+            return done.returncode
+
+        assert call("start", name) != 0
+        assert swept(house) != []  # it may be started again: podman has it still
+        assert call("rm", "--force", name) == 0
+        assert service.poll() is None
+        assert swept(house) == []
+    finally:
+        service.terminate()
+        service.wait(timeout=WAIT_SECONDS)
+
+
 @contextlib.contextmanager
 def frozen_tpm(scene: Scene) -> Iterator[None]:
     """The TPM does not answer for a while."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,33 @@ class TestPlan:
     def test_mounts_that_are_anothers(self, namespaces: list[dict[str, str]]) -> None:
         with pytest.raises(HolderRefused):
             plan(spec(linux={"namespaces": namespaces}), requests(a="/models/x"))
+
+    @pytest.mark.parametrize(
+        "shown",
+        [
+            {"source": f"{RUN}/bound/x/0"},
+            {"source": f"{RUN}/bound"},
+            {"source": f"{RUN}/bound/../bound/x"},
+            {"source": RUN, "options": ["rbind"]},
+            {"source": "/run"},
+            {"source": "/var/run"},
+            {"source": "/"},
+            {"source": "/proc/self/root/run"},
+            {"type": "none", "source": "/run", "options": ["rbind"]},
+            {"type": "overlay", "source": "overlay", "options": [f"upperdir=/u,lowerdir=/l:{RUN}/bound/x/0"]},
+        ],
+    )
+    def test_no_other_containers_models(self, shown: dict[str, Any]) -> None:
+        other = {"destination": "/steal", "type": "bind", "options": ["bind", "ro"], **shown}
+        with pytest.raises(DestinationRefused, match="the models of other containers"):
+            plan(spec(other), requests(a="/models/x"))
+
+    def test_other_volumes_and_a_root(self) -> None:
+        for source in ("/running", "/run/scz-smm-x", f"{RUN}/boundary", f"{RUN}/tokens", "/srv/x"):
+            volume = {"destination": "/v", "type": "bind", "source": source, "options": ["rbind", "x=/srv\0/x"]}
+            assert len(plan(spec(volume), requests(a="/models/x"))) == 1
+        with pytest.raises(DestinationRefused, match="the models of other containers"):
+            plan(spec(root={"path": f"{RUN}/bound/x/0"}), requests(a="/models/x"))
 
     def test_what_kata_replaces(self) -> None:
         with pytest.raises(DestinationRefused, match="empty directory"):
@@ -187,6 +217,12 @@ class TestEntries:
         with pytest.raises(DestinationRefused):
             verify_entries(record, spec(self.entry(record, **changes)), requests(a="/models/x"))
 
+    def test_other_containers_models(self, record: BoundRecord) -> None:
+        for source in (Path(record.mounts[0].path).parents[1] / "x/0", Path(record.mounts[0].path).parent):
+            other = {"destination": "/steal", "type": "bind", "source": str(source), "options": ["bind"]}
+            with pytest.raises(DestinationRefused, match="the models of other containers"):
+                verify_entries(record, spec(self.entry(record), other), requests(a="/models/x"))
+
     def test_other_requests(self, record: BoundRecord) -> None:
         for asked in (requests(), requests(a="/models/y"), requests(a="/models/x", b="/opt/y")):
             with pytest.raises(DestinationRefused, match="other places"):
@@ -211,6 +247,26 @@ def sleeper() -> Iterator[int]:
         process.kill()
 
 
+@contextmanager
+def monitored(folder: Path, name: str, *, mode: int = 0o755) -> Iterator[tuple[int, int]]:
+    """A program of this name and a child of it; yields both pids."""
+    program = folder / name
+    shutil.copy(os.path.realpath("/bin/sh"), program)
+    program.chmod(mode)
+    words = [str(program), "-c", "/bin/sleep 600 & echo $!; wait"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            while os.path.samefile(f"/proc/{child}/exe", program):  # until it has become what it will be
+                time.sleep(0.01)
+            yield process.pid, child
+        finally:
+            os.kill(child, signal.SIGKILL)
+            process.wait(timeout=60)
+    program.unlink()
+
+
 class TestProcesses:
     def test_a_threads_process(self) -> None:
         found = []
@@ -224,34 +280,61 @@ class TestProcesses:
             assert lasting_process(sleeper, runtime) == (sleeper, process_start_time(sleeper))
 
     @pytest.mark.parametrize("pid", [0, 1])
-    def test_no_process_of_its_own(self, pid: int) -> None:
-        with HeldProcess(os.getpid()) as runtime:
-            assert lasting_process(pid, runtime) == (1, process_start_time(1))
-            assert lasting_process(os.getpid(), runtime) == (1, process_start_time(1))
+    @pytest.mark.parametrize("name", ["bash", "conmon-x", "xconmon"])
+    def test_no_process_that_stays(self, tmp_path: Path, name: str, pid: int) -> None:
+        with monitored(tmp_path, name) as (_, created), HeldProcess(created) as runtime:
+            for of_state in (pid, created):
+                with pytest.raises(HolderRefused, match=f"started by '{name}', and names no process that lives"):
+                    lasting_process(of_state, runtime)
 
-    @pytest.mark.parametrize("name", ["conmon", "containerd-shim", "containerd-shim-runc-v2"])
-    def test_the_engines_monitor_above_a_create(self, sleeper: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            HeldProcess, "executable_name", lambda self: name if self.pid == os.getpid() else "kata-runtime"
-        )
-        with HeldProcess(sleeper) as runtime:
-            assert lasting_process(sleeper, runtime) == (os.getpid(), process_start_time(os.getpid()))
-        monkeypatch.setattr(HeldProcess, "executable_name", lambda _self: "containerd-shim-kata-v2")
-        with HeldProcess(sleeper) as runtime:
-            assert lasting_process(sleeper, runtime) == (sleeper, process_start_time(sleeper))
+    @pytest.mark.parametrize("name", ["conmon", "conmonrs", "containerd-shim", "containerd-shim-runc-v2"])
+    def test_the_engines_monitor_above_a_create(self, tmp_path: Path, name: str) -> None:
+        with monitored(tmp_path, name) as (monitor, created), HeldProcess(created) as runtime:
+            assert lasting_process(created, runtime) == (monitor, process_start_time(monitor))
+        with (
+            monitored(tmp_path, name, mode=0o775) as (_, created),
+            HeldProcess(created) as runtime,
+            pytest.raises(HolderRefused, match="not root's alone"),
+        ):
+            lasting_process(created, runtime)
+
+    def test_a_shim_stays_itself(self, tmp_path: Path) -> None:
+        with monitored(tmp_path, "containerd-shim-kata-v2") as (shim, _), HeldProcess(shim) as runtime:
+            assert lasting_process(shim, runtime) == (shim, process_start_time(shim))
 
     @pytest.mark.parametrize("program", ["runc", "bash", "kata-agent", ""])
     def test_another_runtime(
         self, record: BoundRecord, sleeper: int, program: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(HeldProcess, "executable_name", lambda _self: program)
+        monkeypatch.setattr(HeldProcess, "executable_name", lambda _self, **_how: program)
         with HeldProcess(sleeper) as runtime, pytest.raises(RequirementRefused, match="made ready for kata"):
             verify_runtime(runtime, record)
 
-    def test_katas(self, record: BoundRecord, sleeper: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(HeldProcess, "executable_name", lambda _self: "containerd-shim-kata-v2")
-        with HeldProcess(sleeper) as runtime:
+    @pytest.mark.parametrize("name", ["kata-runtime", "containerd-shim-kata-v2", "kata-runtime-3"])
+    def test_katas(self, record: BoundRecord, tmp_path: Path, name: str) -> None:
+        with monitored(tmp_path, name) as (program, _), HeldProcess(program) as runtime:
             verify_runtime(runtime, record)
+        with (
+            monitored(tmp_path, name, mode=0o757) as (program, _),
+            HeldProcess(program) as runtime,
+            pytest.raises(RequirementRefused, match="not root's alone"),
+        ):
+            verify_runtime(runtime, record)
+
+    def test_a_program_without_a_path_is_not_kata_by_its_first_argument(self, record: BoundRecord) -> None:
+        memory = os.memfd_create("sealed")
+        os.write(memory, Path("/bin/sleep").read_bytes())
+        words = ["/usr/bin/kata-runtime", "600"]
+        with subprocess.Popen(words, executable=f"/proc/self/fd/{memory}", pass_fds=[memory]) as process:
+            try:
+                with HeldProcess(process.pid) as runtime:
+                    assert runtime.executable_name() == "kata-runtime"
+                    assert runtime.executable_name(by_argument=False) == ""
+                    with pytest.raises(RequirementRefused, match="a program whose file has no name"):
+                        verify_runtime(runtime, record)
+            finally:
+                process.kill()
+                os.close(memory)
 
 
 class TestFolders:

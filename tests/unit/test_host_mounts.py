@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook.delivery import host_mounts
+from oci_hook.delivery.bound_record import seconds_since_boot
 from oci_hook.delivery.holder import own_mount_namespace
 from oci_hook.delivery.host_mounts import Removed
 from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostMount, HostRecord, HostRecords
@@ -163,6 +165,19 @@ class TestBeforeCreate:
         assert dataclasses.replace(bound, bundle="/nonexistent").is_stale()
         assert not dataclasses.replace(bound, bundle="").is_stale()
 
+    def test_nobody_waits_for_it_for_ever(self, bound: BoundRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = seconds_since_boot()
+        assert not dataclasses.replace(bound, adopt_by=now + 60).is_stale()
+        assert dataclasses.replace(bound, adopt_by=now - 1).is_stale()
+        assert not dataclasses.replace(bound, adopt_by=now - 1, container=myself()).is_stale()
+        monkeypatch.setattr(time, "time", lambda: 1e12)  # the clock that people set is no matter
+        assert not dataclasses.replace(bound, adopt_by=now + 60).is_stale()
+
+    def test_without_the_engines_folder_it_will_not_come(self, bound: BoundRecord) -> None:
+        assert not dataclasses.replace(bound, folder=bound.bundle).is_stale()
+        assert dataclasses.replace(bound, folder="/nonexistent").is_stale()
+        assert not dataclasses.replace(bound, folder="/nonexistent", container=myself()).is_stale()
+
     def test_whose_it_is(self, bound: BoundRecord) -> None:
         assert not bound.is_held_by_another(GONE)
         assert dataclasses.replace(bound, container=myself()).is_held_by_another(GONE)
@@ -177,7 +192,7 @@ class TestBeforeCreate:
         # The form of the version before is that of a pod's record still.
         assert json.loads(file.read_text()).keys() == {field.name for field in dataclasses.fields(HostRecord)}
         assert json.loads(file.read_text())["mounts"][0].keys() == {"path", "fsid", "device"}
-        unknown = dataclasses.replace(bound, container_id="d", bundle="")
+        unknown = dataclasses.replace(bound, container_id="d", bundle="", folder="/f", adopt_by=7)
         records.write(unknown)
         assert set(records.all()[0]) == {record, unknown}
         assert records.bound() == (unknown,)

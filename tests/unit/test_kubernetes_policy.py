@@ -323,7 +323,7 @@ def test_the_numbers_are_the_hooks() -> None:
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
 
-WHO, VOLUME, MOUNT, CLASS, PLUGIN, HOST, PRIVILEGED, EPHEMERAL, EXEC = MODELS.messages[1:]
+WHO, VOLUME, MOUNT, CLASS, PLUGIN, HOST, PRIVILEGED, HOST_PATH, EPHEMERAL, EXEC = MODELS.messages[1:]
 
 
 def spec(**members: Any) -> Callable[[Any], object]:
@@ -418,6 +418,48 @@ def test_pods_without_a_model_are_not_judged(change: Callable[[Any], object], me
     plain = changed(pod(), change)
     plain["metadata"]["annotations"] = {}
     assert MODELS.refusals(request(plain), PARAMETERS) == []
+
+
+def host_path(path: str) -> Callable[[Any], object]:
+    return lambda each: each["spec"]["volumes"].append({"name": "host", "hostPath": {"path": path}})
+
+
+@pytest.mark.parametrize("model", [True, False])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "//",
+        "/.",
+        "/run",
+        "/run/",
+        "//run",
+        "/./run/.",
+        "run",
+        "/var/run",
+        "/var//run/",
+        "/run/scz-smm",
+        "/run/scz-smm/",
+        "/run/./scz-smm",
+        "/var/run/scz-smm",
+        "/run/scz-smm/bound",
+        "/run/scz-smm/a\nb",
+    ],
+)
+def test_a_hostpath_to_the_models_of_others(path: str, model: bool) -> None:
+    asking = changed(pod(), host_path(path))
+    if not model:
+        asking["metadata"]["annotations"] = {}
+    assert MODELS.refusals(request(asking), PARAMETERS) == [HOST_PATH]
+    assert not MODELS.failing(request(asking), PARAMETERS)
+    assert MODELS.refusals(request(asking), parameters(forbid_privileged="false")) == []
+    finished = changed(asking, lambda each: each["metadata"].update(finalizers=["x"]))
+    assert MODELS.refusals(request(asking, old=finished, operation="UPDATE"), PARAMETERS) == []
+
+
+@pytest.mark.parametrize("path", ["/run/scz-smm-x", "/run/containerd", "/var", "/var/lib", "/srv/run", "/runs", "/x.y"])
+def test_a_hostpath_elsewhere(path: str) -> None:
+    assert MODELS.refusals(request(changed(pod(), host_path(path))), PARAMETERS) == []
 
 
 def parameters(**changes: str | None) -> Manifest:

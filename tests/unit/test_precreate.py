@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from oci_hook.errors import EngineUnsupported, SczError, SpecInvalid
 from oci_hook.invocation import Invocation
-from oci_hook.oci.precreate import container_id, parse_precreate, with_mounts, with_prestart
+from oci_hook.oci.precreate import container_id, own_folder, parse_precreate, with_mounts, with_prestart
 from oci_hook.oci.spec import MAX_SPEC_BYTES
 
 ID, OTHER = "8c85f2879375d37e40d06ecc138f2dd3474bfa10e36526e75c3637ccba68ebf5", "ab" * 32
@@ -115,6 +115,14 @@ def test_a_container_that_podman_did_not_name_is_refused(cgroup: str | None) -> 
 )
 def test_podmans_own_mounts_name_the_container(mounts: list[Any]) -> None:
     assert identify(document(mounts=mounts)) == ID
+
+
+def test_podmans_folder_of_the_container() -> None:
+    for mounts, folder in (
+        ([own("hostname")], f"{RUN}/{ID}/userdata"),
+        ([own("hosts", OTHER), own("shm", folder=STORE), own("hostname")], f"{STORE}/{ID}/userdata"),
+    ):
+        assert own_folder(parse_precreate(encoded(document(mounts=mounts))).spec) == (ID, folder)
 
 
 @pytest.mark.parametrize(
@@ -312,9 +320,20 @@ def test_a_container_that_asks_for_no_vm_gets_its_own_bytes_back(annotations: di
 
 KATA = {"smm.scz/model": "x", "smm.scz/require": "runtime=kata"}
 HOOKS = {
-    stage: [{"path": "/python", "args": Invocation(stage, config_file=CONFIG, engine="podman").command()}]
+    stage: [{"path": words[0], "args": words}]
     for stage in ("prestart",)
+    for words in [Invocation(stage, config_file=CONFIG, engine="podman").command()]
 }
+
+
+def with_words(place: int, word: str) -> dict[str, Any]:
+    """Our prestart hook with another word in its command line."""
+    hook = HOOKS["prestart"][0]
+    words: list[str] = list(hook["args"])
+    words[place] = word
+    return {**hook, "args": words}
+
+
 REFUSED = {
     "not JSON": (b"{", "--engine podman", 11, "not JSON"),
     "a misspelt annotation": (
@@ -340,6 +359,24 @@ REFUSED = {
     ),
     "prestart at another stage": (
         encoded(document(annotations=KATA, hooks={"poststart": HOOKS["prestart"]})),
+        "--engine podman",
+        25,
+        "at prestart",
+    ),
+    "another interpreter": (
+        encoded(document(annotations=KATA, hooks={"prestart": [with_words(0, "/bin/true")]})),
+        "--engine podman",
+        25,
+        "at prestart",
+    ),
+    "another file than its arguments say": (
+        encoded(document(annotations=KATA, hooks={"prestart": [{**HOOKS["prestart"][0], "path": "/bin/true"}]})),
+        "--engine podman",
+        25,
+        "at prestart",
+    ),
+    "another option of the interpreter": (
+        encoded(document(annotations=KATA, hooks={"prestart": [with_words(2, "-i")]})),
         "--engine podman",
         25,
         "at prestart",
