@@ -195,7 +195,10 @@ def test_a_containers_life_is_told_from_beginning_to_end(nodes: Nodes, suite: st
         server = pod.create("server", node.image, command, mounts=[bind(source, "/data")], memory_limit_bytes=64 << 20)
         pod.start(server)
         pid = next(container.pid for what, container in witness.of("server") if what == "started")
-        assert b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        deadline = time.monotonic() + ENOUGH
+        while b"sleep" not in (words := Path(f"/proc/{pid}/cmdline").read_bytes()):  # runc is in the middle of execve
+            assert time.monotonic() < deadline, words
+            time.sleep(0.02)
         pod.stop_container(server)
         seen = witness.pods[pod.id]
     assert (seen.name, seen.namespace, seen.uid, seen.runtime_handler) == ("shop", "shop", pod.uid, "runc")

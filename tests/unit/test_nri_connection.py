@@ -696,11 +696,16 @@ def test_what_cannot_be_followed_ends_the_connection(
     assert engine.ended()
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who connects from now on reads 1000 bytes at most."""
+    monkeypatch.setattr(ttrpc.FrameReader.__init__, "__defaults__", (1000,))
+
+
 def test_a_container_that_is_too_long_fails_alone(
-    engine: Engine, handler: Recorder, running: Running, monkeypatch: pytest.MonkeyPatch
+    short: None, engine: Engine, handler: Recorder, running: Running
 ) -> None:
     """As the published servers answer (ttrpc, server.go); an engine with NRI before 0.8 sends whatever it has."""
-    monkeypatch.setattr(ttrpc.FrameReader.__init__, "__defaults__", (1000,))
     engine.begin()
     for number in range(3):
         payload, code, message = engine.call("CreateContainer", about("long" * 1000))
@@ -711,10 +716,9 @@ def test_a_container_that_is_too_long_fails_alone(
 
 
 def test_a_list_of_all_that_is_too_long_lets_the_plugin_in_all_the_same(
-    engine: Engine, handler: Recorder, monkeypatch: pytest.MonkeyPatch
+    short: None, engine: Engine, handler: Recorder
 ) -> None:
     """Else whoever makes enough long containers turns the plugin off for the node, at the engine's next start."""
-    monkeypatch.setattr(ttrpc.FrameReader.__init__, "__defaults__", (1000,))
     told: list[bool] = []
     running = Running(engine.path, handler)
     running.plugin = Plugin("scz-smm", "10", handler, told.append)

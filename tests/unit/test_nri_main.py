@@ -11,15 +11,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from oci_hook.nri.main import Journal, notify
-from tests.nri_engine import Engine, about, field
+from tests.nri_engine import Engine, about, container, field, pod
 
 ENOUGH = 60.0  # seconds, for what happens at once on a machine that has nothing else to do
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def unit_environment() -> dict[str, str]:
+    """What the unit's `Environment=` gives it."""
+    lines = (ROOT / "config/systemd/scz-nri.service").read_text().splitlines()
+    words = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
+    return dict(word.split("=", 1) for word in words)
 
 
 class Service:
@@ -42,7 +50,7 @@ class Service:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", script],
-                env={"NOTIFY_SOCKET": str(folder / "notify")},
+                env={"NOTIFY_SOCKET": str(folder / "notify"), **unit_environment()},
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
@@ -72,6 +80,7 @@ def service() -> Iterator[Service]:
         service.process.kill()
         service.process.wait()
         service.systemd.close()
+        print(service.log.read_text())
         shutil.rmtree(folder)
 
 
@@ -119,6 +128,35 @@ def test_nothing_of_it_is_to_be_read_by_others(service: Service) -> None:
         assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
         assert "VmLck:\t       0 kB" not in Path(f"/proc/{service.process.pid}/status").read_text()
         assert service.end() == 0
+
+
+def copies(pid: int, what: bytes) -> int:
+    """How often something is in a process's memory."""
+    found = 0
+    with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb") as memory:
+        for line in maps:
+            place, permissions = line.split()[:2]
+            if "r" in permissions and "[v" not in line:  # of vvar and vsyscall nothing can be read
+                low, high = (int(number, 16) for number in place.split("-"))
+                with suppress(OSError):  # a thread's, that has ended meanwhile
+                    memory.seek(low)
+                    found += memory.read(high - low).count(what)
+    return found
+
+
+@pytest.mark.parametrize("size", [3000, 300_000])
+def test_of_others_containers_nothing_stays_in_memory(service: Service, size: int) -> None:
+    secret = b"of another container's, " + os.urandom(8).hex().encode()
+    with Engine(service.socket) as engine:
+        engine.accept().registered()
+        assert engine.call("Configure", CONFIGURE)[1] == 0
+        assert engine.call("Synchronize")[1] == 0
+        other = container("c1") + field(7, "x" * size) + field(8, b"PASSWORD=" + secret)
+        assert engine.call("CreateContainer", field(1, pod()) + field(2, other))[1] == 0
+        for number in range(3):
+            assert engine.call("CreateContainer", about(f"next-{number}"))[1] == 0
+        assert copies(service.process.pid, secret) == 0
+        assert copies(service.process.pid, b"nri.sock") > 0
 
 
 def test_its_end_beside_a_call_that_was_refused(service: Service) -> None:
