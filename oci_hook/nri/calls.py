@@ -19,7 +19,7 @@ from oci_hook.errors import CouldNotTell, EngineUnsupported, InputError, SczErro
 from oci_hook.nri import encoding
 from oci_hook.nri.handler import Handler
 from oci_hook.nri.messages import Adjustment, Container, Event, PodSandbox, Settings
-from oci_hook.nri.ttrpc import Code, Request, Response
+from oci_hook.nri.ttrpc import Code, Request, Response, encode_request
 
 PLUGIN_SERVICE = "nri.pkg.api.v1alpha1.Plugin"
 #: What one list of pods and containers may have, in however many requests.
@@ -45,6 +45,7 @@ class Call:
         deadline: `time.monotonic()` until which the answer has to be with the engine; infinite where it is no matter.
         lost: To be called if the handler returned and its answer did not arrive.
         is_configure: Whether this is the call that begins it all.
+        is_synchronize: Whether this is the last one before the engine asks the plugin for each container.
     """
 
     lane: str
@@ -53,6 +54,7 @@ class Call:
     deadline: float = math.inf
     lost: Callable[[], None] | None = None
     is_configure: bool = False
+    is_synchronize: bool = False
 
 
 def subscribed(handler: Handler) -> frozenset[Event]:
@@ -127,7 +129,7 @@ class Calls:
             return Call("", lambda: None, lambda _: encoding.synchronized(more=True))
         run = functools.partial(self._handler.synchronize, tuple(self._pods), tuple(self._containers))
         self._pods, self._containers, self._bytes = [], [], 0
-        return Call("", run, lambda _: encoding.synchronized(more=False))
+        return Call("", run, lambda _: encoding.synchronized(more=False), is_synchronize=True)
 
     def _shutdown(self, _payload: bytes) -> Call:
         return Call("", self._handler.shutdown)
@@ -184,6 +186,11 @@ class Calls:
             deadline,
             functools.partial(handler.create_container_lost, pod, container),
         )
+
+
+def is_synchronize(beginning: bytes) -> bool:
+    """Whether a request of which only the beginning is here is `Synchronize`; its fields come in their order."""
+    return beginning.startswith(encode_request(Request(PLUGIN_SERVICE, "Synchronize", b"")))
 
 
 def knows_validation(settings: Settings) -> bool:

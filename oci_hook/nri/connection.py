@@ -27,7 +27,7 @@ from oci_hook import __version__
 from oci_hook.documents import shown
 from oci_hook.errors import EngineUnsupported, FileUnreadable, SczError, SystemCallFailed
 from oci_hook.nri import encoding, mux, ttrpc
-from oci_hook.nri.calls import Call, Calls, refusal
+from oci_hook.nri.calls import Call, Calls, is_synchronize, refusal
 from oci_hook.nri.handler import Handler
 from oci_hook.nri.lanes import Lanes
 from oci_hook.nri.ttrpc import Code, Frame, Kind, Request, Response
@@ -41,7 +41,10 @@ REGISTER_SECONDS = 30.0
 MARGIN_SECONDS = 0.05
 _SEND_SECONDS = 30
 _RECEIVE_BYTES = 256 << 10
+_POLL_MILLISECONDS = 500
 _MAX_LANES = 64
+#: The requests that are being served, of all lanes.
+_MAX_HELD_BYTES = 2 * ttrpc.MAX_RECEIVED_BYTES
 _ENABLE = "`sczctl install --engine ENGINE --nri` turns NRI on in the engine; then restart the engine"
 _ASK_ENGINE = "the engine's journal says why; docs/nri.md lists the engines that were tried"
 
@@ -53,17 +56,22 @@ class Plugin:
         name: Letters, digits and `_.+-`.
         index: Two digits: the engine calls its plugins in their order.
         handler: What it does.
+        synchronized: Called when the engine has the answer to its list of all pods and containers, so that it asks this
+            plugin from now on; with False if the list was too long to be read, so that the handler has not seen it.
 
     Raises:
         ValueError: Name or index are not what NRI takes, or the handler overrides nothing.
     """
 
-    def __init__(self, name: str, index: str, handler: Handler) -> None:
+    def __init__(
+        self, name: str, index: str, handler: Handler, synchronized: Callable[[bool], None] = lambda _: None
+    ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name) or not re.fullmatch(r"[0-9]{2}", index):
             raise ValueError(f"{index}-{name} is no name of a plugin")
         Calls(handler)
         self.name, self.index, self.handler = name, index, handler
-        self._lanes = Lanes(_MAX_LANES)
+        self._synchronized = synchronized
+        self._lanes = Lanes(_MAX_LANES, _MAX_HELD_BYTES)
         self._session: _Session | None = None
         self._closed = False
 
@@ -83,7 +91,7 @@ class Plugin:
         if self._closed:
             return
         with _connected(socket_path) as trunk:
-            session = self._session = _Session(trunk, self.handler, self._lanes)
+            session = self._session = _Session(trunk, self.handler, self._lanes, self._synchronized)
             try:
                 if not self._closed:  # by a signal, just now
                     session.run(self.name, self.index)
@@ -132,8 +140,10 @@ def _connected(path: str) -> Iterator[socket.socket]:
 class _Session:
     """One connection, from its registration to its end."""
 
-    def __init__(self, trunk: socket.socket, handler: Handler, lanes: Lanes) -> None:
-        self._trunk, self._lanes = trunk, lanes
+    def __init__(
+        self, trunk: socket.socket, handler: Handler, lanes: Lanes, synchronized: Callable[[bool], None]
+    ) -> None:
+        self._trunk, self._lanes, self._synchronized = trunk, lanes, synchronized
         self._calls = Calls(handler)
         self._sending = threading.Lock()
         self._last_stream = 0
@@ -150,7 +160,7 @@ class _Session:
         )
         deadline = time.monotonic() + REGISTER_SECONDS
         self._send(mux.RUNTIME_SERVICE, Frame(1, Kind.REQUEST, 0, ttrpc.encode_request(request)))
-        trunk, plugin, runtime = mux.Demultiplexer(), ttrpc.FrameReader(), ttrpc.FrameReader()
+        trunk, plugin, runtime = mux.Demultiplexer(), ttrpc.FrameReader(), ttrpc.FrameReader(ttrpc.MAX_SENT_BYTES)
         while data := self._receive(deadline):
             for connection, payload in trunk.feed(data):
                 if connection == mux.PLUGIN_SERVICE:
@@ -176,7 +186,8 @@ class _Session:
         poll = select.poll()
         poll.register(self._trunk, select.POLLIN)
         try:
-            while not poll.poll(None if self._configured else max(0.0, min(deadline - time.monotonic(), 1.0)) * 1000):
+            # In portions: a signal that comes just before the call would be handled after it only.
+            while not poll.poll(_POLL_MILLISECONDS):
                 if not self._configured and time.monotonic() > deadline:
                     raise FileUnreadable(
                         f"the engine did not configure the plugin within {REGISTER_SECONDS:g} s", remedy=_ASK_ENGINE
@@ -211,6 +222,9 @@ class _Session:
             self._answer(frame.stream, Response(code=Code.INVALID_ARGUMENT, message=problem))
             return
         self._last_stream = frame.stream
+        if frame.skipped_bytes:
+            self._called_at_length(frame)
+            return
         try:
             call = self._calls.call(ttrpc.parse_request(frame.data), received)
         except EngineUnsupported as error:
@@ -220,8 +234,21 @@ class _Session:
             self._answer(frame.stream, Response(code=Code.UNIMPLEMENTED, message="scz-smm does not know this call"))
         elif not self._configured and not call.is_configure:
             self._answer(frame.stream, Response(code=Code.FAILED_PRECONDITION, message="scz-smm is not configured yet"))
-        elif not self._lanes.put(call.lane, functools.partial(self._serve, frame.stream, call)):
+        elif not self._lanes.put(call.lane, functools.partial(self._serve, frame.stream, call), len(frame.data)):
             self._answer(frame.stream, Response(code=Code.RESOURCE_EXHAUSTED, message="scz-smm has too much to do"))
+
+    def _called_at_length(self, frame: Frame) -> None:
+        """Answer a request that is too long to be read: its container fails, and the connection goes on.
+
+        The list of all pods and containers must not fail: the engine would go on without the plugin, for every
+        container of the node. What has gone meanwhile is found by a sweep then.
+        """
+        if self._configured and is_synchronize(frame.data):
+            if self._answer(frame.stream, Response(encoding.synchronized(more=False))):
+                self._synchronized(False)
+            return
+        said = f"scz-smm: a message of {frame.skipped_bytes} bytes; at most {ttrpc.MAX_RECEIVED_BYTES} can be read"
+        self._answer(frame.stream, Response(code=Code.RESOURCE_EXHAUSTED, message=said))
 
     def _misuse(self, frame: Frame) -> str:
         if frame.kind == Kind.DATA:
@@ -248,12 +275,16 @@ class _Session:
         arrived = self._answer(stream, response) and response.code == Code.OK
         if made and not arrived and call.lost is not None:
             _attempt(call.lost)
+        if arrived and call.is_synchronize:
+            self._synchronized(True)
 
 
 def _check_registration(frame: Frame) -> None:
     """The engine's answers to us: the one to the registration counts."""
     if frame.stream != 1 or frame.kind != Kind.RESPONSE:
         return
+    if frame.skipped_bytes:
+        raise EngineUnsupported(f"the engine's answer to the registration has {frame.skipped_bytes} bytes")
     response = ttrpc.parse_response(frame.data)
     if response.code != Code.OK:
         raise EngineUnsupported(

@@ -22,7 +22,8 @@ from oci_hook.nri.messages import (
 )
 from oci_hook.nri.schema import Schema
 
-#: Field numbers of the published protocol, as of NRI 0.12; 0.3 has the same numbers for what it has.
+#: Field numbers of the published protocol, as of NRI 0.12; 0.3 has the same numbers for what it has. A container's
+#: arguments, environment and labels are left out: others' secrets are there, and nothing here needs them.
 _SCHEMA = Schema(
     "nri.pkg.api.v1alpha1",
     {
@@ -35,13 +36,14 @@ _SCHEMA = Schema(
         "Event": "pod=1:PodSandbox container=2:Container",  # all requests about one pod or container begin so
         "StateChangeEvent": "event=1:int32 pod=2:PodSandbox container=3:Container",
         "CreateContainerResponse": "adjust=1:ContainerAdjustment",
-        "ValidateRequest": "container=2:Container adjust=3:ContainerAdjustment",
+        "ValidateRequest": "container=2:Container adjust=3:Validated",
+        "Validated": "mounts=3:Mount* hooks=5:Hooks",
         "ValidateResponse": "reject=1:bool reason=2",
-        "PodSandbox": "id=1 name=2 uid=3 namespace=4 labels=5% annotations=6% runtime_handler=7 "
+        "PodSandbox": "id=1 name=2 uid=3 namespace=4 annotations=6% runtime_handler=7 "
         "linux=8:LinuxPodSandbox pid=9:uint32",
         "LinuxPodSandbox": "cgroup_parent=3 cgroups_path=4",
-        "Container": "id=1 pod_sandbox_id=2 name=3 state=4:int32 labels=5% annotations=6% args=7* env=8* "
-        "mounts=9:Mount* hooks=10:Hooks linux=11:LinuxContainer pid=12:uint32 CDI_devices=20:CDIDevice* user=21:User",
+        "Container": "id=1 pod_sandbox_id=2 name=3 state=4:int32 annotations=6% mounts=9:Mount* "
+        "hooks=10:Hooks linux=11:LinuxContainer pid=12:uint32 CDI_devices=20:CDIDevice* user=21:User",
         "Mount": "destination=1 type=2 source=3 options=4*",
         "Hooks": "prestart=1:Hook* create_runtime=2:Hook* create_container=3:Hook* start_container=4:Hook* "
         "poststart=5:Hook* poststop=6:Hook*",
@@ -104,12 +106,9 @@ def parse_state_change(data: bytes) -> tuple[int, PodSandbox, Container]:
 
 
 def parse_validation(data: bytes) -> tuple[str, Adjustment]:
-    """A ValidateContainerAdjustmentRequest: the container's id, and what all plugins together add."""
+    """A ValidateContainerAdjustmentRequest: the container's id, and the mounts and hooks that all plugins add."""
     found = _SCHEMA.parse("ValidateRequest", data)
-    adjust = found.adjust
-    env = tuple(f"{one.key}={one.value}" for one in adjust.env)
-    added = Adjustment(dict(adjust.annotations), _mounts(adjust.mounts), env, _hooks(adjust.hooks))
-    return found.container.id, added
+    return found.container.id, Adjustment(mounts=_mounts(found.adjust.mounts), hooks=_hooks(found.adjust.hooks))
 
 
 def _pod(found: Any) -> PodSandbox:
@@ -118,7 +117,6 @@ def _pod(found: Any) -> PodSandbox:
         name=found.name,
         uid=found.uid,
         namespace=found.namespace,
-        labels=dict(found.labels),
         annotations=dict(found.annotations),
         runtime_handler=found.runtime_handler,
         pid=found.pid,
@@ -134,10 +132,7 @@ def _container(found: Any) -> Container:
         pod_id=found.pod_sandbox_id,
         name=found.name,
         state=found.state,
-        labels=dict(found.labels),
         annotations=dict(found.annotations),
-        args=tuple(found.args),
-        env=tuple(found.env),
         mounts=_mounts(found.mounts),
         hooks=_hooks(found.hooks),
         namespaces=tuple(Namespace(one.type, one.path) for one in linux.namespaces),

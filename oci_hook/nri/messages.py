@@ -115,7 +115,6 @@ class PodSandbox:
     name: str = ""
     uid: str = ""
     namespace: str = ""
-    labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
     runtime_handler: str = ""
     pid: int = 0
@@ -144,10 +143,7 @@ class Container:
     pod_id: str = ""
     name: str = ""
     state: int = ContainerState.UNKNOWN
-    labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
-    args: tuple[str, ...] = ()
-    env: tuple[str, ...] = ()
     mounts: tuple[Mount, ...] = ()
     hooks: Hooks = Hooks()
     namespaces: tuple[Namespace, ...] = ()

@@ -1,13 +1,16 @@
 """`prepare` as a child: the process in which a container's keys live and end, and its answer.
 
 The plugin serves for as long as its engine does, so no key ever is in it. The child is killed when the engine's time is
-up; what it left then, `before_create.discard` and the sweep take away.
+up; what it left then, `before_create.discard` and the sweep take away. A child that no signal ends, since it waits for
+a file system that does not answer (a token in a hung FUSE or NFS), is not waited for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
+import threading
 
 from oci_hook.errors import InternalError, SczError, Terminated, all_errors
 from oci_hook.invocation import ENVIRONMENT, Invocation
@@ -16,7 +19,11 @@ from oci_hook.nri.messages import Mount
 
 _LINE = re.compile(r"[^:\n]{1,32}: [A-Za-z]{1,64} \(\d{1,3}\): ([^\n]*)")
 _MAX_LINE = 8192
-_END_SECONDS = 0.5
+_END_SECONDS, _KILLED_SECONDS = 0.4, 0.05  # together less than what the plugin keeps of the engine's time
+_LONGEST_SECONDS = 600.0
+
+_running: set[subprocess.Popen[bytes]] = set()
+_changing = threading.Lock()
 
 
 def run_prepare(invocation: Invocation, asked: bytes, *, seconds: float, advice: str) -> tuple[Mount, ...]:
@@ -39,30 +46,52 @@ def run_prepare(invocation: Invocation, asked: bytes, *, seconds: float, advice:
         child = subprocess.Popen(invocation.command(), stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/")
     except OSError as cause:
         raise InternalError(f"{invocation.command()[0]} cannot be started: {cause.strerror}") from cause
-    with child:
-        try:
-            out, said = child.communicate(asked, timeout=max(seconds, 0.0))
-        except subprocess.TimeoutExpired as cause:
-            _end(child)
-            raise Terminated(
-                f"the model was not ready within {seconds:.1f} s; longer the engine does not wait for a plugin",
-                remedy=advice,
-            ) from cause
-        except BaseException:
-            child.kill()
-            raise
+    with _changing:
+        _running.add(child)
+    try:
+        out, said = child.communicate(asked, timeout=min(max(seconds, 0.0), _LONGEST_SECONDS))
+    except subprocess.TimeoutExpired as cause:
+        raise Terminated(
+            f"the model was not ready within {seconds:.1f} s; longer the engine does not wait for a plugin",
+            remedy=advice,
+        ) from cause
+    finally:
+        _end(child, min(_END_SECONDS, seconds / 8))
     if child.returncode != 0:
         raise refusal_of(child.returncode, said.decode("utf-8", "replace"))
     return parse_binds(out)
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """By SIGTERM it takes away what it made; if it does not, a sweep does."""
-    child.terminate()
+def end_children() -> None:
+    """Tell all children to end; `run_prepare` raises in the threads that wait for them."""
+    with _changing:
+        children = tuple(_running)
+    for child in children:
+        child.terminate()
+
+
+def _end(child: subprocess.Popen[bytes], seconds: float) -> None:
+    """By SIGTERM it takes away what it made; if it does not, a sweep does. Returns soon, whatever the child does."""
+    if child.returncode is None:
+        child.terminate()
+        if not _has_ended(child, seconds):
+            child.kill()
+            if not _has_ended(child, _KILLED_SECONDS):
+                threading.Thread(target=child.wait, name="reaper", daemon=True).start()
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what could not be written any more
+                    pipe.close()
+    with _changing:
+        _running.discard(child)
+
+
+def _has_ended(child: subprocess.Popen[bytes], seconds: float) -> bool:
     try:
-        child.wait(_END_SECONDS)
+        child.wait(max(seconds, 0.0))
     except subprocess.TimeoutExpired:
-        child.kill()
+        return False
+    return True
 
 
 def refusal_of(code: int, said: str) -> SczError:

@@ -61,9 +61,11 @@ class Schema:
             EngineUnsupported: It is not protobuf, a field has another type, or a string is not UTF-8.
         """
         try:
-            return self._classes[name].FromString(data)
+            found = self._classes[name].FromString(data)
         except message.DecodeError as cause:
             raise EngineUnsupported(f"the engine's {name} is malformed: {shown(cause)}") from cause
+        found.DiscardUnknownFields()
+        return found
 
 
 def _describe(target: Any, package: str, words: str) -> None:

@@ -14,9 +14,14 @@ from dataclasses import dataclass
 from oci_hook.errors import EngineUnsupported
 from oci_hook.nri.schema import Schema
 
-MAX_DATA_BYTES = 4 << 20
+#: What ttrpc allows, and what is sent at most.
+MAX_SENT_BYTES = 4 << 20
+#: What is received at most: engines with NRI before 0.8 do not check what they send, and a container of megabytes, or a
+#: list of all of them, must not be the end of the connection.
+MAX_RECEIVED_BYTES = 64 << 20
+#: So much of the data of a longer one is kept: what it is about stands there.
+_BEGINNING_BYTES = 256
 _HEADER = struct.Struct(">IIBB")
-MAX_MESSAGE_BYTES = _HEADER.size + MAX_DATA_BYTES
 #: Flag of a request that more data of the same stream will follow.
 REMOTE_OPEN = 0x2
 
@@ -57,12 +62,17 @@ class Code(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame; the type is a `Kind` or a number that a later version knows."""
+    """One frame; the type is a `Kind` or a number that a later version knows.
+
+    Attributes:
+        skipped_bytes: How long its data was, if that was too long: `data` is only its beginning then.
+    """
 
     stream: int
     kind: int
     flags: int
     data: bytes
+    skipped_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,34 +100,50 @@ def encode_frame(frame: Frame) -> bytes:
     Raises:
         EngineUnsupported: Its data is longer than ttrpc allows.
     """
-    if len(frame.data) > MAX_DATA_BYTES:
+    if len(frame.data) > MAX_SENT_BYTES:
         raise EngineUnsupported(f"a message of {len(frame.data)} bytes is longer than ttrpc allows")
     return _HEADER.pack(len(frame.data), frame.stream, frame.kind, frame.flags) + frame.data
 
 
 class FrameReader:
-    """Takes a connection's bytes apart, in whatever pieces they come; keeps at most one frame."""
+    """Takes a connection's bytes apart, in whatever pieces they come; keeps at most one frame.
 
-    def __init__(self) -> None:
+    Args:
+        limit_bytes: So much data a frame may have; that of a longer one is thrown away as it comes.
+    """
+
+    def __init__(self, limit_bytes: int = MAX_RECEIVED_BYTES) -> None:
+        self._limit_bytes = limit_bytes
         self._kept = bytearray()
+        self._too_long: Frame | None = None
+        self._to_skip = 0
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Each frame that is complete now.
-
-        Raises:
-            EngineUnsupported: A frame is longer than ttrpc allows. Nothing may be fed afterwards.
-        """
+        """Each frame that is complete now; one that was too long has `skipped_bytes`."""
         self._kept += data
-        while len(self._kept) >= _HEADER.size:
+        while True:
+            if self._too_long is not None:
+                skipped = min(self._to_skip, len(self._kept))
+                del self._kept[:skipped]
+                self._to_skip -= skipped
+                if self._to_skip:
+                    return
+                yield self._too_long
+                self._too_long = None
+            if len(self._kept) < _HEADER.size:
+                return
             length, stream, kind, flags = _HEADER.unpack_from(self._kept)
-            if length > MAX_DATA_BYTES:
-                raise EngineUnsupported(f"the engine's message has {length} bytes, more than ttrpc allows")
-            end = _HEADER.size + length
+            is_too_long = length > self._limit_bytes
+            end = _HEADER.size + (min(length, _BEGINNING_BYTES) if is_too_long else length)
             if len(self._kept) < end:
                 return
-            frame = Frame(stream, kind, flags, bytes(self._kept[_HEADER.size : end]))
+            with memoryview(self._kept) as view:
+                frame = Frame(stream, kind, flags, bytes(view[_HEADER.size : end]), length if is_too_long else 0)
             del self._kept[:end]
-            yield frame
+            if is_too_long:
+                self._too_long, self._to_skip = frame, _HEADER.size + length - end
+            else:
+                yield frame
 
 
 def parse_request(data: bytes) -> Request:

@@ -29,7 +29,7 @@ from oci_hook.errors import (
     SystemCallFailed,
     TpmTimeout,
 )
-from oci_hook.nri import calls, connection
+from oci_hook.nri import calls, connection, ttrpc
 from oci_hook.nri.connection import Handler, Plugin, serve
 from oci_hook.nri.lanes import Lanes
 from oci_hook.nri.messages import Adjustment, Container, Event, Hook, Hooks, Mount, PodSandbox, Settings
@@ -529,7 +529,7 @@ def test_too_many_containers_at_once_are_refused(engine: Engine, handler: Record
 
 
 def test_too_many_calls_of_one_container_are_refused() -> None:
-    lanes, go_on, done = Lanes(3), threading.Event(), []
+    lanes, go_on, done = Lanes(3, 100), threading.Event(), []
     assert all(lanes.put("one", lambda: _wait(go_on)) for _ in range(3))
     assert not lanes.put("one", lambda: done.append("refused"))
     assert lanes.put("two", lambda: done.append("two"))
@@ -541,11 +541,36 @@ def test_too_many_calls_of_one_container_are_refused() -> None:
     assert done == ["two", "again"]
 
 
+def test_calls_that_hold_too_much_together_are_refused() -> None:
+    lanes, go_on, done = Lanes(9, 100), threading.Event(), []
+    assert lanes.put("one", lambda: _wait(go_on), 60)
+    assert lanes.put("one", lambda: _wait(go_on), 40)
+    assert not lanes.put("one", lambda: done.append("refused"), 1)
+    assert not lanes.put("two", lambda: done.append("refused"), 1)
+    go_on.set()
+    assert lanes.wait(ENOUGH)
+    assert lanes.put("one", lambda: done.append("alone"), 101)
+    assert lanes.wait(ENOUGH)
+    assert done == ["alone"]
+
+
+def test_a_call_that_never_ends_does_not_keep_the_process() -> None:
+    script = """
+import threading
+from oci_hook.nri.lanes import Lanes
+assert Lanes(1, 1).put("one", threading.Event().wait)
+print("ended")
+"""
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=root, timeout=ENOUGH, check=True)
+    assert ran.stdout == b"ended\n"
+
+
 def test_a_process_that_may_have_no_more_threads_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    lanes = Lanes(3)
+    lanes = Lanes(3, 100)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         assert not lanes.put("one", lambda: None)
@@ -655,11 +680,10 @@ def test_a_frame_in_many_small_ones_is_one(engine: Engine, handler: Recorder, ru
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (struct.pack(">II", 1, 0xFFFFFFFF), "that is not NRI"),
-        (struct.pack(">II", 1, 10) + struct.pack(">IIBB", 0x7FFFFFFF, 1, 1, 0), "more than ttrpc allows"),
+        (struct.pack(">II", 3, 0xFFFFFFFF), "that is not NRI"),
         (b"HTTP/1.1 400 Bad Request\r\n", "that is not NRI"),
     ],
-    ids=["frame of the socket", "frame of a connection", "another protocol"],
+    ids=["frame of the socket", "another protocol"],
 )
 def test_what_cannot_be_followed_ends_the_connection(
     engine: Engine, handler: Recorder, running: Running, data: bytes, said: str
@@ -670,6 +694,58 @@ def test_what_cannot_be_followed_ends_the_connection(
     assert isinstance(error, EngineUnsupported)
     assert said in error.message
     assert engine.ended()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who connects from now on reads 1000 bytes at most."""
+    monkeypatch.setattr(ttrpc.FrameReader.__init__, "__defaults__", (1000,))
+
+
+def test_a_container_that_is_too_long_fails_alone(
+    short: None, engine: Engine, handler: Recorder, running: Running
+) -> None:
+    """As the published servers answer (ttrpc, server.go); an engine with NRI before 0.8 sends whatever it has."""
+    engine.begin()
+    for number in range(3):
+        payload, code, message = engine.call("CreateContainer", about("long" * 1000))
+        assert (payload, code) == (b"", EXHAUSTED)
+        assert "can be read" in message
+        assert engine.call("CreateContainer", about(f"c{number}"))[1] == 0
+    assert handler.seen == [("create", "c0"), ("create", "c1"), ("create", "c2")]
+
+
+def test_a_list_of_all_that_is_too_long_lets_the_plugin_in_all_the_same(
+    short: None, engine: Engine, handler: Recorder
+) -> None:
+    """Else whoever makes enough long containers turns the plugin off for the node, at the engine's next start."""
+    told: list[bool] = []
+    running = Running(engine.path, handler)
+    running.plugin = Plugin("scz-smm", "10", handler, told.append)
+    running.start()
+    try:
+        engine.accept().registered()
+        assert engine.call("Synchronize", about("long" * 1000))[1] == EXHAUSTED  # not configured
+        assert engine.call("Configure", field(2, "stand-in"))[1] == 0
+        assert told == []
+        assert engine.call("Synchronize", about("long" * 1000)) == (b"", 0, "")
+        assert engine.call("Synchronize") == (b"", 0, "")
+        assert engine.call("CreateContainer", about("c1"))[1] == 0
+        assert (handler.lists, handler.seen) == ([((), ())], [("create", "c1")])
+        assert told == [False, True]
+    finally:
+        running.plugin.close()
+        running.ended()
+
+
+def test_an_answer_to_the_registration_that_is_too_long_is_refused(engine: Engine, running: Running) -> None:
+    engine.accept()
+    engine.frame(2)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        engine.send_frame(2, 1, RESPONSE, 0, bytes((4 << 20) + 1))
+    error = running.ended()
+    assert isinstance(error, EngineUnsupported)
+    assert "the engine's answer to the registration has 4194305 bytes" in error.message
 
 
 ANY_FRAME = st.tuples(

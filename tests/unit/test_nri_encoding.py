@@ -95,7 +95,6 @@ EXPECTED_POD = PodSandbox(
     "shop",
     "uid-1",
     "default",
-    {"app": "shop"},
     {"smm.scz/model": "demo:1"},
     "kata-qemu",
     4711,
@@ -106,10 +105,7 @@ EXPECTED_CONTAINER = Container(
     pod_id="p1",
     name="server",
     state=ContainerState.RUNNING,
-    labels={"l": "1"},
     annotations={"a": "b", "c": ""},
-    args=("sh", "-c"),
-    env=("PATH=/bin",),
     mounts=(Mount("/data", "bind", "/srv", ("rbind", "ro")),),
     hooks=Hooks(prestart=(Hook("/bin/hook", ("hook", "prestart"), ("A=b",), 7),), poststop=(Hook("/bin/last"),)),
     namespaces=(Namespace("mount"), Namespace("network", "/proc/9/ns/net")),
@@ -262,11 +258,27 @@ def test_any_adjustment_can_be_said(annotations: dict[str, str], words: list[str
 def test_a_validation_is_read_and_answered() -> None:
     adjust = field(2, {"a": "b"}) + field(3, mount()) + field(4, field(1, "X") + field(2, "y")) + field(5, b"")
     data = field(1, pod()) + field(2, container()) + field(3, adjust) + field(5, field(1, b"")) + field(6, b"")
-    added = Adjustment({"a": "b"}, EXPECTED_CONTAINER.mounts, ("X=y",))
+    added = Adjustment(mounts=EXPECTED_CONTAINER.mounts)
     assert encoding.parse_validation(data) == ("c1", added)
     assert encoding.parse_validation(b"") == ("", Adjustment())
     assert encoding.validated("") == b""
     assert encoding.validated("no") == field(1, 1) + field(2, "no")
+
+
+@pytest.mark.parametrize("parse", [encoding.parse_event, encoding.parse_synchronize, encoding.parse_validation])
+def test_what_others_keep_secret_is_kept_nowhere(parse: Callable[[bytes], object]) -> None:
+    """A container's arguments, environment and labels, and those that plugins add."""
+    secret = "s3cret"
+    other = container() + field(5, {"l": secret}) + field(7, secret) + field(8, f"PASSWORD={secret}")
+    adjust = field(4, field(1, "PASSWORD") + field(2, secret))
+    sandbox = pod() + field(5, {"l": secret})
+    assert secret not in repr(parse(field(1, sandbox) + field(2, other) + field(3, adjust)))
+
+
+def test_fields_that_are_not_read_are_not_kept() -> None:
+    schema = Schema("unread", {"One": "a=1 b=2:Two", "Two": "c=1"})
+    found = schema.parse("One", field(1, "x") + field(7, "s3cret") + field(2, field(1, "y") + field(9, "s3cret")))
+    assert found.SerializeToString() == field(1, "x") + field(2, field(1, "y"))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -107,6 +107,14 @@ def test_the_plugins_service() -> None:
     # The models' memory is charged to it, and its children are to end what they do.
     assert [key for key in found if key.startswith(("Memory", "Tasks", "RuntimeMax"))] == []
     assert found["KillMode"] == "mixed"
+    assert found["Type"] == "notify"  # `test_nri_main` has when it is told
+
+
+def test_the_kubelet_starts_after_the_engine_let_the_plugin_in() -> None:
+    parser = configparser.RawConfigParser(strict=False)
+    parser.read(CONFIG / "systemd/scz-nri.service")
+    assert parser["Unit"]["Before"] == "kubelet.service"
+    assert "containerd.service" in parser["Unit"]["After"].split()
 
 
 def test_the_group(root: Path) -> None:
