@@ -1,8 +1,9 @@
 """Pods of real containerds by NRI alone: no shim, no CDI, no hooks.d, no annotation that a handler hands on.
 
 containerd is Debian 13's (1.7, NRI 0.6) and the newest that there is: sid's (2.x), or Debian 13's once more on a day on
-which sid has none, which is said then. The plugin, the hook and the runtimes are real, the TPM is swtpm. A kubelet is not there (`tests/kubelet.py`), nor is Kata: a copy of runc by the name kata-runtime stands for it
-behind handlers named kata-…, which shows what the plugin, the engine and our records do, and nothing of a guest.
+which sid has none, which is said then. The plugin, the hook and the runtimes are real, the TPM is swtpm. A kubelet is
+not there (`tests/kubelet.py`), nor is Kata: a copy of runc by the name kata-runtime stands for it behind handlers named
+kata-…, which shows what the plugin, the engine and our records do, and nothing of a guest.
 """
 
 from __future__ import annotations

@@ -188,7 +188,8 @@ class TestEntries:
             verify_entries(record, spec(self.entry(record, **changes)), requests(a="/models/x"))
 
     def test_the_hook_of_one_of_two_devices(self, record: BoundRecord) -> None:
-        two = dataclasses.replace(record, mounts=(*record.mounts, dataclasses.replace(record.mounts[0], destination="/y")))
+        another = dataclasses.replace(record.mounts[0], destination="/y")
+        two = dataclasses.replace(record, mounts=(*record.mounts, another))
         shown = self.entry(two), self.entry(two, destination="/y")
         for asked in (requests(a="/models/x"), requests(a="/y"), requests(a="/models/x", b="/y")):
             verify_entries(two, spec(*shown), asked)

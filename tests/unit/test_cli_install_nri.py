@@ -201,8 +201,8 @@ def test_what_later_files_of_crio_say(root: Root) -> None:
     later = {
         "10.conf": "enable_nri = false",
         "60.conf": "enable_nri = false",
-        "70.conf": '[crio.nri.default_validator]\nnri_enable_default_validator = false',
-        "80.conf": 'nri_plugin_request_timeout = 7\nenable_nri = true',
+        "70.conf": "[crio.nri.default_validator]\nnri_enable_default_validator = false",
+        "80.conf": "nri_plugin_request_timeout = 7\nenable_nri = true",
         "90.conf": 'nri_listen = "/run/nri.sock"',
     }
     for name, text in later.items():

@@ -513,7 +513,9 @@ def test_classes_as_a_block_of_lines(classes: str) -> None:
     assert MODELS.refusals(request(changed(pod(), naming(plugins='["scz-smm"]'))), found) == []
 
 
-@pytest.mark.parametrize("classes", ["any ", " any", "kata-qemu \n", "kata-qemu,kata-fc", "|\nkata", "| kata", "Any", "a\r\n"])
+@pytest.mark.parametrize(
+    "classes", ["any ", " any", "kata-qemu \n", "kata-qemu,kata-fc", "|\nkata", "| kata", "Any", "a\r\n"]
+)
 def test_classes_that_are_none_refuse(classes: str) -> None:
     found = parameters(runtime_classes="any", plugin_classes=classes)
     assert MODELS.messages[0] in MODELS.refusals(request(changed(pod(), naming(plugins='["scz-smm"]'))), found)
