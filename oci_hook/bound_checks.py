@@ -181,15 +181,14 @@ def verify_runtime(runtime: HeldProcess, record: BoundRecord) -> None:
 
 
 def verify_entries(record: BoundRecord, spec: Spec, requests: Sequence[ModelRequest]) -> None:
-    """Raise unless config.json shows the container exactly the models of the record, among them what is asked for.
-
-    One of several hooks, that of a device of CDI, knows of its own model alone; each compares all entries.
+    """Raise unless config.json shows the container exactly the models of the record, each where it asks for it.
 
     Raises:
         DestinationRefused: An entry is missing, was changed or is hidden; or another model is asked for.
     """
     asked = {request.destination for request in requests}
     entries = tuple(BindEntry(mount.destination, mount.path) for mount in record.mounts)
+    # One of several hooks, that of a device of CDI, asks for its own model alone; each compares all entries.
     if not asked or not asked <= {entry.destination for entry in entries} or len(asked) != len(requests):
         raise DestinationRefused("the container asks for models at other places than were made ready for it")
     for entry in entries:
