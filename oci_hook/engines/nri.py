@@ -309,7 +309,8 @@ def _found_in(configuration: Configuration, settings: Settings) -> Found:
     disabled = whole.get("disable", not _by_default("containerd", settings) and not merges) is True
     validates = table(whole.get("default_validator")).get("enable") is True and _can_validate("containerd", settings)
     where = where if seconds is not None or disabled else ""
-    return Found(not disabled, DEFAULT_SECONDS if seconds is None else seconds, where, validates)
+    is_old = (settings.engine_version or SINCE["containerd"]) < SINCE["containerd"]
+    return Found(not disabled and not is_old, DEFAULT_SECONDS if seconds is None else seconds, where, validates)
 
 
 def _by_default(engine: str, settings: Settings) -> bool:

@@ -53,6 +53,7 @@ class ModelPlugin(Handler):
     def __init__(self, config: Config, config_file: str, say: Callable[[str], None]) -> None:
         self._config, self._config_file, self._say = config, os.path.abspath(config_file), say
         self._prepared = Prepared(config.runtime_directory)
+        self._connected: Connected | None = None
         self._under_way: set[str] = set()
         self._lock = threading.Lock()  # for the set alone
 
@@ -69,8 +70,7 @@ class ModelPlugin(Handler):
             )
         named = f"{settings.runtime_name} {settings.runtime_version}".strip()[:256] or engine
         start_time = process_start_time(os.getpid()) or 0
-        connected = Connected(os.getpid(), start_time, named, round(settings.request_seconds))
-        write_connected(self._config.runtime_directory, connected)
+        self._connected = Connected(os.getpid(), start_time, named, round(settings.request_seconds))
         told = f"{settings.request_seconds:g} s" if settings.request_seconds else "as long as its configuration says"
         self._say(f"connected to {shown(named)[1:-1]}, which waits for an answer {told}")
         if self._config.nri_vm_handlers and 0 < settings.request_seconds <= DEFAULT_REQUEST_SECONDS:
@@ -81,6 +81,8 @@ class ModelPlugin(Handler):
 
         What is still being prepared, for a request of an engine that has gone say, is left to the call that does it.
         """
+        if self._connected is not None:  # from here on the engine creates nothing without asking
+            write_connected(self._config.runtime_directory, self._connected)
         there = {container.id: container for container in containers}
         for container_id in sorted({*self._prepared.ids(), *self._unmarked(pods)}):
             with self._lock:

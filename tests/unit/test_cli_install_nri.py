@@ -269,6 +269,7 @@ def connected(host: Host, pid: int, start_time: int) -> None:
         ("version = 2", (2, 1), "plugin_request_timeout is 2 s by default; the hook does not come that way"),
         ("version = 2", (1, 7), "switched off; the hook"),
         (f"version = 2\n{TABLE}disable = true", (2, 1), f"switched off in /{MAIN}; the hook"),
+        (f"version = 2\n{TABLE}disable = false", (1, 6), "switched off; the hook"),
         (f'version = 2\n{TABLE}disable = false\nplugin_request_timeout = "1m30s"', (1, 7), f"is 90 s by /{MAIN}; the"),
         (f"version = 2\n{TABLE}plugin_request_timeout = 7", (2, 1), "is 2 s by default; the hook"),
         (None, None, "switched off; the hook"),

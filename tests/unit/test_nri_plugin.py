@@ -74,6 +74,8 @@ def test_the_engine_is_the_one_that_root_names(tmp_path: Path, named: str, says:
         assert load_connected(str(plugin.run)) is None
         return
     plugin.handler.configure(settings(says, 100.0))
+    assert load_connected(str(plugin.run)) is None  # the engine does not ask it before it has told all
+    plugin.handler.synchronize([], [])
     connected = load_connected(str(plugin.run))
     assert connected is not None
     assert (connected.pid, connected.engine, connected.request_seconds) == (os.getpid(), f"{says} v1", 100)
