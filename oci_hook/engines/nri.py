@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from oci_hook.documents import shown
 from oci_hook.engines import containerd, crio
 from oci_hook.engines.containerd_config import Configuration, load_configuration
 from oci_hook.engines.plan import Change, HostFiles, Plan, Settings, strings, table
@@ -26,6 +28,7 @@ REQUEST_SECONDS = 100
 DEFAULT_SECONDS = 2.0
 """Of the engines (NRI, DefaultPluginRequestTimeout)."""
 VALIDATES_SINCE = {"containerd": (2, 2), "cri-o": (1, 34)}
+SINCE = {"containerd": (1, 7)}
 ON_SINCE = {"containerd": (2, 0), "cri-o": (1, 30)}
 """The first version in which NRI is on if nothing is configured."""
 GUARD = "/etc/scz-smm/containerd-base-spec.json"
@@ -37,6 +40,14 @@ _GUARD_STEP = (
     f'in every handler whose containers must not start without the plugin: base_runtime_spec = "{GUARD}" and '
     'pod_annotations = ["smm.scz/*"]; make the file anew after an upgrade of containerd'
 )
+_KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "containerd": (("disable",), ("plugin_request_timeout",), ("default_validator", "enable")),
+    "cri-o": (
+        ("enable_nri",),
+        ("nri_plugin_request_timeout",),
+        ("default_validator", "nri_enable_default_validator"),
+    ),
+}
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -95,15 +106,20 @@ def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
     """Write the drop-in; say what is left to do.
 
     Raises:
+        EngineUnsupported: The engine is too old to have NRI.
         ConfigInvalid: A file of the engine's is not TOML, or of a version that has no such section.
     """
     path = drop_in_of(engine, settings)
+    first = SINCE.get(engine, (0, 0))
+    if (settings.engine_version or first) < first:
+        had, wanted = (".".join(map(str, each)) for each in (settings.engine_version or first, first))
+        raise EngineUnsupported(
+            f"{engine} {had} has no NRI, which came with {wanted}",
+            remedy=f"take {engine} {wanted} or later, or `sczctl install --engine {engine}` (not for virtual machines)",
+        )
     steps = _config_steps(engine, settings, files)
     if engine == "cri-o":
-        later = [name for name, seconds in _crio_settings(settings, files) if name > path and seconds is not None]
-        steps += [
-            f"{each} is read after our drop-in and sets nri_plugin_request_timeout: take it out" for each in later
-        ]
+        steps += _later_steps(engine, path, _crio_documents(settings, files)[1:])
         text = f"{_head(engine)}\n{_CRIO_TEXT}"
         return Plan((Change(path, text.encode()),), next_steps=(*steps, "systemctl restart crio", _START))
     guard = guard_change(settings)
@@ -122,15 +138,20 @@ def plan_install(engine: str, settings: Settings, files: HostFiles) -> Plan:
         return Plan((*guard, *undone), next_steps=restart if done else (told, *restart))
     if not found.imports(path):
         restart = (containerd.import_step(found, path), *restart)
-    later = [
-        name
-        for name, document in found.documents
-        if name not in (found.main, path) and name > path and "plugin_request_timeout" in _section_of(document)
-    ]
-    if later:
-        restart = (f"{later[-1]} is read after our drop-in: take plugin_request_timeout out of it", *restart)
+    restart = (*_later_steps(engine, path, found.documents[1:]), *restart)
     data = f"{_head(engine)}\nversion = {containerd.drop_in_version(settings, found)}\n\n{text}"
     return Plan((*guard, Change(path, data.encode())), next_steps=restart)
+
+
+def _later_steps(engine: str, path: str, documents: Sequence[tuple[str, dict[str, object]]]) -> list[str]:
+    """What a person has to do about drop-ins that are read after ours and say something else, or will one day."""
+    steps = []
+    for name, document in documents:
+        section = _section_of(document) if engine == "containerd" else table(document, "crio", "nri")
+        named = [".".join(keys) for keys in _KEYS[engine] if keys[-1] in table(section, *keys[:-1])]
+        if name > path and named:
+            steps.append(f"{name} is read after our drop-in: take {', '.join(named)} out of it")
+    return steps
 
 
 def guard_change(settings: Settings) -> tuple[Change, ...]:
@@ -199,23 +220,57 @@ def _config_steps(engine: str, settings: Settings, files: HostFiles) -> list[str
 
 
 def plan_removal(engine: str, settings: Settings, files: HostFiles) -> Plan:
-    """Remove the drop-in."""
+    """Remove the drop-in; and the guard, unless a handler names it: containerd would serve no pod at all without it."""
     path = drop_in_of(engine, settings)
-    gone = tuple(
-        Change(each, None) for each in (path, *((GUARD,) if engine == "containerd" else ())) if files.exists(each)
-    )
-    if not gone:
+    has_guard = engine == "containerd" and files.exists(GUARD)
+    kept = _naming_the_guard(settings, files) if has_guard else ""
+    removed = [path] if files.exists(path) else []
+    removed += [GUARD] if has_guard and not kept else []
+    gone = tuple(Change(each, None) for each in removed)
+    if not gone and not kept:
         return Plan()
     restart = containerd.RESTART if engine == "containerd" else "systemctl restart crio"
-    steps = ["systemctl disable --now scz-nri", restart]
+    steps = ["systemctl disable --now scz-nri", restart] if gone else []
     try:
         if engine == "containerd" and load_configuration(containerd.main_file(settings), files).names(path):
             steps.insert(0, f"take {path} out of `imports`: containerd does not start without a file named there")
     except (ConfigInvalid, FileUnreadable):
         pass  # it does not keep us from removing what is ours
-    if Change(GUARD, None) in gone:
-        steps.insert(0, f"take base_runtime_spec = {GUARD} out of the handlers: they start nothing without that file")
+    if kept:
+        steps.append(
+            f"{GUARD} stays, as containerd loads no handler without it: take it out of {kept}, then "
+            f"{containerd.RESTART}, then rm {GUARD}"
+        )
     return Plan(gone, next_steps=tuple(steps))
+
+
+def _naming_the_guard(settings: Settings, files: HostFiles) -> str:
+    """What names the guard, for a person; empty: nothing does."""
+    try:
+        found = load_configuration(containerd.main_file(settings), files)
+    except (ConfigInvalid, FileUnreadable) as error:
+        return f"the handlers, if any has it ({error.message})"
+    named = [
+        f"the handler {shown(name)} in {path}"
+        for path, section in found.sections()
+        for name, handler in table(section, "containerd", "runtimes").items()
+        if table(handler).get("base_runtime_spec") == GUARD
+    ]
+    return ", ".join(named)
+
+
+def handlers(engine: str, settings: Settings, files: HostFiles) -> tuple[str, ...]:
+    """The names of an engine's configured handlers, sorted.
+
+    Raises:
+        ConfigInvalid: A file of the engine's is not TOML.
+        FileUnreadable: One cannot be read.
+    """
+    if engine == "containerd":
+        found = load_configuration(containerd.main_file(settings), files)
+        return tuple(sorted(found.handlers(merges=containerd.merges_tables(settings, found))))
+    tables = (table(document, "crio", "runtime", "runtimes") for _, document in _crio_documents(settings, files))
+    return tuple(sorted({name for each in tables for name in each}))
 
 
 def find(engine: str, settings: Settings, files: HostFiles) -> Found:
@@ -254,7 +309,8 @@ def _found_in(configuration: Configuration, settings: Settings) -> Found:
     disabled = whole.get("disable", not _by_default("containerd", settings) and not merges) is True
     validates = table(whole.get("default_validator")).get("enable") is True and _can_validate("containerd", settings)
     where = where if seconds is not None or disabled else ""
-    return Found(not disabled, DEFAULT_SECONDS if seconds is None else seconds, where, validates)
+    is_old = (settings.engine_version or SINCE["containerd"]) < SINCE["containerd"]
+    return Found(not disabled and not is_old, DEFAULT_SECONDS if seconds is None else seconds, where, validates)
 
 
 def _by_default(engine: str, settings: Settings) -> bool:
@@ -270,11 +326,3 @@ def _crio_documents(settings: Settings, files: HostFiles) -> list[tuple[str, dic
     folder = os.path.dirname(crio.drop_in_of(settings))
     paths = [crio.main_file(settings), *files.below(folder)]
     return [(path, files.read_toml(path) or {}) for path in paths]
-
-
-def _crio_settings(settings: Settings, files: HostFiles) -> list[tuple[str, float | None]]:
-    return [
-        (path, parse_duration(table(document, "crio", "nri").get("nri_plugin_request_timeout")))
-        for path, document in _crio_documents(settings, files)
-        if not path.endswith("/crio.conf")
-    ]

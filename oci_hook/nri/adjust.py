@@ -17,7 +17,15 @@ from oci_hook.documents import Fields, parse_object
 from oci_hook.errors import InternalError
 from oci_hook.invocation import ENVIRONMENT, Invocation, parse_invocation
 from oci_hook.nri.messages import Adjustment, Container, Hook, Hooks, Mount, PodSandbox
-from oci_hook.oci.annotations import CONTAINER_WIDE_KEYS, PREFIX, Requests, gather_requests, has_ours, merge_annotations
+from oci_hook.oci.annotations import (
+    CONTAINER_WIDE_KEYS,
+    PREFIX,
+    Requests,
+    gather_requests,
+    has_ours,
+    merge_annotations,
+    parse_requests,
+)
 from oci_hook.oci.edit import HOOK_SECONDS
 
 STAGES = ("prestart", "poststop")
@@ -32,7 +40,7 @@ class Wanted:
 
     Attributes:
         annotations: Those of ours, the pod's and the container's together.
-        given: What a device of CDI asks for, by the arguments of its hook.
+        given: What devices of CDI ask for, by the arguments of their hooks, together.
         requests: Both, for this container; with no model, none of them concerns it.
         has_hooks: Our hooks are there for all of it by another way (hooks.d, a device of CDI): none is added again.
     """
@@ -54,15 +62,31 @@ def wanted(pod: PodSandbox, container: Container) -> Wanted:
     )
     annotations = merge_annotations(of_pod, of_container, _WHERE)
     present = [found for hook in container.hooks.prestart if (found := _our_hook(hook)) is not None]
-    given: Mapping[str, str] = {}
-    for invocation in present:
-        given = merge_annotations(given, invocation.requests, "two devices")
+    given = _together([invocation.requests for invocation in present if invocation.requests])
     if not has_ours(annotations) and not given:
         return Wanted({}, {}, Requests((), ()), has_hooks=bool(present))
     requests = gather_requests(annotations, given, container.name or None)
     by_device = bool(given) and annotations.keys() <= CONTAINER_WIDE_KEYS  # its own hook reads what holds for all
     has_hooks = by_device or any(not invocation.requests for invocation in present)
     return Wanted(annotations, given, requests, has_hooks)
+
+
+def _together(devices: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    """What several devices ask for, as if it were one: each has the same slots, so they get others here.
+
+    Raises:
+        AnnotationInvalid: One of them asks in words that are none, or they differ in what holds for all of a container.
+    """
+    if not devices or all(each == devices[0] for each in devices):
+        return devices[0] if devices else {}
+    wide: Mapping[str, str] = {}
+    models: dict[tuple[str, str], None] = {}  # an ordered set: one model may be asked for by two
+    for each in devices:
+        wide = merge_annotations(wide, {k: text for k, text in each.items() if k in CONTAINER_WIDE_KEYS}, "two devices")
+        models.update(dict.fromkeys((str(one.reference), one.destination) for one in parse_requests(each).models))
+    slots = {f"{PREFIX}model.{n}": reference for n, (reference, _) in enumerate(models)}
+    paths = {f"{PREFIX}path.{n}": destination for n, (_, destination) in enumerate(models)}
+    return {**wide, **slots, **paths}
 
 
 def _our_hook(hook: Hook) -> Invocation | None:
@@ -87,12 +111,14 @@ def adjustment(asked: Wanted, binds: Sequence[Mount], *, engine: str, config_fil
     """
     hooks = Hooks()
     if not asked.has_hooks:
-        hooks = Hooks(**{stage: (_hook(stage, engine, config_file),) for stage in STAGES})
+        # In a virtual machine all came at once, and one hook compares all; elsewhere each device's own delivers.
+        given = asked.given if binds else {}
+        hooks = Hooks(**{stage: (_hook(stage, engine, config_file, given),) for stage in STAGES})
     return Adjustment(annotations=asked.annotations, mounts=tuple(binds), hooks=hooks)
 
 
-def _hook(stage: str, engine: str, config_file: str) -> Hook:
-    command = Invocation(stage, config_file=config_file, engine=engine).command()
+def _hook(stage: str, engine: str, config_file: str, given: Mapping[str, str]) -> Hook:
+    command = Invocation(stage, config_file=config_file, engine=engine, requests=given).command()
     return Hook(command[0], tuple(command), ENVIRONMENT, HOOK_SECONDS)
 
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from oci_hook.before_create import adopt, discard
 from oci_hook.config import Config
+from oci_hook.delivery.host_records import NOBODY, HostRecords
 from oci_hook.documents import shown
-from oci_hook.errors import EngineUnsupported, HolderRefused, SczError, SystemCallFailed
+from oci_hook.errors import EngineUnsupported, HolderRefused, SczError, SystemCallFailed, Terminated
 from oci_hook.invocation import Invocation
 from oci_hook.linux.processes import process_start_time
 from oci_hook.nri.adjust import Wanted, adjustment, asking, is_vm, wanted
@@ -28,6 +31,7 @@ from oci_hook.nri.messages import Adjustment, Container, Mount, PodSandbox, Sett
 from oci_hook.nri.prepared import Connected, Prepared, write_connected
 from oci_hook.nri.preparing import run_prepare
 from oci_hook.oci.state import State
+from oci_hook.records import ContainerRecords
 from oci_hook.report import report_refusal
 
 DEFAULT_REQUEST_SECONDS = 2.0
@@ -49,6 +53,9 @@ class ModelPlugin(Handler):
     def __init__(self, config: Config, config_file: str, say: Callable[[str], None]) -> None:
         self._config, self._config_file, self._say = config, os.path.abspath(config_file), say
         self._prepared = Prepared(config.runtime_directory)
+        self._connected: Connected | None = None
+        self._under_way: set[str] = set()
+        self._lock = threading.Lock()  # for the set alone
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -63,28 +70,63 @@ class ModelPlugin(Handler):
             )
         named = f"{settings.runtime_name} {settings.runtime_version}".strip()[:256] or engine
         start_time = process_start_time(os.getpid()) or 0
-        connected = Connected(os.getpid(), start_time, named, round(settings.request_seconds))
-        write_connected(self._config.runtime_directory, connected)
+        self._connected = Connected(os.getpid(), start_time, named, round(settings.request_seconds))
         told = f"{settings.request_seconds:g} s" if settings.request_seconds else "as long as its configuration says"
         self._say(f"connected to {shown(named)[1:-1]}, which waits for an answer {told}")
         if self._config.nri_vm_handlers and 0 < settings.request_seconds <= DEFAULT_REQUEST_SECONDS:
             self._say(f"a model in a virtual machine may take longer; {_RAISE.format(engine=engine)}")
 
     def synchronize(self, pods: Sequence[PodSandbox], containers: Sequence[Container]) -> None:
-        """Discard what was prepared for containers that have gone, or that were made without their mounts."""
+        """Discard what was prepared for containers that have gone, or that were made without their mounts.
+
+        What is still being prepared, for a request of an engine that has gone say, is left to the call that does it.
+        """
+        if self._connected is not None:  # from here on the engine creates nothing without asking
+            write_connected(self._config.runtime_directory, self._connected)
         there = {container.id: container for container in containers}
-        for container_id in self._prepared.ids():
+        for container_id in sorted({*self._prepared.ids(), *self._unmarked(pods)}):
+            with self._lock:
+                is_under_way = container_id in self._under_way
             container = there.get(container_id)
-            if container is None or not self._has_bound(container):
+            if not is_under_way and (container is None or not self._has_bound(container)):
                 self._discard(container_id)
         handlers = {pod.id: pod for pod in pods}
+        holding = self._holding()
         for container in containers:
             pod = handlers.get(container.pod_id)
-            if pod is not None and self._started_without_us(pod, container):
+            if pod is not None and container.id not in holding and self._started_without_us(pod, container):
                 self._say(
                     f"container {shown(container.id, 64)} of {shown(pod.namespace)}/{shown(pod.name)} asks for a model "
-                    "and was created while this plugin was not connected: it has none; make it again"
+                    "and was created while this plugin was not connected: unless its handler brings it, it has none; "
+                    "make it again"
                 )
+
+    def _unmarked(self, pods: Sequence[PodSandbox]) -> tuple[str, ...]:
+        """What was prepared for this engine's pods and has no process yet, by its creator: no mark may be left of it.
+
+        podman's and the shim's have creators of their own.
+        """
+        try:
+            records = [
+                record
+                for record in HostRecords(self._config.runtime_directory).bound()
+                if not record.bundle and record.container == NOBODY
+            ]
+        except SczError as error:
+            self._say(f"{error.reason} ({error.code}): {error.message}")
+            return ()
+        if not records:
+            return ()
+        pids = {pod.pid for pod in pods if pod.pid} | {_listener(self._config.nri_socket)}
+        creators = {(pid, process_start_time(pid)) for pid in pids if pid}
+        return tuple(record.container_id for record in records if record.creator in creators)
+
+    def _holding(self) -> frozenset[str]:
+        """The containers that have models, by whatever way."""
+        with suppress(SczError):
+            records = ContainerRecords(self._config.runtime_directory).live()
+            return frozenset(record.container_id for record in records if record.delivered)
+        return frozenset()
 
     def _has_bound(self, container: Container) -> bool:
         place = os.path.join(self._config.runtime_directory, "bound") + "/"
@@ -112,7 +154,10 @@ class ModelPlugin(Handler):
             raise
         if not in_vm and asked.has_hooks and not asked.annotations:
             return None
-        binds = self._prepare(pod, container, asked, deadline) if in_vm else ()
+        binds: tuple[Mount, ...] = ()
+        if in_vm:
+            with self._preparing(container.id):
+                binds = self._prepare(pod, container, asked, deadline)
         return adjustment(asked, binds, engine=self._config.nri_engine, config_file=self._config_file)
 
     def _prepare(self, pod: PodSandbox, container: Container, asked: Wanted, deadline: float) -> tuple[Mount, ...]:
@@ -132,14 +177,27 @@ class ModelPlugin(Handler):
             raise
         try:
             seconds = left - min(_LAST_SECONDS, left / 4)
-            return run_prepare(invocation, data, seconds=seconds, advice=_RAISE.format(engine=engine))
+            binds = run_prepare(invocation, data, seconds=seconds, advice=_RAISE.format(engine=engine))
+            if not self._prepared.has(container.id):  # nobody would look after it
+                raise Terminated("the container was given up while its model was made ready")
         except BaseException:
             self._discard(container.id)
             raise
+        return binds
+
+    @contextmanager
+    def _preparing(self, container_id: str) -> Iterator[None]:
+        with self._lock:
+            self._under_way.add(container_id)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way.discard(container_id)
 
     def create_container_lost(self, pod: PodSandbox, container: Container) -> None:  # noqa: ARG002 - as `Handler` has it
-        """The engine did not hear the answer: the container may run, without its model."""
-        self._gone(container)
+        """The engine did not hear the answer: the container may run, without its model, marked or not."""
+        self._discard(container.id)
 
     def post_start_container(self, pod: PodSandbox, container: Container) -> None:  # noqa: ARG002 - as `Handler` has it
         """Bind the record to the container's process, where no prestart hook did it before."""

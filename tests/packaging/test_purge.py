@@ -76,3 +76,15 @@ def test_links_go_and_what_they_lead_to_stays_and_is_named(tmp_path: Path) -> No
         f"scz-smm: /var/lib/scz-smm led to {tmp_path}/store, which stays; remove it yourself",
         f"scz-smm: /etc/scz-smm/trust/owners led to {tmp_path}/trust; if that is elsewhere, it stays",
     ]
+
+
+def test_a_base_specification_that_containerd_names_stays(tmp_path: Path) -> None:
+    """Without it containerd would load no handler."""
+    guard = "/etc/scz-smm/containerd-base-spec.json"
+    before = f"mkdir -p /etc/containerd/conf.d; echo content >{guard}"
+    named = f"{before}; echo 'base_runtime_spec = \"{guard}\"' >/etc/containerd/conf.d/kata.toml"
+    done = purge(tmp_path, named, f"{LEFT}; cat {guard}; ls -A /etc/containerd")
+    assert (done.returncode, done.stdout) == (0, f"{guard}\ncontent\nconf.d\n")
+    assert f"WARNING: {guard} stays, as containerd's configuration names it" in done.stderr
+    done = purge(tmp_path, before, f"{LEFT}; {GONE}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -168,9 +168,55 @@ def test_a_guard(root: Root) -> None:
         command = Invocation(stage, config_file="/etc/scz-smm/config.toml", engine="containerd").command()
         assert (entry["path"], entry["args"], entry["timeout"]) == (command[0], command, 300)
         assert entry["env"]
-    told = done(root.run("uninstall", "containerd", "--nri", "--json"))
-    assert "out of the handlers" in told.json["next"][0]
+    done(root.run("uninstall", "containerd", "--nri"))
     assert root.files() == {MAIN, "usr/bin/ctr"}
+
+
+@pytest.mark.parametrize("where", [MAIN, "etc/containerd/conf.d/10-kata.toml"])
+def test_a_guard_that_a_handler_names_stays(root: Root, where: str) -> None:
+    """containerd would load no handler at all without the file."""
+    root.write(MAIN, "version = 2\n" + IMPORTS)
+    done(guarded(root, '{"ociVersion": "1", "root": {"path": "rootfs"}}'))
+    handler = '[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata]\n'
+    text = root.write(where, f'version = 2\n{IMPORTS}{handler}base_runtime_spec = "{GUARD}"\n').read_text()
+    guard = GUARD.lstrip("/")
+    for last in (f"take it out of the handler 'kata' in /{where}", f"rm {GUARD}"):
+        told = done(root.run("uninstall", "containerd", "--nri", "--json"))
+        assert last in told.json["next"][-1]
+        assert (DROP_IN in root.files(), guard in root.files()) == (False, True)
+    (root / where).write_text(text + "[")  # who names it is not known then
+    assert guard in done(root.run("uninstall", "containerd", "--nri", "--json")).json["next"][-1]
+    (root / where).write_text(f"version = 2\n{IMPORTS}")
+    assert done(root.run("uninstall", "containerd", "--nri", "--json")).json["files"] == [str(root / guard)]
+
+
+def test_an_engine_without_nri(root: Root) -> None:
+    for version in ("1.6", "1.6.20", "1.0"):
+        attempt = root.run("install", "containerd", "--nri", "--engine-version", version)
+        refused(attempt, EngineUnsupported.code)
+    assert root.files() == set()
+
+
+def test_what_later_files_of_crio_say(root: Root) -> None:
+    later = {
+        "10.conf": "enable_nri = false",
+        "60.conf": "enable_nri = false",
+        "70.conf": "[crio.nri.default_validator]\nnri_enable_default_validator = false",
+        "80.conf": "nri_plugin_request_timeout = 7\nenable_nri = true",
+        "90.conf": 'nri_listen = "/run/nri.sock"',
+    }
+    for name, text in later.items():
+        root.write(f"etc/crio/crio.conf.d/{name}", f"[crio.nri]\n{text}\n")
+    root.write("etc/crio/crio.conf", "[crio.nri]\nenable_nri = false\n")
+    told = [step for step in done(root.run("install", "cri-o", "--nri", "--json")).json["next"] if "read after" in step]
+    assert told == [
+        f"/etc/crio/crio.conf.d/{name} is read after our drop-in: take {keys} out of it"
+        for name, keys in (
+            ("60.conf", "enable_nri"),
+            ("70.conf", "default_validator.nri_enable_default_validator"),
+            ("80.conf", "enable_nri, nri_plugin_request_timeout"),
+        )
+    ]
 
 
 @pytest.mark.parametrize("said", ["", "{", "[]", "{}", '{"ociVersion": "1"}', '{"ociVersion": "1", "root": 7}'])
@@ -223,6 +269,7 @@ def connected(host: Host, pid: int, start_time: int) -> None:
         ("version = 2", (2, 1), "plugin_request_timeout is 2 s by default; the hook does not come that way"),
         ("version = 2", (1, 7), "switched off; the hook"),
         (f"version = 2\n{TABLE}disable = true", (2, 1), f"switched off in /{MAIN}; the hook"),
+        (f"version = 2\n{TABLE}disable = false", (1, 6), "switched off; the hook"),
         (f'version = 2\n{TABLE}disable = false\nplugin_request_timeout = "1m30s"', (1, 7), f"is 90 s by /{MAIN}; the"),
         (f"version = 2\n{TABLE}plugin_request_timeout = 7", (2, 1), "is 2 s by default; the hook"),
         (None, None, "switched off; the hook"),
@@ -253,6 +300,24 @@ def test_nri_that_is_used(host: Host) -> None:
     assert (status, "less than the 14 s that m:1 may need" in message) == ("warn", True)
     (host.root / DROP_IN).write_text(f"version = 2\n{TABLE}disable = true\n")
     assert checks(host, None)["NRI containerd"] == ("fail", "containerd lets no plugin in: NRI is off")
+
+
+def test_what_the_engine_does_meanwhile(host: Host) -> None:
+    handler = '[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{}]\n'
+    checks(host, f"version = 3\n{IMPORTS}{handler.format('runc')}{handler.format('kata-qemu')}")
+    done(host.ctl("install", "--engine", "containerd", "--nri", "--root", host.root, "--engine-version", "2.1"))
+    status, message = checks(host, None)["NRI containerd wait"]
+    assert (status, "no other container" in message, "'kata-qemu', up to 14 s" in message) == ("warn", True, True)
+    assert checks(host, None)["NRI containerd reconnect"][0] == "warn"
+    assert "NRI containerd reconnect" not in checks(host, None, (2, 2))
+    assert "NRI containerd wait" not in checks(host, f"version = 3\n{IMPORTS}{handler.format('runc')}")
+
+
+def test_the_handlers_of_crio(root: Root) -> None:
+    root.write("etc/crio/crio.conf", '[crio.runtime.runtimes.kata]\nruntime_path = "/k"\n[crio.runtime.runtimes.b]\n')
+    root.write("etc/crio/crio.conf.d/1.conf", "[crio.runtime.runtimes.runc]\n")
+    found = nri.handlers("cri-o", Settings(config_file="/c"), HostFiles(str(root.path)))
+    assert found == ("b", "kata", "runc")
 
 
 def test_the_guards_of_handlers(host: Host) -> None:

@@ -311,7 +311,7 @@ def test_a_pod_older_than_the_policy_can_end() -> None:
 def test_each_rule_of_the_annotations_has_its_object() -> None:
     tested = {message for _, message in MALFORMED}
     others = set(ANNOTATIONS.messages) - tested
-    assert len(others) == 7  # those of the tests above, each by its text
+    assert len(others) == 8  # those of the tests above, each by its text
     assert len(ANNOTATIONS.messages) == len(set(ANNOTATIONS.messages))
 
 
@@ -546,6 +546,33 @@ def test_a_pod_that_requires_the_plugin(annotations: dict[str, str]) -> None:
     allowed = parameters(runtime_classes="kata-qemu", plugin_classes="kata-qemu")
     assert MODELS.refusals(asked, allowed) == []
     assert not MODELS.failing(asked, allowed)
+
+
+@pytest.mark.parametrize("classes", ["any\n", "kata-fc\nany", "kata-fc\n\nkata-qemu"])
+def test_classes_as_a_block_of_lines(classes: str) -> None:
+    found = parameters(runtime_classes="any", plugin_classes=classes)
+    assert MODELS.refusals(request(changed(pod(), naming())), found) == [PLUGIN]
+    assert MODELS.refusals(request(changed(pod(), naming(plugins='["scz-smm"]'))), found) == []
+
+
+@pytest.mark.parametrize(
+    "classes", ["any ", " any", "kata-qemu \n", "kata-qemu,kata-fc", "|\nkata", "| kata", "Any", "a\r\n"]
+)
+def test_classes_that_are_none_refuse(classes: str) -> None:
+    found = parameters(runtime_classes="any", plugin_classes=classes)
+    assert MODELS.messages[0] in MODELS.refusals(request(changed(pod(), naming(plugins='["scz-smm"]'))), found)
+
+
+@pytest.mark.parametrize("now", [{}, {"plugins": "[]"}, {"plugins": '["scz-smm"]', "main": "[]"}])
+def test_what_a_pod_that_is_there_requires(now: dict[str, str]) -> None:
+    message = "required-plugins.noderesource.dev cannot be changed in a pod with a model that is there; make a new pod"
+    requiring = changed(pod(), naming(plugins='["scz-smm"]'))
+    asked = request(changed(pod(), naming(**now)), old=requiring, operation="UPDATE")
+    assert (ANNOTATIONS.refusals(asked), ANNOTATIONS.failing(asked)) == ([message], [])
+    same = changed(requiring, lambda each: each["metadata"]["annotations"].update({"example.com/x": "1"}))
+    assert ANNOTATIONS.refusals(request(same, old=requiring, operation="UPDATE")) == []
+    plain = changed(pod({}), naming(plugins='["scz-smm"]'))
+    assert ANNOTATIONS.refusals(request(pod({}), old=plain, operation="UPDATE")) == []
 
 
 # --- exec and debugging -----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from oci_hook.invocation import ENVIRONMENT, Invocation, parse_invocation
 from oci_hook.nri.adjust import adjustment, asking, is_vm, parse_binds, wanted
 from oci_hook.nri.messages import Container, Hook, Hooks, Mount, Namespace, PodSandbox
 from oci_hook.nri.preparing import refusal_of, run_prepare
+from oci_hook.oci.annotations import gather_requests
 from oci_hook.oci.engine import read_engine_facts
 from oci_hook.oci.spec import parse_spec
 
@@ -96,6 +97,36 @@ def test_beside_a_device_of_cdi() -> None:
     both = wanted(POD, device)
     assert not both.has_hooks
     assert sorted(str(request.reference) for request in both.requests.models) == ["bert:2", "minilm:1"]
+
+
+def test_several_devices_of_cdi() -> None:
+    plain, again = replace(POD, annotations={}), hook(requests={"smm.scz/model": "bert:2", "smm.scz/path": "/m"})
+    third = hook(requests={"smm.scz/model": "t5", "smm.scz/token": "/t"})
+    both = wanted(plain, with_hooks(DEVICE, again, third))
+    found = [(str(each.reference), each.destination) for each in both.requests.models]
+    assert found == [("bert:2", "/models/bert"), ("bert:2", "/m"), ("t5", "/models/t5")]
+    assert (both.requests.token_path, both.has_hooks) == ("/t", True)
+    assert models(plain, with_hooks(DEVICE, DEVICE)) == ["bert:2"]
+    # `prepare` gets them by its command line.
+    (command,) = (Invocation("prepare", requests=both.given).command()[4:],)
+    invocation = parse_invocation(command)
+    assert invocation is not None
+    assert invocation.requests == both.given
+    with pytest.raises(AnnotationInvalid, match="differs between two devices"):
+        wanted(plain, with_hooks(third, hook(requests={"smm.scz/model": "x", "smm.scz/token": "/other"})))
+    with pytest.raises(AnnotationInvalid, match="two models would lie"):
+        wanted(plain, with_hooks(DEVICE, hook(requests={"smm.scz/model": "bert:3"})))
+
+
+@pytest.mark.parametrize("devices", [(DEVICE,), (DEVICE, hook(requests={"smm.scz/model": "t5"}))])
+def test_the_hook_of_a_virtual_machine_compares_all(devices: tuple[Hook, ...]) -> None:
+    asked = wanted(POD, with_hooks(*devices))
+    for binds in ((), (Mount("/models/x", "bind", "/run/x", ("bind",)),)):
+        added = adjustment(asked, binds, engine="containerd", config_file="/c")
+        invocation = parse_invocation(added.hooks.prestart[0].args[4:])
+        assert invocation is not None
+        of_hook = gather_requests(asked.annotations, invocation.requests, "server")
+        assert of_hook == asked.requests if binds else [str(m.reference) for m in of_hook.models] == ["minilm:1"]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from oci_hook.config import Config
+from oci_hook.delivery.host_records import NOBODY, BoundRecord, HostMount, HostRecords
 from oci_hook.errors import AnnotationInvalid, EngineUnsupported, SystemCallFailed, Terminated
 from oci_hook.linux.processes import process_start_time
 from oci_hook.nri.messages import Container, Hook, Hooks, Mount, Namespace, PodSandbox, Settings
 from oci_hook.nri.plugin import ModelPlugin, creator_of
 from oci_hook.nri.prepared import Prepared, load_connected
+from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.report import load_refusals
 
 MODEL = {"smm.scz/model": "minilm:1"}
@@ -72,6 +74,8 @@ def test_the_engine_is_the_one_that_root_names(tmp_path: Path, named: str, says:
         assert load_connected(str(plugin.run)) is None
         return
     plugin.handler.configure(settings(says, 100.0))
+    assert load_connected(str(plugin.run)) is None  # the engine does not ask it before it has told all
+    plugin.handler.synchronize([], [])
     connected = load_connected(str(plugin.run))
     assert connected is not None
     assert (connected.pid, connected.engine, connected.request_seconds) == (os.getpid(), f"{says} v1", 100)
@@ -131,6 +135,72 @@ def test_what_has_gone_is_discarded_when_it_connects(plugin: Plugin) -> None:
     assert prepared.ids() == ("there",)
     plugin.handler.stop_container(POD, there)
     assert prepared.ids() == ()
+
+
+def test_what_is_being_prepared_is_left_to_its_call(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine came back meanwhile, and knows nothing of the container."""
+    prepared = Prepared(str(plugin.run))
+
+    def prepare(*_: object, **__: object) -> tuple[Mount, ...]:
+        plugin.handler.synchronize([POD], [])
+        return (Mount("/models/minilm", "bind", f"{plugin.run}/bound/x/0", ("bind",)),)
+
+    monkeypatch.setattr("oci_hook.nri.plugin.run_prepare", prepare)
+    assert plugin.handler.create_container(POD, CONTAINER, soon()) is not None
+    assert prepared.ids() == ("c",)
+    plugin.handler.synchronize([POD], [])
+    assert prepared.ids() == ()
+
+
+def record(plugin: Plugin, name: str, **changes: object) -> HostRecords:
+    """A container that was prepared and has no process."""
+    creator = (os.getpid(), process_start_time(os.getpid()) or 0)
+    place = plugin.run / "bound" / name / "0"
+    place.mkdir(parents=True)
+    for folder in (plugin.run, *place.parents[:2], place):
+        folder.chmod(0o700)
+    seen = os.stat("/proc/self/ns/mnt")
+    mount = HostMount(str(place), 1, "0:1", "/models/minilm")
+    made = BoundRecord(name, "", (seen.st_dev, seen.st_ino), "kata", creator, NOBODY, (mount,))
+    records = HostRecords(str(plugin.run))
+    records.write(replace(made, **changes))  # type: ignore[arg-type]
+    assert name in [each.container_id for each in records.bound()]
+    return records
+
+
+def test_what_was_prepared_and_is_not_marked(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(*_: object, **__: object) -> tuple[Mount, ...]:
+        record(plugin, "c")
+        Prepared(str(plugin.run)).remove("c")
+        return ()
+
+    monkeypatch.setattr("oci_hook.nri.plugin.run_prepare", prepare)
+    with pytest.raises(Terminated, match="given up while its model was made ready"):
+        plugin.handler.create_container(POD, CONTAINER, soon())
+    assert HostRecords(str(plugin.run)).bound() == ()
+    record(plugin, "c")
+    plugin.handler.create_container_lost(POD, CONTAINER)
+    assert HostRecords(str(plugin.run)).bound() == ()
+
+
+def test_what_others_prepared_is_not_touched(plugin: Plugin) -> None:
+    """podman's and the shim's containers are no engine's with NRI: other processes create them."""
+    records = record(plugin, "lost")
+    record(plugin, "adopted", container=(os.getpid(), process_start_time(os.getpid()) or 0))
+    record(plugin, "shims", bundle=str(plugin.run))
+    record(plugin, "podmans", creator=(1, process_start_time(1) or 0))
+    plugin.handler.synchronize([POD], [])
+    assert sorted(each.container_id for each in records.bound()) == ["adopted", "podmans", "shims"]
+
+
+def test_a_container_that_another_way_serves(plugin: Plugin) -> None:
+    """A handler of the shim: NRI does not show its hook, and its model is there."""
+    pid, start_time = os.getpid(), process_start_time(os.getpid()) or 0
+    one = ("minilm:1",)
+    served = ContainerRecord("c", "/b", pid, start_time, 1, one, one, one, ("/models/minilm",), "s", 1, delivered=True)
+    ContainerRecords(str(plugin.run)).write(served)
+    plugin.handler.synchronize([POD], [CONTAINER])
+    assert plugin.said == []
 
 
 def test_a_container_that_was_made_without_it(plugin: Plugin) -> None:

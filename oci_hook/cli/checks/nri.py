@@ -13,6 +13,7 @@ from oci_hook.engines import nri
 from oci_hook.engines.plan import HostFiles, Settings
 from oci_hook.errors import SczError
 from oci_hook.linux.processes import process_start_time
+from oci_hook.nri.adjust import is_vm
 from oci_hook.nri.prepared import load_connected
 
 _GUARDED = "a pod that names scz-smm in required-plugins.noderesource.dev does not start without it"
@@ -56,7 +57,28 @@ def check_nri(
     else:
         yield Check(name, "ok", text)
     yield from _check_plugin(engine, config)
+    yield from _check_engine(engine, settings, files, config, largest)
     yield from _check_guard(engine, settings, files, validates=found.validates)
+
+
+def _check_engine(
+    engine: str, settings: Settings, files: HostFiles, config: Config, largest: StoredSize | None
+) -> Iterator[Check]:
+    """What the engine itself does, or suffers, while a plugin is at work: docs/nri.md."""
+    in_vm = [name for name in nri.handlers(engine, settings, files) if is_vm(name, config.nri_vm_handlers)]
+    if in_vm and largest is not None and needed_seconds(largest.size_bytes) > nri.DEFAULT_SECONDS:
+        text = (
+            f"{engine} creates no other container of this node while {largest.name} is made ready for the handler "
+            f"{shown(in_vm[0])}, up to {needed_seconds(largest.size_bytes)} s"
+        )
+        remedy = "small models, or few starts, where virtual machines have them: docs/nri.md, «Calls beside each other»"
+        yield Check(f"NRI {engine} wait", "warn", text, remedy)
+    if engine == "containerd" and (2, 0) <= (settings.engine_version or (0, 0)) < (2, 2):
+        text = (
+            "containerd 2.0 and 2.1 can end when the plugin connects again while containers have megabytes of "
+            "arguments, variables or annotations"
+        )
+        yield Check(f"NRI {engine} reconnect", "warn", text, "a newer containerd; docs/nri.md, «Known of engines»")
 
 
 def _check_guard(engine: str, settings: Settings, files: HostFiles, *, validates: bool) -> Iterator[Check]:
