@@ -169,6 +169,15 @@ class TestEntries:
         made = {"destination": "/models/x", "type": "bind", "source": record.mounts[0].path, "options": list(OPTIONS)}
         return made | changes
 
+    def test_the_hook_of_one_of_two_devices(self, record: BoundRecord) -> None:
+        another = dataclasses.replace(record.mounts[0], destination="/y")
+        two = dataclasses.replace(record, mounts=(*record.mounts, another))
+        shown = self.entry(two), self.entry(two, destination="/y")
+        for asked in (requests(a="/models/x"), requests(a="/y"), requests(a="/models/x", b="/y")):
+            verify_entries(two, spec(*shown), asked)
+            with pytest.raises(DestinationRefused):
+                verify_entries(two, spec(shown[0]), asked)
+
     def test_exactly_the_entry(self, record: BoundRecord) -> None:
         verify_entries(record, spec(mount("/proc"), self.entry(record), mount("/opt")), requests(a="/models/x"))
 
@@ -186,15 +195,6 @@ class TestEntries:
     def test_anything_else(self, record: BoundRecord, changes: dict[str, Any]) -> None:
         with pytest.raises(DestinationRefused):
             verify_entries(record, spec(self.entry(record, **changes)), requests(a="/models/x"))
-
-    def test_the_hook_of_one_of_two_devices(self, record: BoundRecord) -> None:
-        another = dataclasses.replace(record.mounts[0], destination="/y")
-        two = dataclasses.replace(record, mounts=(*record.mounts, another))
-        shown = self.entry(two), self.entry(two, destination="/y")
-        for asked in (requests(a="/models/x"), requests(a="/y"), requests(a="/models/x", b="/y")):
-            verify_entries(two, spec(*shown), asked)
-            with pytest.raises(DestinationRefused):
-                verify_entries(two, spec(shown[0]), asked)
 
     def test_other_requests(self, record: BoundRecord) -> None:
         for asked in (requests(), requests(a="/models/y"), requests(a="/models/x", b="/opt/y")):
