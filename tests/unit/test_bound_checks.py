@@ -226,24 +226,12 @@ class TestEntries:
         with pytest.raises(DestinationRefused):
             verify_entries(record, spec(self.entry(record, **changes)), requests(a="/models/x"))
 
-<<<<<<< HEAD
     def test_other_containers_models(self, record: BoundRecord) -> None:
         for source in (Path(record.mounts[0].path).parents[1] / "x/0", Path(record.mounts[0].path).parent):
             other = {"destination": "/steal", "type": "bind", "source": str(source), "options": ["bind"]}
             with pytest.raises(DestinationRefused, match="the models of other containers"):
                 verify_entries(record, spec(self.entry(record), other), requests(a="/models/x"))
 
-    def test_the_hook_of_one_of_two_devices(self, record: BoundRecord) -> None:
-        another = dataclasses.replace(record.mounts[0], destination="/y")
-        two = dataclasses.replace(record, mounts=(*record.mounts, another))
-        shown = self.entry(two), self.entry(two, destination="/y")
-        for asked in (requests(a="/models/x"), requests(a="/y"), requests(a="/models/x", b="/y")):
-            verify_entries(two, spec(*shown), asked)
-            with pytest.raises(DestinationRefused):
-                verify_entries(two, spec(shown[0]), asked)
-
-=======
->>>>>>> 7081a552c1719e690cfb6ae0a47c1c7f6bb778a8
     def test_other_requests(self, record: BoundRecord) -> None:
         for asked in (requests(), requests(a="/models/y"), requests(a="/models/x", b="/opt/y")):
             with pytest.raises(DestinationRefused, match="other places"):
