@@ -7,138 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
-from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from oci_hook.cli import print_json
-from oci_hook.cli.options import DRY_RUN, JSON, hook_timeout
+from oci_hook.cli.engine_options import (
+    BY_HOOKS_DIRECTORY,
+    ENGINES,
+    engine_version,
+    known_runtimes,
+    verify_meant,
+    with_options,
+)
+from oci_hook.cli.options import hook_timeout
 from oci_hook.config import load_config
-from oci_hook.engines import containerd, crio, docker, nri, podman
-from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
+from oci_hook.engines import nri
 from oci_hook.engines.placing import carry_out, without_those_there
-from oci_hook.engines.plan import KINDS, SHIM_DIRECTORY, Change, HostFiles, Plan, Runtime, Settings
+from oci_hook.engines.plan import KINDS, Change, HostFiles, Plan, Settings
 from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_output, program_version
 from oci_hook.errors import EngineUnsupported
-from oci_hook.oci.command_line import kind_of
 from oci_hook.shim import shim_script
-
-ENGINES: dict[str, ModuleType] = {"podman": podman, "cri-o": crio, "containerd": containerd, "docker": docker}
-_BY_HOOKS_DIRECTORY = ("podman", "cri-o")
-_NOT_BY_NRI = ("hooks_directory", "timeout_seconds", "shim_directory", "runtimes", "keep_scripts")
-_MEANT_FOR = {
-    "hooks_directory": _BY_HOOKS_DIRECTORY,
-    "timeout_seconds": _BY_HOOKS_DIRECTORY,
-    "shim_directory": ("containerd", "docker"),
-    "runtimes": ("containerd", "docker"),
-    "engine_config": ("cri-o", "containerd", "docker"),
-    "engine_version": ("containerd",),
-    "keep_scripts": ("containerd", "docker"),
-    "before_create": ("podman",),
-    "by_nri": nri.ENGINES,
-    "guard": ("containerd",),
-}
-
-
-def absolute(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    """Make an option's path absolute."""
-    return None if value is None else os.path.abspath(value)
-
-
-def _runtimes(_context: click.Context, _parameter: click.Parameter, paths: tuple[str, ...]) -> tuple[Runtime, ...]:
-    found: dict[str, Runtime] = {}
-    for path in paths:
-        kind = kind_of(path)
-        if kind not in KINDS:
-            raise click.BadParameter(f"{path} is none of {', '.join(KINDS)}, by its name")
-        if not os.path.isabs(path):
-            raise click.BadParameter(f"{path} is not an absolute path")
-        if kind in found:
-            raise click.BadParameter(f"{kind} is given twice")
-        found[kind] = Runtime(kind, path)
-    return tuple(found.values())
-
-
-def _version(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is not None and not re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}([.~+-].*)?", value):
-        raise click.BadParameter("give a version such as 1.7")
-    return major_minor(value)
-
-
-def _verify_meant(engine: str) -> None:
-    """Check that no option is given that the engine has no use for.
-
-    Raises:
-        UsageError: One is.
-    """
-    context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and engine not in _MEANT_FOR.get(option.name or "", tuple(ENGINES)):
-            raise click.UsageError(f"{option.opts[0]} means nothing for {engine}")
-        if given and context.params.get("by_nri") and option.name in _NOT_BY_NRI:
-            raise click.UsageError(f"{option.opts[0]} means nothing with --nri")
-
-
-_OPTIONS = (
-    click.option("--engine", type=click.Choice(list(ENGINES)), required=True, help="The engine that is meant."),
-    click.option(
-        "--hooks-dir",
-        "hooks_directory",
-        type=click.Path(file_okay=False),
-        callback=absolute,
-        help=f"podman, CRI-O: directory that the engine reads hooks from. [default: {DEFAULT_DIRECTORY} for "
-        f"podman, {crio.OWN_DIRECTORY} for CRI-O, as podman reads CRI-O's own]",
-    ),
-    click.option(
-        "--shim-dir",
-        "shim_directory",
-        type=click.Path(file_okay=False),
-        callback=absolute,
-        default=SHIM_DIRECTORY,
-        show_default=True,
-        help="containerd, Docker: directory for the scripts that go before the runtimes.",
-    ),
-    click.option(
-        "--engine-config",
-        type=click.Path(dir_okay=False),
-        callback=absolute,
-        help="CRI-O, containerd, Docker: the engine's own main file, if it is not at its default place.",
-    ),
-    click.option(
-        "--before-create",
-        is_flag=True,
-        help="podman: for VM sandboxes, also the stage precreate; with uninstall, take only that away.",
-    ),
-    click.option(
-        "--root",
-        type=click.Path(file_okay=False),
-        callback=absolute,
-        default="/",
-        help="Work below this directory, that of an image being built; other paths are those inside it.",
-    ),
-    click.option(
-        "--nri",
-        "by_nri",
-        is_flag=True,
-        help="containerd, CRI-O: the engine's plugin scz-nri(8) instead; VM sandboxes too.",
-    ),
-    DRY_RUN,
-    JSON,
-    click.pass_obj,
-)
-
-
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -147,13 +37,13 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     "runtimes",
     metavar="PATH",
     multiple=True,
-    callback=_runtimes,
+    callback=known_runtimes,
     help="containerd, Docker: a runtime to go before; repeat it for more. [default: those that are here]",
 )
 @click.option(
     "--engine-version",
     metavar="VERSION",
-    callback=_version,
+    callback=engine_version,
     help="containerd: its version, which decides how drop-ins are read. [default: that of the containerd here]",
 )
 @click.option(
@@ -163,7 +53,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     "model while the plugin is absent.",
 )
 @hook_timeout("podman, CRI-O: seconds")
-@_with_options
+@with_options
 def install(
     config_file: str,
     engine: str,
@@ -180,7 +70,7 @@ def install(
     Docker get runtimes named scz-runc, scz-crun and scz-runsc. What is left to do by hand is said at the end.
     A VM sandbox (Kata) reads a model only if that is there before it is created: --before-create, --nri.
     """
-    _verify_meant(engine)
+    verify_meant(engine)
     files = HostFiles(root)
     if root == "/":
         load_config(config_file)  # with one that cannot be used, every container would be refused
@@ -191,7 +81,7 @@ def install(
         settings = _with_version(settings, engine, root)
         whole = nri.plan_install(engine, replace(settings, base_spec=_base_spec(files) if guard else None), files)
     else:
-        if engine not in _BY_HOOKS_DIRECTORY:
+        if engine not in BY_HOOKS_DIRECTORY:
             settings = _with_runtimes(settings, engine, root)
         whole = ENGINES[engine].plan_install(settings, files)
     plan, there = without_those_there(whole, files)
@@ -260,7 +150,7 @@ def _show_next(plan: Plan) -> None:
 
 @click.command()
 @click.option("--keep-scripts", is_flag=True, help="containerd, Docker: leave the shim's scripts to what runs.")
-@_with_options
+@with_options
 def uninstall(
     config_file: str,
     engine: str,
@@ -271,7 +161,7 @@ def uninstall(
     **chosen: Any,
 ) -> None:
     """Remove exactly what `sczctl install` writes."""
-    _verify_meant(engine)
+    verify_meant(engine)
     files = HostFiles(root)
     settings = Settings(config_file=config_file, **chosen)
     plan: Plan = nri.plan_removal(engine, settings, files) if by_nri else ENGINES[engine].plan_removal(settings, files)

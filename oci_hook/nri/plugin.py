@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from oci_hook.adoption import withdraw_own
 from oci_hook.before_create import adopt, discard
 from oci_hook.config import Config
 from oci_hook.delivery.host_records import NOBODY, HostRecords
@@ -170,7 +171,8 @@ class ModelPlugin(Handler):
                     "NRI does not tell the ids of a user namespace, which the model's files would have to have",
                     remedy="take `hostUsers: false` out of the pod: a virtual machine isolates it",
                 )
-            data = asking(pod, container, asked, engine, creator_of(pod, self._config.nri_socket))
+            creator = creator_of(pod, self._config.nri_socket)
+            data = asking(pod, container, asked, engine, creator)
             self._prepared.add(container.id)
         except SczError as error:
             self._report(pod, container, error)
@@ -180,8 +182,8 @@ class ModelPlugin(Handler):
             binds = run_prepare(invocation, data, seconds=seconds, advice=_RAISE.format(engine=engine))
             if not self._prepared.has(container.id):  # nobody would look after it
                 raise Terminated("the container was given up while its model was made ready")
-        except BaseException:
-            self._discard(container.id)
+        except BaseException:  # refused because another container of this id lives, say: that one keeps its models
+            self._discard(container.id, lambda: withdraw_own(container.id, "", creator, self._config))
             raise
         return binds
 
@@ -220,10 +222,10 @@ class ModelPlugin(Handler):
         if self._prepared.has(container.id):
             self._discard(container.id)
 
-    def _discard(self, container_id: str) -> None:
+    def _discard(self, container_id: str, take: Callable[[], None] | None = None) -> None:
         """Take models and records away; what cannot be is tried again at the next event, start or sweep."""
         try:
-            discard(container_id, "", self._config)
+            take() if take is not None else discard(container_id, "", self._config)
         except SczError as error:
             self._say(f"container {shown(container_id, 64)}: {error.reason} ({error.code}): {error.message}")
             return

@@ -45,6 +45,7 @@ from oci_hook.errors import (
 from oci_hook.linux.processes import HeldProcess, process_of_thread, process_start_time
 from oci_hook.oci.annotations import ModelRequest, parse_requests
 from oci_hook.oci.spec import Mount, Spec, parse_spec
+from tests.workshop import wait_until
 
 RUN = "/run/scz-smm"
 
@@ -337,6 +338,7 @@ class TestProcesses:
         with subprocess.Popen(words, executable=f"/proc/self/fd/{memory}", pass_fds=[memory]) as process:
             try:
                 with HeldProcess(process.pid) as runtime:
+                    wait_until(lambda: runtime.executable_name() != "")  # its arguments come last in execve
                     assert runtime.executable_name() == "kata-runtime"
                     assert runtime.executable_name(by_argument=False) == ""
                     with pytest.raises(RequirementRefused, match="a program whose file has no name"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,20 @@ def record(plugin: Plugin, name: str, **changes: object) -> HostRecords:
     records.write(replace(made, **changes))  # type: ignore[arg-type]
     assert name in [each.container_id for each in records.bound()]
     return records
+
+
+def test_a_refusal_takes_nothing_from_another_container_of_that_id(plugin: Plugin) -> None:
+    """Its creator is another one: the shim's, say, in another namespace of the engine."""
+    with subprocess.Popen(["/bin/sleep", "600"]) as other:
+        try:
+            creator = (other.pid, process_start_time(other.pid))
+            records = record(plugin, "c", creator=creator)
+            with pytest.raises(Terminated):
+                plugin.handler.create_container(POD, CONTAINER, time.monotonic() - 1)
+            assert [each.creator for each in records.bound()] == [creator]
+            assert Prepared(str(plugin.run)).ids() == ()
+        finally:
+            other.kill()
 
 
 def test_what_was_prepared_and_is_not_marked(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:

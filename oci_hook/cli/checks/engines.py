@@ -21,7 +21,7 @@ from oci_hook.cli.checks.hooks import (
 from oci_hook.cli.checks.models import StoredSize, judge_timeout
 from oci_hook.cli.checks.nri import check_nri
 from oci_hook.cli.checks.shims import check_shims
-from oci_hook.cli.engines import ENGINES
+from oci_hook.cli.engine_options import ENGINES
 from oci_hook.engines import cdi, nri
 from oci_hook.engines.plan import HostFiles, Settings
 from oci_hook.engines.programs import find_program, find_runtimes, major_minor, program_version
