@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -90,7 +91,10 @@ def write_kata_runtime(
 
 
 class Caller:
-    """Calls a runtime as an engine does, with a state folder of its own.
+    """Calls a runtime as an engine does, with a state folder of its own, below a monitor (conmon's name) for each call.
+
+    The monitor of a `create` stays until `clear`, as an engine's stays with its container: where a state names a thread
+    of the runtime, as Kata 1's does, nothing else lives as long.
 
     Args:
         runtime: The executable: of `write_kata_runtime`, or of a shim before it.
@@ -100,22 +104,35 @@ class Caller:
     def __init__(self, runtime: Path, folder: Path) -> None:
         self.runtime, self.folder = runtime, folder
         self.state = folder / "state"
+        self._monitor = folder / "conmon"
+        if not self._monitor.exists():
+            shutil.copy(os.path.realpath("/bin/sh"), self._monitor)
+        self._staying: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """One call, to its end; standard error is in standard output."""
         command = [str(self.runtime), "--root", str(self.state), *map(str, words)]
-        with (self.folder / "said").open("w+") as said:  # a container keeps what it is given: no pipe
-            done = subprocess.run(
-                command,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=_CALL_SECONDS,
-            )
-            said.seek(0)
-            return subprocess.CompletedProcess(command, done.returncode, said.read())
+        monitor = subprocess.Popen(  # a container keeps what it is given: no pipe
+            [self._monitor, "-c", '"$@" </dev/null >"$0" 2>&1; echo $?; read -r _', self.folder / "said", *command],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._staying.append(monitor)
+        assert monitor.stdout is not None
+        readable, _, _ = select.select([monitor.stdout], [], [], _CALL_SECONDS)
+        assert readable, f"{command} has not ended"
+        code = int(monitor.stdout.readline())
+        if words[0] != "create":
+            self._end(self._staying.pop())
+        return subprocess.CompletedProcess(command, code, self.said())
+
+    @staticmethod
+    def _end(monitor: subprocess.Popen[bytes]) -> None:
+        for stream in (monitor.stdin, monitor.stdout):
+            assert stream is not None
+            stream.close()
+        monitor.wait(_END_SECONDS)
 
     def said(self) -> str:
         """What the last call said, and what its container has printed since."""
@@ -129,6 +146,8 @@ class Caller:
         """Delete what is left of its containers."""
         for folder in self.state.glob("*"):
             self("delete", "--force", folder.name)
+        while self._staying:
+            self._end(self._staying.pop())
 
 
 # --- one container ----------------------------------------------------------------------------------------------------

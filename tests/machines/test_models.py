@@ -92,6 +92,7 @@ def make_host(
     try:
         for host in made:
             host.bare.clear()
+            host.call.clear()
             for bundle in host.folder.glob("b-*"):  # as engines do
                 shutil.rmtree(bundle)
         scene.sczctl("sweep")
@@ -125,7 +126,7 @@ def test_a_sweep_leaves_a_running_containers_model_and_takes_a_dead_ones(
     waiting = "sleep 2; until [ -e /go ]; do sleep 1; done; sha256sum /models/small/config.json"
     bundle = host.bundle(waiting)
     assert host.call("create", "--bundle", bundle, "--pid-file", host.folder / "pid", "one").returncode == 0, (
-        host.said()
+        host.call.said()
     )
     assert len(host.models()) == 1
     assert host.call("start", "one").returncode == 0
@@ -145,7 +146,7 @@ def test_a_container_that_was_killed_with_its_hypervisor(make_host: Callable[...
     host = make_host("9p", hypervisor=True)
     bundle = host.bundle("sleep 600")
     assert host.call("create", "--bundle", bundle, "--pid-file", host.folder / "pid", "one").returncode == 0, (
-        host.said()
+        host.call.said()
     )
     os.kill(int((host.folder / "pid").read_text()), signal.SIGKILL)
     deadline = time.monotonic() + _SECONDS

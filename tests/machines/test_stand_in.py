@@ -87,6 +87,7 @@ def test_a_container_is_made_started_seen_killed_and_deleted(
     assert call("delete", "one").returncode == 0
     assert call("state", "one").returncode == 1
     assert start_time(state["pid"]) == 0
+    call.clear()  # and its monitor
     assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if names(path, call.folder)]
 
 
