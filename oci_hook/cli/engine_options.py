@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from oci_hook.cli.options import DRY_RUN, JSON
 from oci_hook.engines import containerd, crio, docker, nri, podman
 from oci_hook.engines.hooks_directory import DEFAULT_DIRECTORY
-from oci_hook.engines.plan import KINDS, SHIM_DIRECTORY, Runtime
+from oci_hook.engines.plan import BY_NAME_ONLY, KINDS, SHIM_DIRECTORY, Runtime
 from oci_hook.engines.programs import major_minor
 from oci_hook.oci.command_line import kind_of
 
@@ -44,8 +44,8 @@ def known_runtimes(_context: click.Context, _parameter: click.Parameter, paths: 
     found: dict[str, Runtime] = {}
     for path in paths:
         kind = kind_of(path)
-        if kind not in KINDS:
-            raise click.BadParameter(f"{path} is none of {', '.join(KINDS)}, by its name")
+        if kind not in (*KINDS, *BY_NAME_ONLY):
+            raise click.BadParameter(f"{path} is none of {', '.join((*KINDS, *BY_NAME_ONLY))}, by its name")
         if not os.path.isabs(path):
             raise click.BadParameter(f"{path} is not an absolute path")
         if kind in found:

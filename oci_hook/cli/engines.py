@@ -38,7 +38,8 @@ from oci_hook.shim import shim_script
     metavar="PATH",
     multiple=True,
     callback=known_runtimes,
-    help="containerd, Docker: a runtime to go before; repeat it for more. [default: those that are here]",
+    help="containerd, Docker: a runtime to go before, kata-runtime too; repeat it for more. "
+    "[default: those of runc, crun and runsc that are here]",
 )
 @click.option(
     "--engine-version",

@@ -15,7 +15,9 @@ from oci_hook.errors import ConfigInvalid, FileUnreadable, OutputExists
 from oci_hook.trusted_file import load_file
 
 KINDS = ("runc", "crun", "runsc")
-"""Runtimes that the shim goes before; also docs/runtimes.md."""
+"""Runtimes that the shim goes before wherever they are; also docs/runtimes.md."""
+BY_NAME_ONLY = ("kata-runtime",)
+"""Those that it goes before only where `--runtime` names them: Kata 1's command line."""
 SHIM_DIRECTORY = "/usr/local/libexec/scz-smm"
 _LIMIT_BYTES = 1 << 20
 _MAX_LINKS = 40  # of Linux (include/linux/namei.h)

@@ -359,6 +359,17 @@ def test_containerd_gets_a_script_and_a_handler_a_runtime(root: Root) -> None:
         assert (root / script[1:]).read_bytes() == made
 
 
+def test_docker_gets_kata_s_command_line_where_it_is_named(root: Root) -> None:
+    told = done(root.run("install", "docker", "--runtime", "/usr/bin/kata-runtime", "--json")).json
+    script = f"/{SHIMS}/docker/scz-kata-runtime"
+    assert json.loads((root / DAEMON).read_text())["runtimes"] == {"scz-kata-runtime": {"path": script}}
+    made = shim_script(runtime="/usr/bin/kata-runtime", engine="docker", config_file=CONFIG_FILE)
+    assert (root / script[1:]).read_bytes() == made
+    assert script in "".join(told["files"])
+    done(root.run("uninstall", "docker"))
+    assert not (root / script[1:]).exists()
+
+
 @pytest.mark.parametrize("version", ["1.6", "1.7.24~ds1"])
 def test_containerd_1_keeps_the_administrators_section(root: Root, version: str) -> None:
     main = root.write(CONTAINERD, f'version = 2\n{IMPORTS}[{CRI}.cni]\nbin_dir = "/usr/lib/cni"\n')
