@@ -112,8 +112,11 @@ class Caller:
     def __call__(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """One call, to its end; standard error is in standard output."""
         command = [str(self.runtime), "--root", str(self.state), *map(str, words)]
+        # A container keeps what its `create` was given: what only asks about it has a file of its own.
+        answer = self.folder / ("answer" if words[0] == "state" else "said")
+        answer.write_text("")
         monitor = subprocess.Popen(  # a container keeps what it is given: no pipe
-            [self._monitor, "-c", '"$@" </dev/null >"$0" 2>&1; echo $?; read -r _', self.folder / "said", *command],
+            [self._monitor, "-c", '"$@" </dev/null >>"$0" 2>&1; echo $?; read -r _', answer, *command],
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -125,7 +128,7 @@ class Caller:
         code = int(monitor.stdout.readline())
         if words[0] != "create":
             self._end(self._staying.pop())
-        return subprocess.CompletedProcess(command, code, self.said())
+        return subprocess.CompletedProcess(command, code, answer.read_text())
 
     @staticmethod
     def _end(monitor: subprocess.Popen[bytes]) -> None:
@@ -135,7 +138,7 @@ class Caller:
         monitor.wait(_END_SECONDS)
 
     def said(self) -> str:
-        """What the last call said, and what its container has printed since."""
+        """What the last call that changed something said, and what its container has printed since."""
         return (self.folder / "said").read_text()
 
     def status(self, name: str) -> str:

@@ -78,19 +78,23 @@ def files_below(*folders: Path) -> Iterator[Path]:
                     continue  # it went away meanwhile
 
 
-def search(marker: bytes, *folders: Path, but_not: Path | None = None) -> tuple[int, list[Path]]:
+def search(marker: bytes, *folders: Path, but_not: Path | None = None, since: float = 0.0) -> tuple[int, list[Path]]:
     """Search all files below the folders; returns how many were searched, and those that hold the marker.
 
     Args:
         marker: What to look for.
         folders: Where.
         but_not: A folder that holds it by right, wherever it lies.
+        since: Seconds of the wall clock: a file whose inode has not changed since (st_ctime, which no program can set)
+            was there before, as another checkout's copy of the model is.
     """
     searched, found = 0, []
     for path in files_below(*folders):
         if but_not is not None and path.is_relative_to(but_not):
             continue
         try:
+            if path.lstat().st_ctime < since:
+                continue
             searched += 1
             if contains(path, marker):
                 found.append(path)

@@ -21,7 +21,8 @@ from tests.engines import Podman
 def test_podman_reads_the_default_directory_by_itself(tmp_path: Path, runtime: str) -> None:
     name = f"scz-smm-test-{secrets.token_hex(4)}"
     trace, directory = tmp_path / "trace", Path(DEFAULT_DIRECTORY)
-    hook = {"path": "/bin/touch", "args": ["touch", str(trace)], "env": ["PATH=/bin"], "timeout": 10}
+    script = f"cat >/dev/null; : >'{trace}'"  # a hook that leaves the state unread can fail under crun (SIGPIPE)
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"], "timeout": 10}
     document = {"version": "1.0.0", "hook": hook, "when": {"annotations": {f"^{name}$": "yes"}}, "stages": ["prestart"]}
     made_by_us = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
