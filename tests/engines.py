@@ -470,6 +470,17 @@ def write_busybox(stream: IO[bytes]) -> None:
             archive.addfile(entry)
 
 
+def unpack_busybox(folder: Path) -> None:
+    """The busybox image's files, in a folder of their own."""
+    with io.BytesIO() as stream:
+        write_busybox(stream)
+        stream.seek(0)
+        with tarfile.open(fileobj=stream) as archive:
+            # An attribute: Debian 12's Python (3.11.2) has not the argument `filter`, later ones ask for it.
+            archive.extraction_filter = lambda member, _path: member
+            archive.extractall(folder)
+
+
 # --- taking away ------------------------------------------------------------------------------------------------------
 
 

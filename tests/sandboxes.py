@@ -24,14 +24,12 @@ import re
 import secrets
 import shlex
 import subprocess
-import tarfile
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from tests.engines import unmount_below, write_busybox
+from tests.engines import unmount_below, unpack_busybox
 from tests.guests import GUEST_SECONDS, Guest, Kernel, Machine, Share, virtiofsd, write_initramfs
 
 KINDS = ("9p", "virtiofs")
@@ -106,11 +104,7 @@ def write_agent(folder: Path, kernel: Kernel, kind: str) -> Path:
 def write_rootfs(path: Path) -> Path:
     """A root file system with busybox; returns its path."""
     path.mkdir(parents=True)
-    with tempfile.TemporaryFile() as stream:
-        write_busybox(stream)
-        stream.seek(0)
-        with tarfile.open(fileobj=stream) as archive:
-            archive.extractall(path, filter="tar")
+    unpack_busybox(path)
     return path
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +25,7 @@ import pytest
 
 from oci_hook.errors import all_errors
 from tests import agent as stand_in
-from tests.engines import write_busybox
+from tests.engines import unpack_busybox
 from tests.integration.conftest import FILES, contents
 from tests.scene import SCZCTL, TOKEN_PATH, Scene
 
@@ -64,11 +62,7 @@ class Agent:
         for stage in ("prestart", "poststop"):
             self.place_hook(stage)
         self.rootfs = self.folder / "image"
-        with io.BytesIO() as stream:
-            write_busybox(stream)
-            stream.seek(0)
-            with tarfile.open(fileobj=stream) as archive:
-                archive.extractall(self.rootfs, filter="fully_trusted")
+        unpack_busybox(self.rootfs)
 
     @staticmethod
     def _made(folder: Path) -> Path:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import io
 import json
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import write_busybox
+from tests.engines import unpack_busybox
 from tests.event_log import parse_event_log, replay
 from tests.guest_image import COMMAND_LINE, MeasuredGuest, write_image, write_root
 from tests.guests import Kernel, Machine, Share
@@ -84,11 +82,7 @@ class World:
         """A container as Kata's host puts it into the shared folder."""
         folder = self.containers / name
         folder.mkdir()
-        with io.BytesIO() as stream:
-            write_busybox(stream)
-            stream.seek(0)
-            with tarfile.open(fileobj=stream) as archive:
-                archive.extractall(folder / "rootfs", filter="fully_trusted")
+        unpack_busybox(folder / "rootfs")
         shutil.copy(self.scene.token(f"token-{name}", ttl_seconds=3600), folder / "token")
         shared = f"/run/kata-containers/shared/containers/{name}"
         mounts = [
