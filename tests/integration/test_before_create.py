@@ -424,7 +424,9 @@ def test_in_the_namespace_of_a_pods_shim_that_was_there_before(vms: Sandboxes) -
     vms.bound.mkdir(mode=0o700, exist_ok=True)
     subprocess.run(["mount", "--bind", vms.bound, vms.bound], check=True)
     try:
-        subprocess.run(["mount", "--make-shared", vms.bound], check=True)  # as systemd makes all of the host's
+        # Shared, as systemd makes all of the host's; and no peer of the mount that it lies on, should that be shared.
+        subprocess.run(["mount", "--make-private", vms.bound], check=True)
+        subprocess.run(["mount", "--make-shared", vms.bound], check=True)
         waiting = ("unshare", "--mount", "--propagation", "slave", "sh", "-c", f'read x < {gate}; exec "$@"', "sh")
         with Kata(vms.folder, bundle, "vm", "hypervisor", prefix=waiting) as kata:
             with gate.open("w") as opened:
