@@ -21,7 +21,7 @@ from oci_hook.delivery.attach import Attachment
 from oci_hook.delivery.fill import FillOptions, Target, fill
 from oci_hook.delivery.holder import MOUNT_NAMESPACE, ContainerView, Holder, Runtime, own_mount_namespace
 from oci_hook.delivery.memory import (
-    MemoryCgroup,
+    Cgroup,
     Reservation,
     find_memory_cgroup,
     join_cgroup,
@@ -256,7 +256,7 @@ class Delivery:
             raise RuntimeError("a delivery is used in its `with` block")
         return self._holder
 
-    def _load_cgroup(self) -> MemoryCgroup | None:
+    def _load_cgroup(self) -> Cgroup | None:
         with failing("our own mounts cannot be looked at"):
             proc_fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -266,7 +266,7 @@ class Delivery:
         return find_memory_cgroup(self._held.payer.read("cgroup"), ours)
 
     def _run_writer(
-        self, cgroup: MemoryCgroup | None, options: FillOptions, reservation: Reservation, progress: Progress | None
+        self, cgroup: Cgroup | None, options: FillOptions, reservation: Reservation, progress: Progress | None
     ) -> None:
         total = sum(entry.size for target in self._targets for entry in target.model.manifest.files)
         targets = self._targets
