@@ -25,6 +25,8 @@ from oci_hook.delivery.memory import (
     Reservation,
     find_memory_cgroup,
     join_cgroup,
+    keeps_cache,
+    load_available_memory,
     load_levels,
     reserve_memory,
     verify_limits,
@@ -224,8 +226,13 @@ class Delivery:
                 uid=self._container.uid_offset,
                 gid=self._container.gid_offset,
                 workers=self._settings.workers,
-                # What is read is charged there, too: it must not push the container against a tight limit.
-                drop_cache=any(level.limit_bytes < total * 2 for level in levels),
+                drop_cache=not keeps_cache(
+                    levels,
+                    load_available_memory(),
+                    total + kernel,
+                    sum(entry.layer_size for model in models for entry in model.manifest.files),
+                    self._settings.memory_reserve_bytes,
+                ),
             )
             self._run_writer(cgroup, options, reservation, progress)
         # 5. Read-only for whoever may mount; EBUSY would mean that a writer is left.

@@ -184,6 +184,22 @@ def verify_reserve(available_bytes: int, reserved_bytes: int, need_bytes: int, r
         )
 
 
+def keeps_cache(
+    levels: Sequence[MemoryLevel], available_bytes: int, need_bytes: int, sealed_bytes: int, reserve_bytes: int
+) -> bool:
+    """Whether the encrypted files may stay in the page cache, where a restart finds them: if there is room for both.
+
+    Args:
+        levels: The container's groups: what the writer reads is charged there.
+        available_bytes: MemAvailable.
+        need_bytes: What the plaintext takes.
+        sealed_bytes: What the encrypted files take.
+        reserve_bytes: What must stay on the node.
+    """
+    both = need_bytes + sealed_bytes
+    return available_bytes - both >= reserve_bytes and all(level.room_bytes >= both for level in levels)
+
+
 def _mib(count_bytes: int) -> str:
     return f"{-(-count_bytes // _MIB)} MiB"
 

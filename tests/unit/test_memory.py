@@ -46,6 +46,12 @@ class TestFinding:
     def test_where_memory_is_charged(self, cgroup: bytes, mounts: list[Mount], expected: Cgroup | None) -> None:
         assert memory.find_memory_cgroup(cgroup, mounts) == expected
 
+    def test_another_controller(self) -> None:
+        assert memory.find_cgroup("cpu", b"4:memory:/a\n3:cpu,cpuacct:/b\n", [V1, V1_CPU]) == Cgroup(
+            1, V1_CPU.mount_point, "/sys/fs/cgroup/cpu/b"
+        )
+        assert memory.find_cgroup("cpu", b"0::/b\n", [V2]) == Cgroup(2, V2.mount_point, "/sys/fs/cgroup/b")
+
     def test_a_hierarchy_of_which_a_part_is_mounted(self) -> None:
         part = mount("cgroup2", "/here", root="/outer/inner")
         assert memory.find_memory_cgroup(b"0::/outer/inner/c\n", [part]) == Cgroup(2, "/here", "/here/c")
@@ -121,6 +127,18 @@ class TestLevels:
     def test_a_group_that_cannot_be_joined(self, tmp_path: Path) -> None:
         with pytest.raises(SystemCallFailed, match="cannot be joined"):
             memory.join_cgroup(Cgroup(2, str(tmp_path), str(tmp_path)))
+
+
+class TestPageCache:
+    """Whether the encrypted files may stay in the page cache."""
+
+    def test_there_must_be_room_for_both_on_the_node_and_in_every_group(self) -> None:
+        level = MemoryLevel("/a", 100, 10, 0)
+        assert memory.keeps_cache([], 150, 50, 50, 50)
+        assert not memory.keeps_cache([], 149, 50, 50, 50)
+        assert memory.keeps_cache([level], 1000, 45, 45, 50)
+        assert not memory.keeps_cache([MemoryLevel("/b", UNLIMITED, 0, 0), level], 1000, 45, 46, 50)
+        assert memory.keeps_cache([MemoryLevel("/a", 100, 60, 50)], 1000, 45, 45, 50)
 
 
 class TestReserve:
