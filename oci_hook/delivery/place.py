@@ -29,8 +29,7 @@ from oci_hook.linux import syscalls
 from oci_hook.linux.mounts import DetachedMount
 
 WINDOW_BYTES = 16 << 20
-"""The page cache behind is dropped in steps of this, and no more than that of a file stays for long."""
-_AHEAD_BYTES = 8 << 20
+"""The page cache behind is dropped in steps of this."""
 _OVERLAP_BYTES = 4 << 20  # the kernel keeps a page that lies only partly in what is dropped: the next step takes it
 _HUGE_PAGE_BYTES = 1 << 21
 _BLOCK_BYTES = 512  # of st_blocks
@@ -195,7 +194,7 @@ class _OpenFile:
         with ExitStack() as stack:
             self.source = target.model.layout.open_blob(entry.layer_digest)
             stack.callback(os.close, self.source)
-            with suppress(OSError):  # a hint
+            with suppress(OSError):  # the kernel reads further ahead; asking for each range (WILLNEED) was not faster
                 os.posix_fadvise(self.source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             header = memoryview(bytearray(HEADER_BYTES))
             _read(self.source, header, 0, entry)
@@ -239,13 +238,6 @@ class _OpenFile:
             raise _refusal(self._model, self._entry, index, self.plan) from cause
         return length
 
-    def read_ahead(self, index: int) -> None:
-        """Have what is `_AHEAD_BYTES` after a segment read from the disk meanwhile."""
-        with suppress(OSError):  # a hint
-            os.posix_fadvise(
-                self.source, index * SEGMENT_BYTES + _AHEAD_BYTES, 2 * SEGMENT_BYTES, os.POSIX_FADV_WILLNEED
-            )
-
     def complete(self, workplace: Workplace) -> None:
         """The file is whole: give it its owner and mode and close all of it."""
         workplace.complete_file(self._file)
@@ -274,7 +266,6 @@ class LargeFile:
                 self._opened = _OpenFile(self._target, self._entry, workplace)
             opened = self._opened
             self._active.add(run.start)
-        opened.read_ahead(run.start)
         count = sum(opened.decrypt(index, workplace) for index in run)
         with self._lock:
             self._active.discard(run.start)
