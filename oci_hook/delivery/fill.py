@@ -26,7 +26,7 @@ from oci_hook.linux import syscalls
 
 __all__ = ["FillOptions", "Target", "default_workers", "fill"]
 
-_WORKERS_LIMIT = 4  # two were measured; at four the part of each segment that holds Python's lock adds up to a third
+_WORKERS_LIMIT = 4  # two were measured; more than four would wait for Python's lock, and crowd out the node's others
 _THREAD_BYTES = 1 << 22  # of large files; below this a second thread costs more than it gains
 _RUN_SEGMENTS = 2  # taken at once: two threads at neighbouring segments wait for the same huge page to be cleared
 _BATCH_FILES = 64
