@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -64,20 +64,56 @@ def open_beneath(directory: int, parts: Sequence[str], *, error: type[SczError])
     """
     what = shown("/".join(parts))
     try:
-        with ExitStack() as opened:
-            for part in parts[:-1]:
-                directory = opened.enter_context(closing(os.open(part, _DIRECTORY, dir_fd=directory)))
-            # Looked at before it is opened, as opening a device can have an effect, and after: that is what counts.
-            _require_regular(os.stat(parts[-1], dir_fd=directory, follow_symlinks=False), what, error)
-            descriptor = os.open(parts[-1], _FILE, dir_fd=directory)
-            try:
-                _require_regular(os.fstat(descriptor), what, error)
-            except SczError:
-                os.close(descriptor)
-                raise
-            return descriptor
+        folder = open_folder(directory, parts[:-1])
+        try:
+            return open_regular(folder, parts[-1], what, error=error)
+        finally:
+            os.close(folder)
     except OSError as cause:
         raise refusal(cause, what, error) from cause
+
+
+def open_folder(directory: int, parts: Sequence[str]) -> int:
+    """Open a folder beneath a directory, O_PATH and O_CLOEXEC; no part may be a link. The caller closes it.
+
+    Raises:
+        OSError: As open(2) gives it.
+    """
+    folder = os.dup(directory)
+    for part in parts:
+        try:
+            following = os.open(part, _DIRECTORY, dir_fd=folder)
+        finally:
+            os.close(folder)
+        folder = following
+    return folder
+
+
+def open_regular(folder: int, name: str, what: str, *, error: type[SczError]) -> int:
+    """Open a regular file in a folder that is open.
+
+    Args:
+        folder: A directory descriptor.
+        name: Without a slash, and neither `.` nor `..`.
+        what: Names the file in messages.
+        error: What to raise if it is a link, or anything but a regular file.
+
+    Returns:
+        A descriptor, O_RDONLY and O_CLOEXEC; the caller closes it.
+
+    Raises:
+        SczError: The class `error`.
+        OSError: As open(2) gives it.
+    """
+    # Looked at before it is opened, as opening a device can have an effect, and after: that is what counts.
+    _require_regular(os.stat(name, dir_fd=folder, follow_symlinks=False), what, error)
+    descriptor = os.open(name, _FILE, dir_fd=folder)
+    try:
+        _require_regular(os.fstat(descriptor), what, error)
+    except SczError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _require_regular(status: os.stat_result, what: str, error: type[SczError]) -> None:

@@ -14,7 +14,16 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
-from oci_hook.bundle.files import CHUNK_BYTES, closing, open_beneath, read_bounded, read_chunk, refusal
+from oci_hook.bundle.files import (
+    CHUNK_BYTES,
+    closing,
+    open_beneath,
+    open_folder,
+    open_regular,
+    read_bounded,
+    read_chunk,
+    refusal,
+)
 from oci_hook.bundle.image import (
     BLOBS,
     INDEX_FILE,
@@ -57,6 +66,7 @@ class Layout:
     """
 
     __slots__ = (
+        "_blobs",
         "_directory",
         "_remedy",
         "_root_alone",
@@ -70,7 +80,7 @@ class Layout:
 
     def __init__(self, directory: int, *, root_alone: bool = False, remedy: str | None = None) -> None:
         """Read the bundle in `directory`, a descriptor that the layout owns from now on; as `open_layout` says."""
-        self._directory = directory
+        self._directory, self._blobs = directory, -1
         self._root_alone, self._remedy = root_alone, remedy
         self._sizes: dict[str, int] = {}
         try:
@@ -84,6 +94,12 @@ class Layout:
     def _load(self) -> None:
         parse_layout_file(self._read(LAYOUT_FILE))
         image, self.version_tag = parse_index(self._read(INDEX_FILE))
+        # Held, so that each of ten thousand layers is one step away.
+        try:
+            self._blobs = open_folder(self._directory, BLOBS)
+        except OSError as cause:
+            raise refusal(cause, shown("/".join(BLOBS)), BundleInvalid) from cause
+        self._verify_alone(os.fstat(self._blobs), BLOBS)
         self.image_digest = image.digest
         config, self.layers = parse_image_manifest(self._read_blob(image))
         self.manifest_digest = config.digest
@@ -101,10 +117,11 @@ class Layout:
         self.close()
 
     def close(self) -> None:
-        """Close the directory; blobs that were opened stay open."""
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
+        """Close the directories; blobs that were opened stay open."""
+        for descriptor in (self._blobs, self._directory):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._blobs = self._directory = -1
 
     def open_blob(self, digest: str) -> int:
         """Open a blob that the image manifest names.
@@ -125,11 +142,20 @@ class Layout:
         if size is None:
             raise BundleInvalid(f"the image manifest does not name {shown(digest)}")
         with self._mended():
-            descriptor = self._open((*BLOBS, digest.removeprefix("sha256:")))
-            actual = os.fstat(descriptor).st_size
-            if actual != size:
+            parts = (*BLOBS, digest.removeprefix("sha256:"))
+            what = shown("/".join(parts))
+            try:
+                descriptor = open_regular(self._blobs, parts[-1], what, error=BundleInvalid)
+            except OSError as cause:
+                raise refusal(cause, what, BundleInvalid) from cause
+            found = os.fstat(descriptor)
+            try:
+                self._verify_alone(found, parts)
+                if found.st_size != size:
+                    raise BundleMismatch(f"the blob {digest} has {found.st_size} bytes instead of {size}")
+            except (BundleMismatch, StoreInvalid):
                 os.close(descriptor)
-                raise BundleMismatch(f"the blob {digest} has {actual} bytes instead of {size}")
+                raise
             return descriptor
 
     @contextmanager

@@ -28,6 +28,7 @@ FIRST_PLAINTEXT_BYTES = SEGMENT_BYTES - HEADER_BYTES - TAG_BYTES
 PLAINTEXT_BYTES = SEGMENT_BYTES - TAG_BYTES
 FILE_LIMIT_BYTES = 2**48  # of plaintext; far below the 2**32 segments that a nonce can count
 _LABEL = b"scz-smm/file/v1"
+_SHA256 = SHA256()
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -105,7 +106,7 @@ def ciphertext_size(plaintext_bytes: int) -> int:
 
 def _plan(content_key: ContentKey, aad: bytes, salt: bytes, nonce_prefix: bytes, plaintext_bytes: int) -> FilePlan:
     return FilePlan(
-        file_key=HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=aad).derive(content_key.value),
+        file_key=HKDF(algorithm=_SHA256, length=KEY_BYTES, salt=salt, info=aad).derive(content_key.value),
         nonce_prefix=nonce_prefix,
         ciphertext_bytes=ciphertext_size(plaintext_bytes),
         plaintext_bytes=plaintext_bytes,

@@ -21,10 +21,12 @@ from oci_hook.delivery.attach import Attachment
 from oci_hook.delivery.fill import FillOptions, Target, fill
 from oci_hook.delivery.holder import MOUNT_NAMESPACE, ContainerView, Holder, Runtime, own_mount_namespace
 from oci_hook.delivery.memory import (
-    MemoryCgroup,
+    Cgroup,
     Reservation,
     find_memory_cgroup,
     join_cgroup,
+    keeps_cache,
+    load_available_memory,
     load_levels,
     reserve_memory,
     verify_limits,
@@ -224,8 +226,13 @@ class Delivery:
                 uid=self._container.uid_offset,
                 gid=self._container.gid_offset,
                 workers=self._settings.workers,
-                # What is read is charged there, too: it must not push the container against a tight limit.
-                drop_cache=any(level.limit_bytes < total * 2 for level in levels),
+                drop_cache=not keeps_cache(
+                    levels,
+                    load_available_memory(),
+                    total + kernel,
+                    sum(entry.layer_size for model in models for entry in model.manifest.files),
+                    self._settings.memory_reserve_bytes,
+                ),
             )
             self._run_writer(cgroup, options, reservation, progress)
         # 5. Read-only for whoever may mount; EBUSY would mean that a writer is left.
@@ -256,7 +263,7 @@ class Delivery:
             raise RuntimeError("a delivery is used in its `with` block")
         return self._holder
 
-    def _load_cgroup(self) -> MemoryCgroup | None:
+    def _load_cgroup(self) -> Cgroup | None:
         with failing("our own mounts cannot be looked at"):
             proc_fd = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -266,7 +273,7 @@ class Delivery:
         return find_memory_cgroup(self._held.payer.read("cgroup"), ours)
 
     def _run_writer(
-        self, cgroup: MemoryCgroup | None, options: FillOptions, reservation: Reservation, progress: Progress | None
+        self, cgroup: Cgroup | None, options: FillOptions, reservation: Reservation, progress: Progress | None
     ) -> None:
         total = sum(entry.size for target in self._targets for entry in target.model.manifest.files)
         targets = self._targets

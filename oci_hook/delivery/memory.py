@@ -31,8 +31,8 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryCgroup:
-    """A memory control group, found through our own mounts.
+class Cgroup:
+    """A control group in the hierarchy of one controller, found through our own mounts.
 
     Attributes:
         version: 1 or 2.
@@ -60,15 +60,21 @@ class MemoryLevel:
         return self.limit_bytes - max(0, self.usage_bytes - self.reclaimable_bytes)
 
 
-def find_memory_cgroup(cgroup: bytes, mounts: Sequence[Mount]) -> MemoryCgroup | None:
-    """Where a process's memory is charged.
+def find_memory_cgroup(cgroup: bytes, mounts: Sequence[Mount]) -> Cgroup | None:
+    """Where a process's memory is charged; as `find_cgroup`."""
+    return find_cgroup("memory", cgroup, mounts)
+
+
+def find_cgroup(controller: str, cgroup: bytes, mounts: Sequence[Mount]) -> Cgroup | None:
+    """The group of a process in a controller's hierarchy.
 
     Args:
-        cgroup: Its `/proc/<pid>/cgroup`.
+        controller: Such as `memory`.
+        cgroup: The process's `/proc/<pid>/cgroup`.
         mounts: Our own.
 
     Returns:
-        None if the kernel charges memory to no group.
+        None if the controller has no group for it.
 
     Raises:
         SystemCallFailed: There is such a group, but it is not below any mount that we see.
@@ -77,30 +83,27 @@ def find_memory_cgroup(cgroup: bytes, mounts: Sequence[Mount]) -> MemoryCgroup |
     for line in cgroup.splitlines():
         _, _, rest = line.partition(b":")
         controllers, separator, path = rest.partition(b":")
-        if separator and b"memory" in controllers.split(b","):
-            return _mounted(1, os.fsdecode(path), [mount for mount in mounts if _is_memory_v1(mount)])
+        if separator and controller.encode() in controllers.split(b","):
+            own = [mount for mount in mounts if mount.kind == "cgroup" and controller in mount.super_options]
+            return _mounted(1, os.fsdecode(path), own)
         if separator and not controllers:
             unified = os.fsdecode(path)
     candidates = [mount for mount in mounts if mount.kind == "cgroup2"]
     return _mounted(2, unified, candidates) if unified is not None and candidates else None
 
 
-def _is_memory_v1(mount: Mount) -> bool:
-    return mount.kind == "cgroup" and "memory" in mount.super_options
-
-
-def _mounted(version: int, path: str, candidates: Sequence[Mount]) -> MemoryCgroup:
+def _mounted(version: int, path: str, candidates: Sequence[Mount]) -> Cgroup:
     parts = path.split("/")
     for mount in candidates:
         root = [] if mount.root == "/" else mount.root.split("/")[1:]
         # "/.." in either: it lies outside our cgroup namespace.
         if ".." not in parts and ".." not in root and parts[1 : 1 + len(root)] == root:
             below = [part for part in parts[1 + len(root) :] if part]
-            return MemoryCgroup(version, mount.mount_point, os.path.join(mount.mount_point, *below))
-    raise SystemCallFailed("the container's memory control group is not below any cgroup mount that the hook sees")
+            return Cgroup(version, mount.mount_point, os.path.join(mount.mount_point, *below))
+    raise SystemCallFailed("the container's control group is not below any cgroup mount that the hook sees")
 
 
-def load_levels(cgroup: MemoryCgroup) -> tuple[MemoryLevel, ...]:
+def load_levels(cgroup: Cgroup) -> tuple[MemoryLevel, ...]:
     """The limits of a group and of all groups above it that have one.
 
     Raises:
@@ -181,11 +184,27 @@ def verify_reserve(available_bytes: int, reserved_bytes: int, need_bytes: int, r
         )
 
 
+def keeps_cache(
+    levels: Sequence[MemoryLevel], available_bytes: int, need_bytes: int, sealed_bytes: int, reserve_bytes: int
+) -> bool:
+    """Whether the encrypted files may stay in the page cache, where a restart finds them: if there is room for both.
+
+    Args:
+        levels: The container's groups: what the writer reads is charged there.
+        available_bytes: MemAvailable.
+        need_bytes: What the plaintext takes.
+        sealed_bytes: What the encrypted files take.
+        reserve_bytes: What must stay on the node.
+    """
+    both = need_bytes + sealed_bytes
+    return available_bytes - both >= reserve_bytes and all(level.room_bytes >= both for level in levels)
+
+
 def _mib(count_bytes: int) -> str:
     return f"{-(-count_bytes // _MIB)} MiB"
 
 
-def join_cgroup(cgroup: MemoryCgroup) -> None:
+def join_cgroup(cgroup: Cgroup) -> None:
     """Have this process's future pages charged to a group. It is exposed to the group's limits from here on.
 
     Raises:

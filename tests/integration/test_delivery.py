@@ -27,11 +27,13 @@ from oci_hook.errors import (
     DecryptionRefused,
     DestinationInvalid,
     DestinationRefused,
+    FileUnreadable,
     HolderGone,
     HolderRefused,
     MemoryRefused,
     SczError,
 )
+from tests.disks import open_disk
 from tests.models import AROUND_SEGMENTS, MIB, PackedModel, noise
 from tests.runtimes import RUNTIMES, USERNS_OFFSET, prestart, run_container, start_container
 from tests.workshop import (
@@ -373,6 +375,15 @@ class TestRefused:
         layer = model.layer("weights")
         layer.write_bytes(layer.read_bytes()[:-1])
         refuse(workshop, runtime, "c", workshop.bundle("c", {"/models": model}, ("true",)), BundleMismatch)
+
+    def test_a_disk_that_fails_half_way(self, workshop: Workshop, runtime: str, tmp_path: Path) -> None:
+        packed = workshop.pack("m", {"a": noise(24 * MIB), "b": b"1"})
+        with open_disk(tmp_path) as disk:
+            model = disk.move(packed)
+            bundle = workshop.bundle("c", {"/models": model}, ("true",))
+            disk.fail(model.layer("a"), 6 * MIB)
+            report = refuse(workshop, runtime, "c", bundle, FileUnreadable)
+        assert "Input/output error" in report["message"]
 
     def test_a_limit_that_is_too_small(self, workshop: Workshop, runtime: str) -> None:
         model = workshop.pack("m", {"weights": noise(32 * MIB)})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import select
+import struct
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +16,24 @@ import pytest
 from oci_hook.bundle.layout import open_layout
 from oci_hook.delivery.fill import FillOptions, Target, default_workers, fill
 from oci_hook.delivery.room import model_room
-from oci_hook.errors import BundleInvalid, BundleMismatch, DecryptionRefused, FileUnreadable, SystemCallFailed
-from oci_hook.linux.mounts import DetachedMount, MemoryFilesystem, create_memory_filesystem
+from oci_hook.errors import (
+    BundleInvalid,
+    BundleMismatch,
+    DecryptionRefused,
+    FileUnreadable,
+    SczError,
+    SystemCallFailed,
+    WriterFailed,
+)
+from oci_hook.linux import syscalls
+from oci_hook.linux.mounts import (
+    DetachedMount,
+    MemoryFilesystem,
+    create_memory_filesystem,
+    seal_superblock,
+)
+from oci_hook.linux.namespaces import Channel, Child, Report
+from tests.disks import cached_bytes, forget, open_disk
 from tests.models import AROUND_SEGMENTS, FIRST, MIB, OTHER, Files, PackedModel, TestOwner, noise
 
 BOTH = pytest.mark.parametrize("kind", list(MemoryFilesystem))
@@ -45,6 +64,39 @@ def contents(mount: DetachedMount) -> Files:
     return found
 
 
+@contextmanager
+def filling(target: Target, settings: FillOptions) -> Iterator[Child]:
+    """A writer as the delivery has it, a process of its own; if it refuses, it stays until it is told to end."""
+
+    def body(channel: Channel) -> Report:
+        try:
+            done = fill([target], settings, lambda _done: None)
+        except SczError as refusal:
+            channel.send({"refused": refusal.reason, "message": refusal.message})
+            channel.receive()
+            raise
+        return {"filled": done}
+
+    with Child("the test's writer", body, gone=WriterFailed) as writer:
+        yield writer
+
+
+@contextmanager
+def ending(owner: TestOwner, model: PackedModel) -> Iterator[Target]:
+    """As `opened`; at the end of the block the file system must be gone, by the kernel's word."""
+    watch = syscalls.inotify_init1()
+    try:
+        with opened(owner, model) as target:
+            syscalls.inotify_add_watch(watch, f"/proc/self/fd/{target.mount.fd}", syscalls.IN_UNMOUNT)
+            yield target
+            assert select.select([watch], [], [], 0)[0] == []
+        assert select.select([watch], [], [], 30)[0] == [watch]
+        _, mask = struct.unpack("iI", os.read(watch, 4096)[:8])
+        assert mask & syscalls.IN_UNMOUNT
+    finally:
+        os.close(watch)
+
+
 @pytest.fixture
 def owner(tmp_path: Path) -> TestOwner:
     return TestOwner(tmp_path)
@@ -71,6 +123,25 @@ class TestContents:
             assert fill([first, second], options(), lambda _done: None) == 3 * MIB + 5 + FIRST + OTHER
             assert contents(first.mount) == one
             assert contents(second.mount) == other
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_small_and_large_files_of_several_models_in_any_directory(self, owner: TestOwner, workers: int) -> None:
+        small = {f"{number % 7}/{number % 3}/{number}": noise(number) for number in range(150)}
+        one = small | {"top": noise(FIRST), "0/large": noise(9 * MIB, 1), "z": noise(FIRST + 1)}
+        other = {f"only/small/{number}": noise(number, 2) for number in range(64)}
+        with opened(owner, owner.pack("one", one)) as first, opened(owner, owner.pack("other", other)) as second:
+            total = sum(len(data) for files in (one, other) for data in files.values())
+            assert fill([first, second], options(workers=workers), lambda _done: None) == total
+            assert contents(first.mount) == one
+            assert contents(second.mount) == other
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_huge_pages_that_the_kernel_does_not_give(self, owner: TestOwner, workers: int) -> None:
+        files = {"large": noise(9 * MIB + 1), "other": noise(2 * MIB)}
+        with opened(owner, owner.pack("m", files), MemoryFilesystem.RAMFS) as plain:
+            target = Target(plain.model, dataclasses.replace(plain.mount, huge=True))
+            fill([target], options(workers=workers), lambda _done: None)
+            assert contents(target.mount) == files
 
     def test_one_layer_under_two_names(self, owner: TestOwner) -> None:
         files = {"a": b"same", "b": b"same"}
@@ -169,6 +240,86 @@ class TestRefused:
             target = Target(owner.delivery(model, layout), mount)
             with pytest.raises(SystemCallFailed, match="cannot be written to memory"):
                 fill([target], options(), lambda _done: None)
+
+
+class TestPageCache:
+    """What of an encrypted file stays in the page cache, on a disk whose cache can be dropped."""
+
+    def fill(self, owner: TestOwner, model: PackedModel, *, drop: bool, workers: int) -> int:
+        """Decrypt a model whose large file is not cached; the most of it that was cached meanwhile, in bytes."""
+        large = model.layer("large")
+        forget(large)
+        seen: list[int] = []
+        with opened(owner, model) as target:
+            settings = options(workers=workers, drop_cache=drop)
+            fill([target], settings, lambda _done: seen.append(cached_bytes(large)))
+            assert contents(target.mount) == model.files
+        return max(seen)
+
+    def test_it_is_dropped_behind_or_kept_warm(self, owner: TestOwner, tmp_path: Path) -> None:
+        size = 80 * MIB
+        packed = owner.pack("m", {"large": noise(size), "small": b"1"})
+        with open_disk(tmp_path, 256 * MIB) as disk:
+            model = disk.move(packed)
+            large, small = model.layer("large"), model.layer("small")
+            assert 0 < self.fill(owner, model, drop=True, workers=1) < size // 2
+            assert cached_bytes(large) == cached_bytes(small) == 0
+            assert self.fill(owner, model, drop=False, workers=2) >= size // 2
+            assert cached_bytes(large) >= size
+            assert cached_bytes(small) > 0
+
+
+class TestNothingIsLeft:
+    """A writer that is a process, and what its end leaves."""
+
+    def verify_gone(self, target: Target, refused: str, writer: Child) -> None:
+        """The writer has refused, its files cannot be sealed while it lives, and with the mount all is gone."""
+        report = writer.receive(30)
+        assert report["refused"] == refused, report
+        with pytest.raises(SystemCallFailed, match="a writer is left"):
+            seal_superblock(target.mount.fd)
+        writer.send({})
+        with pytest.raises(SczError) as caught:
+            writer.receive(30)
+        assert caught.value.reason == refused
+
+    def test_what_does_not_authenticate_is_reached_by_nobody(self, owner: TestOwner) -> None:
+        plain = noise(4 * MIB)
+        model = owner.pack("m", {"a": plain})
+        layer = model.layer("a")
+        data = bytearray(layer.read_bytes())
+        data[-1] ^= 1
+        layer.write_bytes(data)
+        with ending(owner, model) as target:
+            with filling(target, options(workers=1)) as writer:
+                self.verify_gone(target, "DecryptionRefused", writer)
+            # The cipher writes before it has seen the tag: this is why nothing is attached before all is whole.
+            (left,) = contents(target.mount).values()
+            assert left[: 3 * MIB] == plain[: 3 * MIB]
+            seen = os.stat("a", dir_fd=target.mount.fd)
+            assert seen.st_mode & 0o7777 == 0o600
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_a_disk_that_fails_half_way(self, owner: TestOwner, tmp_path: Path, workers: int) -> None:
+        packed = owner.pack("m", {"a": noise(24 * MIB)})
+        with open_disk(tmp_path) as disk:
+            model = disk.move(packed)
+            with ending(owner, model) as target:
+                disk.fail(model.layer("a"), 6 * MIB)
+                with filling(target, options(workers=workers)) as writer:
+                    self.verify_gone(target, "FileUnreadable", writer)
+                assert os.fstatvfs(target.mount.fd).f_bfree < os.fstatvfs(target.mount.fd).f_blocks
+
+    def test_a_writer_that_is_done_leaves_no_writer(self, owner: TestOwner) -> None:
+        files = {"a": noise(8 * MIB), "b": b"1"}
+        with opened(owner, owner.pack("m", files)) as target:
+            with filling(target, options(workers=2)) as writer:
+                assert writer.receive(30) == {"done": {"filled": 8 * MIB + 1}}
+                writer.join(30)
+            seal_superblock(target.mount.fd)
+            assert contents(target.mount) == files
+            room = os.fstatvfs(target.mount.fd)
+            assert (room.f_bfree, room.f_ffree) == (0, 0)
 
 
 def test_no_more_workers_than_cores() -> None:

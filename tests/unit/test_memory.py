@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oci_hook.delivery import memory
-from oci_hook.delivery.memory import MemoryCgroup, MemoryLevel
+from oci_hook.delivery.memory import Cgroup, MemoryLevel
 from oci_hook.errors import MemoryRefused, SystemCallFailed
 from oci_hook.linux.mounts import Mount
 
@@ -34,21 +34,27 @@ class TestFinding:
     @pytest.mark.parametrize(
         ("cgroup", "mounts", "expected"),
         [
-            (b"4:memory:/a/b\n3:cpu:/\n", [V1_CPU, V1], MemoryCgroup(1, V1.mount_point, "/sys/fs/cgroup/memory/a/b")),
-            (b"4:cpu,memory:/\n0::/x\n", [HYBRID, V1], MemoryCgroup(1, V1.mount_point, "/sys/fs/cgroup/memory")),
-            (b"0::/machine.slice/c\n", [V2], MemoryCgroup(2, V2.mount_point, "/sys/fs/cgroup/machine.slice/c")),
-            (b"1:name=systemd:/\n0::/\n", [V2], MemoryCgroup(2, V2.mount_point, "/sys/fs/cgroup")),
+            (b"4:memory:/a/b\n3:cpu:/\n", [V1_CPU, V1], Cgroup(1, V1.mount_point, "/sys/fs/cgroup/memory/a/b")),
+            (b"4:cpu,memory:/\n0::/x\n", [HYBRID, V1], Cgroup(1, V1.mount_point, "/sys/fs/cgroup/memory")),
+            (b"0::/machine.slice/c\n", [V2], Cgroup(2, V2.mount_point, "/sys/fs/cgroup/machine.slice/c")),
+            (b"1:name=systemd:/\n0::/\n", [V2], Cgroup(2, V2.mount_point, "/sys/fs/cgroup")),
             (b"3:cpu:/\n", [V1_CPU], None),
             (b"0::/x\n", [V1_CPU], None),
             (b"", [], None),
         ],
     )
-    def test_where_memory_is_charged(self, cgroup: bytes, mounts: list[Mount], expected: MemoryCgroup | None) -> None:
+    def test_where_memory_is_charged(self, cgroup: bytes, mounts: list[Mount], expected: Cgroup | None) -> None:
         assert memory.find_memory_cgroup(cgroup, mounts) == expected
+
+    def test_another_controller(self) -> None:
+        assert memory.find_cgroup("cpu", b"4:memory:/a\n3:cpu,cpuacct:/b\n", [V1, V1_CPU]) == Cgroup(
+            1, V1_CPU.mount_point, "/sys/fs/cgroup/cpu/b"
+        )
+        assert memory.find_cgroup("cpu", b"0::/b\n", [V2]) == Cgroup(2, V2.mount_point, "/sys/fs/cgroup/b")
 
     def test_a_hierarchy_of_which_a_part_is_mounted(self) -> None:
         part = mount("cgroup2", "/here", root="/outer/inner")
-        assert memory.find_memory_cgroup(b"0::/outer/inner/c\n", [part]) == MemoryCgroup(2, "/here", "/here/c")
+        assert memory.find_memory_cgroup(b"0::/outer/inner/c\n", [part]) == Cgroup(2, "/here", "/here/c")
 
     @pytest.mark.parametrize(
         ("cgroup", "mounts"),
@@ -87,14 +93,14 @@ class TestLevels:
         (slice_ / "memory.stat").write_text(f"anon 5\ninactive_file {50 * MIB}\nactive_file 7\n")
         pod = write(slice_ / "pod", {"memory.max": "max", "memory.high": "max", "memory.current": MIB})
         group = write(pod / "c", {"memory.max": 90 * MIB, "memory.high": 80 * MIB, "memory.current": 0})
-        levels = memory.load_levels(MemoryCgroup(2, str(tmp_path), str(group)))
+        levels = memory.load_levels(Cgroup(2, str(tmp_path), str(group)))
         assert [(level.path, level.room_bytes // MIB) for level in levels] == [(str(group), 80), (str(slice_), 90)]
 
     def test_version_1_up_the_tree(self, tmp_path: Path) -> None:
         write(tmp_path, {"memory.limit_in_bytes": UNLIMITED, "memory.usage_in_bytes": 5 * MIB})
         group = write(tmp_path / "c", {"memory.limit_in_bytes": 64 * MIB, "memory.usage_in_bytes": 4 * MIB})
         (group / "memory.stat").write_text(f"inactive_file 0\ntotal_inactive_file {MIB}\n")
-        levels = memory.load_levels(MemoryCgroup(1, str(tmp_path), str(group)))
+        levels = memory.load_levels(Cgroup(1, str(tmp_path), str(group)))
         assert [level.path for level in levels] == [str(group), str(tmp_path)]
         assert levels[0].room_bytes == 61 * MIB
         assert levels[1].room_bytes > 1 << 60
@@ -103,7 +109,7 @@ class TestLevels:
     def test_a_file_that_holds_no_number(self, tmp_path: Path, text: str) -> None:
         write(tmp_path, {"memory.max": text, "memory.current": 0})
         with pytest.raises(SystemCallFailed):
-            memory.load_levels(MemoryCgroup(2, str(tmp_path), str(tmp_path)))
+            memory.load_levels(Cgroup(2, str(tmp_path), str(tmp_path)))
 
     def test_the_tightest_decides(self) -> None:
         levels = [MemoryLevel("/a", UNLIMITED, 9, 0), MemoryLevel("/b", 50 * MIB, 20 * MIB, 0)]
@@ -120,7 +126,19 @@ class TestLevels:
 
     def test_a_group_that_cannot_be_joined(self, tmp_path: Path) -> None:
         with pytest.raises(SystemCallFailed, match="cannot be joined"):
-            memory.join_cgroup(MemoryCgroup(2, str(tmp_path), str(tmp_path)))
+            memory.join_cgroup(Cgroup(2, str(tmp_path), str(tmp_path)))
+
+
+class TestPageCache:
+    """Whether the encrypted files may stay in the page cache."""
+
+    def test_there_must_be_room_for_both_on_the_node_and_in_every_group(self) -> None:
+        level = MemoryLevel("/a", 100, 10, 0)
+        assert memory.keeps_cache([], 150, 50, 50, 50)
+        assert not memory.keeps_cache([], 149, 50, 50, 50)
+        assert memory.keeps_cache([level], 1000, 45, 45, 50)
+        assert not memory.keeps_cache([MemoryLevel("/b", UNLIMITED, 0, 0), level], 1000, 45, 46, 50)
+        assert memory.keeps_cache([MemoryLevel("/a", 100, 60, 50)], 1000, 45, 45, 50)
 
 
 class TestReserve:
