@@ -24,11 +24,12 @@ from typing import Literal
 from oci_hook.delivery.holder import open_directory
 from oci_hook.delivery.resident import find_mount, hold_namespace, memory_bytes, open_mount, own_proc
 from oci_hook.errors import EngineUnsupported, HolderGone
+from oci_hook.held import HeldModel
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import Mount
 from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
 from oci_hook.linux.usage import Use, find_remains, find_uses
-from oci_hook.records import ContainerRecord, HeldModel
+from oci_hook.records import ContainerRecord
 
 _ANSWER_SECONDS = 10.0
 _GONE_SECONDS = 2.0
