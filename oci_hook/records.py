@@ -72,6 +72,10 @@ class ContainerRecord:
         """Whether one of its models was taken away again."""
         return len(self.held) == len(self.models) and self.held[index].released
 
+    def has_copy(self, model: HeldModel) -> bool:
+        """Whether one of its models is a mount of the same file system, by the records."""
+        return any(each.is_same_copy(model) for each in self.held)
+
     def joined(self, later: ContainerRecord) -> ContainerRecord:
         """This one and a later one of the same container, which got more models by another way."""
         both = {name: getattr(self, name) + getattr(later, name) for name in _LISTS}

@@ -1,0 +1,215 @@
+"""One decrypted copy for the containers of a node: who has one in common, and for how long.
+
+A copy is told by its superblock: its number and the random `f_fsid`. That it is gone is the kernel's word (IN_UNMOUNT).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import FILES, contents
+from tests.integration.test_release import USERNS, Shell, events, is_gone, ps, shell, watching
+from tests.integration.test_start import model_mounts
+from tests.scene import TOKEN_PATH, Scene
+from tests.workshop import wait_until
+
+MODEL = "/models/small"
+AT_ONCE = 16
+
+
+@pytest.fixture(scope="module")
+def scene(model_source: Path) -> Iterator[Scene]:
+    """A scene whose models may be shared, `small:1` and `other:1`, and one that may not, `lonely:1`."""
+    folder = Path(tempfile.mkdtemp(prefix="scz-test.", dir="/var/tmp"))
+    folder.chmod(0o711)  # root of a user namespace has to get through to its root file system
+    try:
+        with Scene(folder) as made:
+            made.prepare(model_source, name="small", extra=("--share",))
+            for name, extra in (("other", ("--share",)), ("lonely", ())):
+                out = made.pack(model_source, name=name, extra=extra)
+                made.grant(out, name=name)
+                made.add(out)
+            made.image = made.podman.busybox_image()
+            yield made
+    finally:
+        shutil.rmtree(folder)
+
+
+def copy_of(container: Shell, path: str = MODEL) -> tuple[int, int]:
+    """The superblock behind a path of a container: its number and `f_fsid`."""
+    seen = f"/proc/{container.pid}/root{path}"
+    return os.stat(seen).st_dev, os.statvfs(seen).f_fsid
+
+
+def shared(scene: Scene, container: Shell) -> int:
+    """How many models the start took from others, by the audit log."""
+    (outcome,) = [each for each in events(scene, container.id) if each["event"] == "outcome"]
+    return int(outcome["shared"])
+
+
+def reads_all(container: Shell, path: str = MODEL) -> bool:
+    """Whether the container reads exactly what was packed."""
+    sums = container.do(f"cd {path} && find . -type f ! -name model.json -exec sha256sum {{}} + ; cd /")
+    return set(sums.splitlines()) == {
+        f"{hashlib.sha256(contents(name, size)).hexdigest()}  ./{name}" for name, size in FILES.items()
+    }
+
+
+@contextlib.contextmanager
+def shells(scene: Scene, *kinds: tuple[str, tuple[str, ...]]) -> Iterator[list[Shell]]:
+    """Containers one after another: runtime and options of each; a test may end some of them itself."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(shell(scene, *options, runtime=runtime, token=f"token-{number}"))
+            for number, (runtime, options) in enumerate(kinds)
+        ]
+
+
+def end(container: Shell) -> None:
+    """End a container as its init would; its engine cleans up."""
+    os.kill(container.pid, signal.SIGKILL)
+    container.process.wait(timeout=60)
+
+
+PLAIN: tuple[str, ...] = ()
+OTHER_USERNS = ("--uidmap", "0:300000:65536", "--gidmap", "0:300000:65536")
+PRIVATE = ("--annotation", "smm.scz/require=private")
+PRIVILEGED = ("--privileged",)
+SYS_ADMIN = ("--cap-add", "SYS_ADMIN")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_a_copy_lives_as_long_as_its_last_container(scene: Scene, order: tuple[int, ...]) -> None:
+    with shells(scene, ("runc", PLAIN), ("crun", PLAIN), ("runc", PLAIN)) as containers:
+        assert [shared(scene, each) for each in containers] == [0, 1, 1]
+        assert len({copy_of(each) for each in containers}) == 1
+        rows = {row["container_id"]: row["holds"][0] for row in ps(scene)}
+        assert all(row["charged_to"] == containers[0].id and row["charged_to_lives"] for row in rows.values())
+        assert {len(row["shared_with"]) for row in rows.values()} == {2}
+        with watching(containers[0].pid) as watch:
+            for number, place in enumerate(order):
+                assert all(reads_all(containers[left]) for left in order[number:])
+                assert not is_gone(watch)
+                end(containers[place])
+            wait_until(lambda: is_gone(watch))
+    assert ps(scene) == []
+    assert model_mounts(scene) == []
+
+
+SAME = {
+    "runc and crun": (("runc", PLAIN), ("crun", PLAIN)),
+    "user namespaces with one map": (("runc", USERNS), ("crun", USERNS)),
+    "gVisor": (("runsc", PLAIN), ("runsc", PLAIN)),
+    "gVisor and runc": (("runsc", PLAIN), ("runc", PLAIN)),
+    # Harmless to a superblock that belongs to the initial user namespace.
+    "capable in a user namespace of its own": (("runc", (*USERNS, *SYS_ADMIN)), ("crun", USERNS)),
+}
+OWN = {
+    "a private one": (("runc", PLAIN), ("runc", PRIVATE)),
+    "one after a private one": (("crun", PRIVATE), ("crun", PLAIN)),
+    "with CAP_SYS_ADMIN": (("runc", PLAIN), ("crun", SYS_ADMIN)),
+    "after one with CAP_SYS_ADMIN": (("crun", SYS_ADMIN), ("runc", PLAIN)),
+    "privileged": (("runc", PLAIN), ("runc", PRIVILEGED)),
+    "of another map": (("runc", USERNS), ("runc", OTHER_USERNS)),
+    "with a map and without": (("crun", PLAIN), ("crun", USERNS)),
+}
+
+
+@pytest.mark.parametrize("kinds", SAME.values(), ids=SAME)
+def test_who_shares(scene: Scene, kinds: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    with shells(scene, *kinds) as (one, two):
+        assert (shared(scene, one), shared(scene, two)) == (0, 1)
+        held = [row["holds"][0] for row in ps(scene)]
+        assert len({each["charged_to"] for each in held}) == 1
+        assert reads_all(one)
+        assert reads_all(two)
+        end(one)
+        assert reads_all(two)
+        (row,) = ps(scene)
+        assert (row["holds"][0]["charged_to"], row["holds"][0]["charged_to_lives"]) == (one.id, False)
+
+
+@pytest.mark.parametrize("kinds", OWN.values(), ids=OWN)
+def test_who_gets_a_copy_of_its_own(scene: Scene, kinds: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    with shells(scene, *kinds) as (one, two):
+        assert (shared(scene, one), shared(scene, two)) == (0, 0)
+        assert copy_of(one) != copy_of(two)
+        assert reads_all(one)
+        assert reads_all(two)
+
+
+def test_an_owner_who_does_not_allow_it(scene: Scene) -> None:
+    with shells(scene, *[("runc", ("--annotation", "smm.scz/model.b=lonely:1"))] * 2) as (one, two):
+        assert (shared(scene, one), shared(scene, two)) == (0, 1)
+        assert copy_of(one) == copy_of(two)
+        assert copy_of(one, "/models/lonely") != copy_of(two, "/models/lonely")
+        assert reads_all(two, "/models/lonely")
+
+
+def test_several_models_some_of_them_there(scene: Scene) -> None:
+    both = ("--annotation", "smm.scz/model.b=other:1")
+    with shells(scene, ("runc", PLAIN), ("crun", both), ("runc", both)) as (one, two, three):
+        assert [shared(scene, each) for each in (one, two, three)] == [0, 1, 2]
+        assert copy_of(one) == copy_of(two) == copy_of(three)
+        assert copy_of(two, "/models/other") == copy_of(three, "/models/other")
+        assert reads_all(three, "/models/other")
+
+
+def test_release_of_a_shared_copy(scene: Scene) -> None:
+    with shells(scene, ("runc", PLAIN), ("crun", PLAIN)) as (one, two):
+        two.do(f"exec 3< {MODEL}/config.json")
+        assert one.release("--dry-run")[1]["state"] == "would-unshare"
+        code, model = one.release()
+        assert (code, model["state"], model["uses"], model["shared_with"]) == (4, "shared", [], [two.id])
+        assert not one.mounted()
+        assert reads_all(two)
+        assert [row["container_id"] for row in ps(scene)] == [two.id]
+        assert two.release()[1]["state"] == "busy"
+        two.do("exec 3<&-")
+        with watching(two.pid) as watch:
+            assert two.release()[:1] == (0,)
+            assert is_gone(watch)
+
+
+def test_metrics_and_the_table_count_a_copy_once(scene: Scene) -> None:
+    with shells(scene, ("runc", PLAIN), ("runc", PLAIN), ("runc", PRIVATE)) as (one, _, _):
+        lines = scene.sczctl("metrics").stdout.splitlines()
+        assert "scz_smm_models_resident 2" in lines
+        (size,) = [line for line in lines if line.startswith('scz_smm_resident_bytes{model="small:1"}')]
+        assert int(size.split()[1]) < 3 * sum(FILES.values())
+        table = [line.split() for line in scene.sczctl("ps").stdout.splitlines()]
+        assert table[0][6:8] == ["SHARED", "CHARGED"]
+        assert [row[6] for row in table[1:]] == ["2", "2", "1"]
+        assert [row[7] for row in table[1:3]] == [one.id[:12]] * 2
+
+
+def test_sixteen_at_once_make_one_copy(scene: Scene) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in range(AT_ONCE):
+            scene.token(f"token-{number}")
+
+        def started(number: int) -> subprocess.Popen[str]:
+            words = ["--rm", "--interactive", "--annotation", "smm.scz/model=small:1"]
+            words += ["--volume", f"{scene.host}/token-{number}:{TOKEN_PATH}:ro", scene.image, "sh"]
+            process = scene.podman.spawn(words, runtime=("runc", "crun")[number % 2])
+            stack.callback(process.communicate, timeout=120)
+            return process
+
+        containers = [Shell(scene, started(number), 0, "") for number in range(AT_ONCE)]
+        assert all(reads_all(each) for each in containers)
+        rows = ps(scene)
+        assert len(rows) == AT_ONCE
+        pids = [Shell(scene, containers[0].process, row["pid"], row["container_id"]) for row in rows]
+        assert len({copy_of(each) for each in pids}) == 1
+        assert sorted(shared(scene, each) for each in pids) == [0] + [1] * (AT_ONCE - 1)
