@@ -80,18 +80,7 @@ def reclaim(
         HolderGone: The container ended, or its process is in another namespace.
         SystemCallFailed: The kernel refuses.
     """
-    if record.keeper == (0, 0) and record.runtime != "runsc":
-        raise EngineUnsupported(
-            "the container has its model by a bind entry of config.json: it is mounted on the host, and both stay "
-            "until the container ends",
-            remedy="end the container: its model's memory comes back then",
-        )
-    if record.keeper == (0, 0):
-        raise EngineUnsupported(
-            "a container of a gVisor pod has its model mounted on the host's side, where its gofer copied it from: "
-            "both stay until the container ends",
-            remedy="end the container: its model's memory comes back then",
-        )
+    _verify_not_on_the_host(record)
     sharers = _sharers(model, others)
     names = tuple(each.container_id for each in sharers)
     with ExitStack() as stack:
@@ -126,6 +115,21 @@ def reclaim(
         return Reclaimed(state, path, ())
     uses = find_uses(model.device, model.mount_id, without=without)
     return Reclaimed("shared" if sharers and state == "detached" and not uses else state, path, uses, names)
+
+
+def _verify_not_on_the_host(record: ContainerRecord) -> None:
+    if record.keeper == (0, 0) and record.runtime != "runsc":
+        raise EngineUnsupported(
+            "the container has its model by a bind entry of config.json: it is mounted on the host, and both stay "
+            "until the container ends",
+            remedy="end the container: its model's memory comes back then",
+        )
+    if record.keeper == (0, 0):
+        raise EngineUnsupported(
+            "a container of a gVisor pod has its model mounted on the host's side, where its gofer copied it from: "
+            "both stay until the container ends",
+            remedy="end the container: its model's memory comes back then",
+        )
 
 
 def _sharers(model: HeldModel, others: Sequence[ContainerRecord]) -> list[ContainerRecord]:

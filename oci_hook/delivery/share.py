@@ -39,6 +39,8 @@ _FOLDER, _STUCK = "shares", "stuck"
 # bounds it is the engine; whoever outlives that decrypts for itself.
 _LOCK_SECONDS = 300.0
 _ONE_SECONDS, _ALL_SECONDS, _ENDING_SECONDS = 1.5, 3.0, 0.5
+# Only CAP_SYS_ADMIN in the initial user namespace undoes the one, and the kernel takes the other from nobody else.
+_SEALED = {"ro", "noswap"}
 _WHAT = "the process that looks for a copy in another container"
 
 
@@ -208,8 +210,7 @@ def _ask_for_clone(record: ContainerRecord, held: HeldModel, seconds: float, sta
         proc_fd = own_proc()
         enter_mount_namespace(namespace_fd)
         mount = find_mount(proc_fd, held)
-        # Read-only for all: none but the initial user namespace's CAP_SYS_ADMIN undoes that, and nobody here has it.
-        if mount is not None and mount.kind == MemoryFilesystem.TMPFS.value and "ro" in mount.super_options:
+        if mount is not None and mount.kind == MemoryFilesystem.TMPFS.value and mount.super_options >= _SEALED:
             fd = open_mount(mount, held)
             if fd is not None:
                 with syscalls.failing("the holder's mount cannot be cloned"):

@@ -21,6 +21,7 @@ import pytest
 from tests.integration.conftest import FILES, contents
 from tests.integration.test_release import USERNS, Shell, events, is_gone, ps, shell, watching
 from tests.integration.test_start import model_mounts
+from tests.runtimes import Runsc, newer_runsc, own_runsc
 from tests.scene import TOKEN_PATH, Scene
 from tests.workshop import wait_until
 
@@ -66,14 +67,23 @@ def reads_all(container: Shell, path: str = MODEL) -> bool:
     }
 
 
+def for_podman(runsc: Runsc) -> str:
+    """As `tests.engines` takes a runtime with flags."""
+    return " ".join([str(runsc.program), *(flag.removeprefix("--") for flag in runsc.flags)])
+
+
+RUNSC = {"runsc": lambda: for_podman(own_runsc()), "newer runsc": lambda: for_podman(newer_runsc())}
+
+
 @contextlib.contextmanager
 def shells(scene: Scene, *kinds: tuple[str, tuple[str, ...]]) -> Iterator[list[Shell]]:
     """Containers one after another: runtime and options of each; a test may end some of them itself."""
     with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(shell(scene, *options, runtime=runtime, token=f"token-{number}"))
-            for number, (runtime, options) in enumerate(kinds)
-        ]
+        found = []
+        for number, (name, options) in enumerate(kinds):
+            runtime = RUNSC[name]() if name in RUNSC else name
+            found.append(stack.enter_context(shell(scene, *options, runtime=runtime, token=f"token-{number}")))
+        yield found
 
 
 def end(container: Shell) -> None:
@@ -111,7 +121,9 @@ SAME = {
     "runc and crun": (("runc", PLAIN), ("crun", PLAIN)),
     "user namespaces with one map": (("runc", USERNS), ("crun", USERNS)),
     "gVisor": (("runsc", PLAIN), ("runsc", PLAIN)),
+    "gVisor, newer": (("newer runsc", PLAIN), ("newer runsc", PLAIN)),
     "gVisor and runc": (("runsc", PLAIN), ("runc", PLAIN)),
+    "crun and gVisor, newer": (("crun", PLAIN), ("newer runsc", PLAIN)),
     # Harmless to a superblock that belongs to the initial user namespace.
     "capable in a user namespace of its own": (("runc", (*USERNS, *SYS_ADMIN)), ("crun", USERNS)),
 }
