@@ -123,7 +123,7 @@ def take_copies(
         records = live()
     except SczError:
         return ()
-    search = _Search(records, os.path.join(runtime_directory, _FOLDER, _STUCK))
+    search = _Search(records, os.path.join(runtime_directory, _FOLDER, _STUCK), stack)
     found = []
     for model in models:
         copy = search.find(model, group_of(model, uid, gid))
@@ -151,7 +151,8 @@ class _Search:
     while it is there, namespaces where such a child hangs still are not entered again.
     """
 
-    def __init__(self, records: Sequence[ContainerRecord], stuck_file: str) -> None:
+    def __init__(self, records: Sequence[ContainerRecord], stuck_file: str, stack: ExitStack) -> None:
+        self._stack = stack
         self._records = [record for record in records if record.delivered and record.keeper != (0, 0)]
         self._stuck_file = stuck_file
         self._stuck = self._load_stuck()
@@ -194,6 +195,8 @@ class _Search:
         began, fd = time.monotonic(), None
         with suppress(SczError), ExitStack() as stack:
             fd = _ask_for_clone(record, held, seconds, stack)
+            if fd is not None:
+                self._stack.push(stack.pop_all())  # the child ends by itself: that is not waited for now
         if fd is None and time.monotonic() - began >= seconds:
             self._stuck.add(record.namespace)
             with suppress(OSError):

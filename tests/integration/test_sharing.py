@@ -8,25 +8,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.conftest import FILES, contents
-from tests.integration.test_release import USERNS, Shell, events, is_gone, ps, shell, watching
-from tests.integration.test_start import model_mounts
+from tests.integration.test_endurance import lifetime_of_a_hook, start_in_background, wait_for_hook
+from tests.integration.test_release import CAN_MOUNT, USERNS, Shell, events, is_gone, ps, shell, watching
+from tests.integration.test_start import hook_processes, model_mounts
 from tests.runtimes import Runsc, newer_runsc, own_runsc
 from tests.scene import TOKEN_PATH, Scene
 from tests.workshop import wait_until
 
 MODEL = "/models/small"
-AT_ONCE = 16
+AT_ONCE, KILLS = 16, 20
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +229,99 @@ def test_sixteen_at_once_make_one_copy(scene: Scene) -> None:
         pids = [Shell(scene, containers[0].process, row["pid"], row["container_id"]) for row in rows]
         assert len({copy_of(each) for each in pids}) == 1
         assert sorted(shared(scene, each) for each in pids) == [0] + [1] * (AT_ONCE - 1)
+
+
+TRICKS = {
+    # What it does in its own user namespace, and whether its copy is still found.
+    "something over it": (f"mount -t tmpfs scz-smm {MODEL} && echo bait > {MODEL}/model.json", 0),
+    "something in its place": (f"umount {MODEL} && mount -t tmpfs -o ro scz-smm {MODEL}", 0),
+    "elsewhere": ("mv /models /elsewhere && mkdir -p /models/small", 1),
+    "propagating": (f"mount --make-shared {MODEL} && mount -t tmpfs bait {MODEL}/shards", 1),
+}
+
+
+@pytest.mark.parametrize(("command", "expected"), TRICKS.values(), ids=TRICKS)
+def test_a_holder_that_rules_its_own_namespaces(scene: Scene, command: str, expected: int) -> None:
+    with shells(scene, ("runc", (*USERNS, *CAN_MOUNT))) as (one,):
+        assert one.do(command) == ""
+        with shell(scene, *USERNS, runtime="crun", token="token-9") as two:
+            assert shared(scene, two) == expected
+            assert reads_all(two)
+            one.do(f"mount -t tmpfs bait {MODEL}/shards; mount --bind /etc/hosts {MODEL}/config.json")
+            assert reads_all(two)
+
+
+def test_records_that_lie_lead_to_no_other_model(scene: Scene) -> None:
+    """Records are root's alone; one that lies all the same costs a copy and nothing else."""
+    both = ("--annotation", "smm.scz/model.b=other:1")
+    with shells(scene, ("runc", both)) as (one,):
+        (path,) = (scene.runtime_directory / "containers").glob("*.json")
+        true = json.loads(path.read_text())
+        first, second = true["held"]
+        lies = [
+            {"held": [second, first]},  # the other model's mount, of the same container and owner
+            {"held": [first | {"root_inode": first["root_inode"] + 1}, second]},
+            {"held": [first | {"fsid": first["fsid"] ^ 1}, second]},
+            {"keeper": [os.getpid(), 1]},
+        ]
+        for number, lie in enumerate(lies):
+            path.write_text(json.dumps(true | lie))
+            with shell(scene, token=f"token-{number + 1}") as two:
+                assert shared(scene, two) == 0
+                assert reads_all(two)
+        path.write_text(json.dumps(true))
+        with shell(scene, token="token-9") as two:
+            assert shared(scene, two) == 1
+        assert reads_all(one)
+
+
+def test_second_starts_killed_anywhere_leave_the_first_its_copy(scene: Scene) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moments, token = random.Random(seed), scene.token("second", ttl_seconds=3600)
+    (scene.host / "trace").mkdir(exist_ok=True)
+    with shells(scene, ("runc", PLAIN)) as (one,):
+        lifetime = max(lifetime_of_a_hook(scene, token, runtime) for runtime in ("runc", "crun"))
+        before, killed = model_mounts(scene), 0
+        for number in range(6 * KILLS):
+            if killed == KILLS:
+                break
+            process = start_in_background(scene, token, ("runc", "crun")[number % 2])
+            pid, moment = wait_for_hook(scene, process), moments.uniform(0, lifetime)
+            assert pid is not None
+            time.sleep(moment)
+            with contextlib.suppress(ProcessLookupError):  # it was done before
+                os.kill(pid, signal.SIGKILL)
+            process.communicate(timeout=60)
+            killed += process.returncode != 0
+            wait_until(lambda: hook_processes(scene) == [])
+            wait_until(lambda: model_mounts(scene) == before)
+        assert killed == KILLS
+        assert reads_all(one)
+        with shell(scene, token="token-9") as two:
+            assert shared(scene, two) == 1
+            assert copy_of(one) == copy_of(two)
+
+
+def test_a_holder_killed_anywhere_in_the_second_start(scene: Scene) -> None:
+    """The second container starts and reads everything, whether it found the copy or came too late."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    (scene.host / "trace").mkdir(exist_ok=True)
+    lifetime = lifetime_of_a_hook(scene, scene.token("second"), "runc")
+    for number in range(KILLS):
+        with shells(scene, ("runc", PLAIN)) as (one,):
+            token = scene.token("token-8")
+            words = ["--rm", "--interactive", "--annotation", "smm.scz/model=small:1"]
+            words += ["--volume", f"{token}:{TOKEN_PATH}:ro", scene.image, "sh"]
+            process = scene.podman.spawn(words, runtime=("runc", "crun")[number % 2])
+            try:
+                two = Shell(scene, process, 0, "")
+                assert wait_for_hook(scene, process) is not None
+                time.sleep(moments.uniform(0, lifetime))
+                end(one)
+                assert reads_all(two), f"seed {seed}"
+            finally:
+                process.communicate(timeout=60)
+    assert model_mounts(scene) == []
