@@ -73,6 +73,8 @@ def deliver(
             return  # reached by two ways, hooks.d and CDI say: once is enough
         # The destinations are resolved and held by a child in the container's mount namespace before any key is here.
         delivery.prepare([request.destination for request in wanted])
+        if spec.can_share:
+            delivery.expect_copies(records.live())
         container = Container(
             container_id=state.container_id,
             bundle=state.bundle,

@@ -32,7 +32,7 @@ from oci_hook.delivery.memory import (
 )
 from oci_hook.delivery.recognise import hold
 from oci_hook.delivery.room import ModelDelivery, model_room
-from oci_hook.delivery.share import SharedCopy, take_copies
+from oci_hook.delivery.share import Looker, SharedCopy, take_copies
 from oci_hook.errors import WriterFailed
 from oci_hook.linux import mounts
 from oci_hook.linux.mounts import MemoryFilesystem
@@ -99,6 +99,7 @@ class Delivery:
         self._targets: tuple[Target, ...] = ()
         self._shareable: frozenset[str] = frozenset()
         self._copies: tuple[SharedCopy, ...] = ()
+        self._looker: Looker | None = None
 
     def __enter__(self) -> Delivery:
         """Find the holder and hold it.
@@ -164,6 +165,19 @@ class Delivery:
             Attachment(self._held, self._container, self._destinations, timeout_seconds=self._settings.timeout_seconds)
         )
 
+    def expect_copies(self, live: Sequence[ContainerRecord]) -> None:
+        """Have a child wait for `share`, before any key exists, if a container that lives has something to give.
+
+        Raises:
+            SystemCallFailed: There is no process or descriptor left.
+        """
+        if self._can_share() and any(held.shareable for record in live for held in record.held):
+            self._looker = self._stack.enter_context(Looker())
+
+    def _can_share(self) -> bool:
+        kind = self._file_system or mounts.probe_memory_filesystem()
+        return self._held.keeper is not None and self._container.agent is None and kind is MemoryFilesystem.TMPFS
+
     def share(self, models: Sequence[ModelDelivery], live: Callable[[], Sequence[ContainerRecord]]) -> frozenset[str]:
         """Take the copies that other containers have; until the `with` block ends, others wait for what comes of it.
 
@@ -177,8 +191,7 @@ class Delivery:
         Returns:
             The destinations whose models need not be filled.
         """
-        kind = self._file_system or mounts.probe_memory_filesystem()
-        if self._held.keeper is None or self._container.agent is not None or kind is not MemoryFilesystem.TMPFS:
+        if not self._can_share():
             return frozenset()
         self._shareable = frozenset(model.destination for model in models)
         self._copies = take_copies(
@@ -188,6 +201,7 @@ class Delivery:
             runtime_directory=self._settings.runtime_directory,
             live=live,
             stack=self._stack,
+            looker=self._looker,
         )
         return frozenset(copy.model.destination for copy in self._copies)
 

@@ -19,7 +19,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from oci_hook.bundle.manifest import MODEL_DOCUMENT
 from oci_hook.delivery.resident import find_mount, hold_namespace, open_mount, own_proc, stuck_namespaces
@@ -105,6 +105,7 @@ def take_copies(
     runtime_directory: str,
     live: Callable[[], Sequence[ContainerRecord]],
     stack: ExitStack,
+    looker: Looker | None = None,
 ) -> tuple[SharedCopy, ...]:
     """Lock the models' sharing groups, and take what live containers have of them.
 
@@ -117,13 +118,14 @@ def take_copies(
         runtime_directory: Root's own, such as /run/scz-smm.
         live: Gives the records of the containers that live, read under the locks.
         stack: Holds locks and descriptors: until its end no other start looks for, or makes, a copy of these models.
+        looker: One that waits already.
     """
     try:
         _lock_groups(runtime_directory, {group_of(model, uid, gid).lock_name for model in models}, stack)
         records = live()
     except SczError:
         return ()
-    search = _Search(records, os.path.join(runtime_directory, _FOLDER, _STUCK), stack)
+    search = _Search(records, os.path.join(runtime_directory, _FOLDER, _STUCK), stack, looker)
     found = []
     for model in models:
         copy = search.find(model, group_of(model, uid, gid))
@@ -151,8 +153,10 @@ class _Search:
     while it is there, namespaces where such a child hangs still are not entered again.
     """
 
-    def __init__(self, records: Sequence[ContainerRecord], stuck_file: str, stack: ExitStack) -> None:
-        self._stack = stack
+    def __init__(
+        self, records: Sequence[ContainerRecord], stuck_file: str, stack: ExitStack, looker: Looker | None
+    ) -> None:
+        self._stack, self._looker = stack, looker
         self._records = [record for record in records if record.delivered and record.keeper != (0, 0)]
         self._stuck_file = stuck_file
         self._stuck = self._load_stuck()
@@ -192,42 +196,81 @@ class _Search:
 
     def _clone(self, record: ContainerRecord, held: HeldModel, seconds: float) -> int | None:
         """A detached clone of what the record names, by a child that is killed if it does not answer."""
-        began, fd = time.monotonic(), None
-        with suppress(SczError), ExitStack() as stack:
-            fd = _ask_for_clone(record, held, seconds, stack)
-            if fd is not None:
-                self._stack.push(stack.pop_all())  # the child ends by itself: that is not waited for now
-        if fd is None and time.monotonic() - began >= seconds:
-            self._stuck.add(record.namespace)
-            with suppress(OSError):
-                os.close(os.open(self._stuck_file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        return fd
+        began = time.monotonic()
+        try:
+            with ExitStack() as held_open:
+                namespace_fd = hold_namespace(record, held_open)
+                if namespace_fd is None:
+                    return None
+                if self._looker is None:
+                    self._looker = self._stack.enter_context(Looker())
+                return self._looker.clone(namespace_fd, held, seconds)
+        except SczError:
+            if self._looker is not None:
+                self._looker.end()
+                self._looker = None
+            if time.monotonic() - began >= seconds:
+                self._stuck.add(record.namespace)
+                with suppress(OSError):
+                    os.close(os.open(self._stuck_file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            return None
 
 
-def _ask_for_clone(record: ContainerRecord, held: HeldModel, seconds: float, stack: ExitStack) -> int | None:
-    namespace_fd = hold_namespace(record, stack)
-    if namespace_fd is None:
+class Looker:
+    """A child that waits, and clones out of the mount namespaces that it is sent; ended by its `with` block.
+
+    Forked before any key exists in this process where a search is to be expected: the fork takes as long as the rest.
+    """
+
+    def __init__(self) -> None:
+        self._child = Child(_WHAT, _look, gone=HolderGone, keep=(), ending_seconds=_ENDING_SECONDS)
+
+    def __enter__(self) -> Looker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill it; one that hangs in a holder's file system stays until that answers, and harms no start."""
+        with suppress(SczError):
+            self._child.close()
+
+    def clone(self, namespace_fd: int, held: HeldModel, seconds: float) -> int | None:
+        """A detached clone of a model's mount, which the caller closes; None: it is not there.
+
+        Raises:
+            HolderGone: There was no answer in time: the child is of no more use.
+            SczError: What the child met.
+        """
+        self._child.send({"held": asdict(held)}, [namespace_fd])
+        report, fds = self._child.receive_descriptors(seconds)
+        if report.get("cloned") == held.mount_id and len(fds) == 1:
+            return fds[0]
+        for fd in fds:
+            os.close(fd)
         return None
 
-    def body(channel: Channel) -> Report:
-        proc_fd = own_proc()
-        enter_mount_namespace(namespace_fd)
-        mount = find_mount(proc_fd, held)
-        if mount is not None and mount.kind == MemoryFilesystem.TMPFS.value and mount.super_options >= _SEALED:
-            fd = open_mount(mount, held)
-            if fd is not None:
-                with syscalls.failing("the holder's mount cannot be cloned"):
-                    channel.send({"cloned": held.mount_id}, [syscalls.open_tree(fd, clone=True)])
-        return {}
 
-    keep = (namespace_fd,)
-    child = stack.enter_context(Child(_WHAT, body, gone=HolderGone, keep=keep, ending_seconds=_ENDING_SECONDS))
-    report, fds = child.receive_descriptors(seconds)
-    if report.get("cloned") == held.mount_id and len(fds) == 1:
-        return fds[0]
-    for fd in fds:
+def _look(channel: Channel) -> Report:
+    """The child: for each namespace that comes, enter it and say what was found there."""
+    proc_fd = own_proc()
+    while (received := channel.receive()) is not None:
+        (namespace_fd,), held = received[1], HeldModel(**received[0]["held"])
+        enter_mount_namespace(namespace_fd)
+        os.close(namespace_fd)
+        mount = find_mount(proc_fd, held)
+        found = mount is not None and mount.kind == MemoryFilesystem.TMPFS.value and mount.super_options >= _SEALED
+        fd = open_mount(mount, held) if found and mount is not None else None
+        if fd is None:
+            channel.send({"cloned": 0})
+            continue
+        with syscalls.failing("the holder's mount cannot be cloned"):
+            clone = syscalls.open_tree(fd, clone=True)
+        channel.send({"cloned": held.mount_id}, [clone])
+        os.close(clone)
         os.close(fd)
-    return None
+    return {}
 
 
 def verify_copy(fd: int, model: ModelDelivery, group: SharingGroup, held: HeldModel) -> bool:
