@@ -100,6 +100,7 @@ class Delivery:
         self._shareable: frozenset[str] = frozenset()
         self._copies: tuple[SharedCopy, ...] = ()
         self._looker: Looker | None = None
+        self._expected: tuple[ContainerRecord, ...] = ()
 
     def __enter__(self) -> Delivery:
         """Find the holder and hold it.
@@ -172,7 +173,7 @@ class Delivery:
             SystemCallFailed: There is no process or descriptor left.
         """
         if self._can_share() and any(held.shareable for record in live for held in record.held):
-            self._looker = self._stack.enter_context(Looker())
+            self._looker, self._expected = self._stack.enter_context(Looker()), tuple(live)
 
     def _can_share(self) -> bool:
         kind = self._file_system or mounts.probe_memory_filesystem()
@@ -202,6 +203,7 @@ class Delivery:
             live=live,
             stack=self._stack,
             looker=self._looker,
+            expected=self._expected,
         )
         return frozenset(copy.model.destination for copy in self._copies)
 

@@ -111,10 +111,10 @@ def reclaim(
         child.send({"lazy": lazy, "seconds": 0 if sharers else _GONE_SECONDS})
         state: State = child.receive(_ANSWER_SECONDS)["done"]["state"]
         child.join(_ANSWER_SECONDS)
-    if state == "released":
-        return Reclaimed(state, path, ())
-    uses = find_uses(model.device, model.mount_id, without=without)
-    return Reclaimed("shared" if sharers and state == "detached" and not uses else state, path, uses, names)
+    is_shared = bool(sharers) and state == "detached" and not uses
+    if is_shared or state == "released":  # nobody keeps the mount: its id may be another's by now
+        return Reclaimed("shared" if is_shared else state, path, (), names if is_shared else ())
+    return Reclaimed(state, path, find_uses(model.device, model.mount_id, without=without), names)
 
 
 def _verify_not_on_the_host(record: ContainerRecord) -> None:

@@ -106,6 +106,7 @@ def take_copies(
     live: Callable[[], Sequence[ContainerRecord]],
     stack: ExitStack,
     looker: Looker | None = None,
+    expected: Sequence[ContainerRecord] = (),
 ) -> tuple[SharedCopy, ...]:
     """Lock the models' sharing groups, and take what live containers have of them.
 
@@ -116,23 +117,25 @@ def take_copies(
         uid: Host uid of the container's root.
         gid: The same for the group.
         runtime_directory: Root's own, such as /run/scz-smm.
-        live: Gives the records of the containers that live, read under the locks.
+        live: Gives the records of the containers that live, read under the locks if need be.
         stack: Holds locks and descriptors: until its end no other start looks for, or makes, a copy of these models.
         looker: One that waits already.
+        expected: Records that were read before; they are tried first, as reading all takes longer than a clone.
     """
-    try:
+    found: dict[str, SharedCopy] = {}
+    with suppress(SczError):
         _lock_groups(runtime_directory, {group_of(model, uid, gid).lock_name for model in models}, stack)
-        records = live()
-    except SczError:
-        return ()
-    search = _Search(records, os.path.join(runtime_directory, _FOLDER, _STUCK), stack, looker)
-    found = []
-    for model in models:
-        copy = search.find(model, group_of(model, uid, gid))
-        if copy is not None:
-            stack.callback(os.close, copy.fd)
-            found.append(copy)
-    return tuple(found)
+        search = _Search(os.path.join(runtime_directory, _FOLDER, _STUCK), stack, looker)
+        for is_again in (False, True):
+            missing = [model for model in models if model.destination not in found]
+            if missing:
+                search.look_among(live() if is_again else expected)
+            for model in missing:
+                copy = search.find(model, group_of(model, uid, gid))
+                if copy is not None:
+                    stack.callback(os.close, copy.fd)
+                    found[model.destination] = copy
+    return tuple(found.values())
 
 
 def _lock_groups(runtime_directory: str, names: set[str], stack: ExitStack) -> None:
@@ -153,23 +156,22 @@ class _Search:
     while it is there, namespaces where such a child hangs still are not entered again.
     """
 
-    def __init__(
-        self, records: Sequence[ContainerRecord], stuck_file: str, stack: ExitStack, looker: Looker | None
-    ) -> None:
+    def __init__(self, stuck_file: str, stack: ExitStack, looker: Looker | None) -> None:
         self._stack, self._looker = stack, looker
-        self._records = [record for record in records if record.delivered and record.keeper != (0, 0)]
         self._stuck_file = stuck_file
-        self._stuck = self._load_stuck()
+        self._records: list[ContainerRecord] = []
+        self._stuck: set[tuple[int, int]] = set()
         self._until = time.monotonic() + _ALL_SECONDS
 
-    def _load_stuck(self) -> set[tuple[int, int]]:
-        if not os.path.lexists(self._stuck_file):
-            return set()
-        stuck = stuck_namespaces({record.namespace for record in self._records})
-        if not stuck:
-            with suppress(OSError):
-                os.unlink(self._stuck_file)
-        return stuck
+    def look_among(self, records: Sequence[ContainerRecord]) -> None:
+        """Have `find` look through these."""
+        self._records = [record for record in records if record.delivered and record.keeper != (0, 0)]
+        if records and os.path.lexists(self._stuck_file):
+            stuck = stuck_namespaces({record.namespace for record in self._records})
+            self._stuck |= stuck
+            if not self._stuck:
+                with suppress(OSError):
+                    os.unlink(self._stuck_file)
 
     def find(self, model: ModelDelivery, group: SharingGroup) -> SharedCopy | None:
         """The first copy that fits; the caller closes its descriptor."""
