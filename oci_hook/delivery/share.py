@@ -257,6 +257,7 @@ class Looker:
 def _look(channel: Channel) -> Report:
     """The child: for each namespace that comes, enter it and say what was found there."""
     proc_fd = own_proc()
+    mounts.load_mountinfo(proc_fd)  # its pages are the parent's until they are touched: now, while nobody waits
     while (received := channel.receive()) is not None:
         (namespace_fd,), held = received[1], HeldModel(**received[0]["held"])
         enter_mount_namespace(namespace_fd)
