@@ -192,7 +192,7 @@ class Delivery:
         Returns:
             The destinations whose models need not be filled.
         """
-        if not self._can_share():
+        if not models or not self._can_share():
             return frozenset()
         self._shareable = frozenset(model.destination for model in models)
         self._copies = take_copies(
