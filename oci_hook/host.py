@@ -17,13 +17,14 @@ from oci_hook.delivery.holder import Agent
 from oci_hook.delivery.image_bundle import open_image_bundle
 from oci_hook.documents import shown
 from oci_hook.errors import EngineUnsupported, ModelUnknown, SystemCallFailed
+from oci_hook.held import HeldModel
 from oci_hook.identity.binding import Bindings
 from oci_hook.journal import tell
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Mount, Spec
 from oci_hook.oci.state import State
-from oci_hook.records import ContainerRecord, ContainerRecords, HeldModel
+from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.report import forget_refusal
 from oci_hook.store import Store
 from oci_hook.trust_folder import Trust
@@ -275,7 +276,7 @@ def audit_outcome(
     """
     forget_refusal(host.config.runtime_directory, container.container_id, bundle=container.bundle)
     size_bytes, milliseconds = sum(model.size_bytes for model in attached), round(seconds * 1000)
-    models = ", ".join(record.models[-len(attached) :])
+    models, shared = ", ".join(record.models[-len(attached) :]), sum(bool(model.filled_by) for model in attached)
     host.audit.append(
         "outcome",
         container=container.container_id,
@@ -283,15 +284,18 @@ def audit_outcome(
         code=0,
         bytes=size_bytes,
         milliseconds=milliseconds,
+        shared=shared,
     )
     tell(
         "outcome",
-        f"container {shown(container.container_id, 64)}: {models} delivered, {size_bytes} bytes in {milliseconds} ms",
+        f"container {shown(container.container_id, 64)}: {models} delivered, {size_bytes} bytes in {milliseconds} ms"
+        f"{f', {shared} by a copy that was there' if shared else ''}",
         container=container.container_id,
         model=models,
         code=0,
         bytes=size_bytes,
         milliseconds=milliseconds,
+        shared=shared,
     )
 
 
@@ -327,13 +331,15 @@ def open_record(
 
 def held_models(admissions: Sequence[Admission], attached: Sequence[Attached]) -> tuple[HeldModel, ...]:
     """The mounts of what was admitted, in its order."""
-    by_destination = {model.destination: model for model in attached}
+    visible = {model.destination: model for model in attached}
+    return tuple(visible[each.request.destination].held(each.manifest.owner_id) for each in admissions)
 
-    def held(admission: Admission) -> HeldModel:
-        model = by_destination[admission.request.destination]
-        return HeldModel(model.fsid, model.device, model.mount_id, model.size_bytes, admission.manifest.owner_id)
 
-    return tuple(held(admission) for admission in admissions)
+def shareable(admissions: Sequence[Admission], spec: Spec) -> tuple[Admission, ...]:
+    """Those whose copy other containers may have: owner and container allow it, and it cannot make it writable."""
+    if not spec.can_share:
+        return ()
+    return tuple(each for each in admissions if each.manifest.access.share and not each.request.requirements.private)
 
 
 def bindings_of(config: Config) -> Bindings:

@@ -191,7 +191,12 @@ def expose(counters: Counters, resident: Sequence[Resident], *, store_models: in
         _family(
             "released_total", "counter", "Models taken away before their container's end.", [({}, counters.released)]
         ),
-        _family("models_resident", "gauge", "Models in containers' memory now.", [({}, len(resident))]),
+        _family(
+            "models_resident",
+            "gauge",
+            "Models in memory now, a shared copy once.",
+            [({}, len(resident))],
+        ),
         _family("resident_bytes", "gauge", "Memory that they take now, bytes.", _labelled("model", by_model)),
         _family("store_models", "gauge", "Models in the store.", [({}, store_models)]),
         _family("audit_sequence", "gauge", "Number of the last audit record counted.", [({}, counters.sequence)]),

@@ -17,33 +17,13 @@ from typing import Any
 
 from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import FileUnreadable, SczError, SystemCallFailed
+from oci_hook.held import HeldModel, parse_held
 from oci_hook.linux.processes import process_start_time
 from oci_hook.locks import lock_file
 from oci_hook.trusted_file import load_root_file, make_private_directory, remove_half_written, replace_file
 
 _LIMIT_BYTES = 256 << 10
 _LOCK, _LOCK_SECONDS = "containers.lock", 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class HeldModel:
-    """A delivered model's mount, by what it is known again wherever its directory has been moved to.
-
-    Attributes:
-        fsid: `f_fsid` of its file system; 0 for a ramfs.
-        device: `major:minor` of its superblock: no two that live have one.
-        mount_id: Of the mount itself.
-        size_bytes: Of its plaintext.
-        owner: The owner's id.
-        released: `sczctl release` has taken it away.
-    """
-
-    fsid: int
-    device: str
-    mount_id: int
-    size_bytes: int
-    owner: str
-    released: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +72,10 @@ class ContainerRecord:
         """Whether one of its models was taken away again."""
         return len(self.held) == len(self.models) and self.held[index].released
 
+    def has_copy(self, model: HeldModel) -> bool:
+        """Whether one of its models is a mount of the same file system, by the records."""
+        return any(each.is_same_copy(model) for each in self.held)
+
     def joined(self, later: ContainerRecord) -> ContainerRecord:
         """This one and a later one of the same container, which got more models by another way."""
         both = {name: getattr(self, name) + getattr(later, name) for name in _LISTS}
@@ -135,19 +119,6 @@ def _parse_mounts(fields: Fields, path: str) -> dict[str, Any]:
             raise FileUnreadable(f"{path}: a number is none")
         return value
 
-    def held(value: object) -> HeldModel:
-        each = Fields(value, what=path, error=FileUnreadable)
-        model = HeldModel(
-            fsid=each.integer("fsid", low=0, high=(1 << 64) - 1),
-            device=each.string("device", pattern=r"[0-9]+:[0-9]+"),
-            mount_id=each.integer("mount_id", low=0, high=1 << 62),
-            size_bytes=each.integer("size_bytes", low=0, high=1 << 62),
-            owner=each.string("owner"),
-            released=each.boolean("released"),
-        )
-        each.finish()
-        return model
-
     keeper = fields.items("keeper", number, low=2, high=2)
     namespace = fields.items("namespace", number, low=2, high=2)
     return {
@@ -155,7 +126,7 @@ def _parse_mounts(fields: Fields, path: str) -> dict[str, Any]:
         "runtime": fields.string("runtime"),
         "keeper": (keeper[0], keeper[1]),
         "namespace": (namespace[0], namespace[1]),
-        "held": fields.items("held", held, low=0, high=_MAX_MODELS),
+        "held": fields.items("held", lambda value: parse_held(value, path), low=0, high=_MAX_MODELS),
     }
 
 

@@ -1,6 +1,6 @@
 """A container's start: from what it asks for to models that it can read, for every entry point that has a hook's state.
 
-    holder ─► destinations held ─► token ─► admission ─► fill ─► audit ─► record ─► attach ─► outcome
+    holder ─► destinations held ─► token ─► admission ─► share ─► fill ─► audit ─► record ─► attach ─► outcome
 
 Specification: docs/design.md, "The way of the data".
 """
@@ -27,6 +27,7 @@ from oci_hook.host import (
     not_delivered,
     open_bundle,
     open_record,
+    shareable,
     sweep_host_mounts,
 )
 from oci_hook.identity.sources import load_token
@@ -72,6 +73,8 @@ def deliver(
             return  # reached by two ways, hooks.d and CDI say: once is enough
         # The destinations are resolved and held by a child in the container's mount namespace before any key is here.
         delivery.prepare([request.destination for request in wanted])
+        if spec.can_share:
+            delivery.expect_copies(records.live())
         container = Container(
             container_id=state.container_id,
             bundle=state.bundle,
@@ -85,7 +88,8 @@ def deliver(
             admit(request, bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)), container, host)
             for request in wanted
         ]
-        delivery.fill([admission.delivery() for admission in admissions])
+        shared = delivery.share([each.delivery() for each in shareable(admissions, spec)], records.live)
+        delivery.fill([each.delivery() for each in admissions if each.request.destination not in shared])
         audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
         record = open_record(container, admissions, earlier, keeper=delivery.keeper, seconds=host.clock())
         records.write(record)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from oci_hook.delivery.reclaim import Reclaimed, reclaim
+from oci_hook.held import HeldModel
 from oci_hook.linux.mounts import parse_mountinfo
 from oci_hook.linux.processes import process_start_time
-from oci_hook.records import ContainerRecord, HeldModel
+from oci_hook.records import ContainerRecord
 
 
 @dataclass

@@ -74,16 +74,19 @@ def metrics(config_file: str, output: str | None, group: int, as_json: bool) -> 
 def _resident(runtime_directory: str) -> list[Resident]:
     from oci_hook.delivery.resident import memory_bytes
 
-    found = []
+    found: dict[object, Resident] = {}  # a copy that containers share is in memory once
     records = [record for record in ContainerRecords(runtime_directory).live() if record.delivered]
     for record, seen in zip(records, memory_bytes(records), strict=True):
         taken = seen or ()
-        found += [
-            Resident(model, (taken[index] if index < len(taken) else None) or 0)
-            for index, model in enumerate(record.models)
-            if not record.is_released(index)
-        ]
-    return found
+        for index, model in enumerate(record.models):
+            if record.is_released(index):
+                continue
+            held = record.held[index] if index < len(record.held) else None
+            copy = (held.fsid, held.device) if held is not None and held.fsid else (record, index)
+            size_bytes = (taken[index] if index < len(taken) else None) or 0
+            if copy not in found or found[copy].size_bytes < size_bytes:
+                found[copy] = Resident(model, size_bytes)
+    return list(found.values())
 
 
 COMMANDS = {"metrics": metrics}

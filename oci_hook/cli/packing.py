@@ -40,18 +40,19 @@ def _access_document(
     subjects: tuple[str, ...],
     keys: tuple[str, ...],
     token_age_seconds: int,
+    share: bool,
 ) -> dict[str, Any]:
     """The access policy: the owner's file, or one identity from the options."""
     if access_file is not None:
-        if issuer or subjects or keys:
-            raise click.UsageError("--access excludes --issuer, --subject and --issuer-key")
+        if issuer or subjects or keys or share:
+            raise click.UsageError("--access excludes --issuer, --subject, --issuer-key and --share")
         return _json_file(access_file, _POLICY_BYTES, "access policy")
     if not issuer or not subjects:
         raise click.UsageError("say who may use the model: --access FILE, or --issuer and --subject")
     identity: dict[str, Any] = {"issuer": issuer, "audience": audience, "subjects": sorted(subjects)}
     if keys:
         identity["keys"] = sorted(keys)
-    return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": False}
+    return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": share}
 
 
 @click.command()
@@ -103,6 +104,9 @@ def _access_document(
     help="With --issuer: tokens that are valid for at most so long, and at most so old.",
 )
 @click.option(
+    "--share", is_flag=True, help="With --issuer: containers of one host may have one decrypted copy in common."
+)
+@click.option(
     "--fields",
     "fields_file",
     type=click.Path(dir_okay=False),
@@ -123,6 +127,7 @@ def pack(
     subjects: tuple[str, ...],
     issuer_keys: tuple[str, ...],
     token_age_seconds: int,
+    share: bool,
     fields_file: str | None,
     passphrase_file: str | None,
     as_json: bool,
@@ -139,7 +144,7 @@ def pack(
     from oci_hook.owner.packing import pack_version
     from oci_hook.owner.records import OwnerRecords
 
-    document = _access_document(access_file, issuer, audience, subjects, issuer_keys, token_age_seconds)
+    document = _access_document(access_file, issuer, audience, subjects, issuer_keys, token_age_seconds, share)
     access = parse_access_policy(document, error=SourceInvalid)
     fields = _json_file(fields_file, _FIELDS_BYTES, "model fields") if fields_file is not None else {}
     OwnerRecords(Path(keys)).verify_new_version(name, version)

@@ -27,7 +27,9 @@ _WORDS = {
     "covered": "another mount lies over it or in it; nothing was changed (unmount that first, in the container)",
     "absent": "not mounted there any more: the container has unmounted it itself; its memory is free",
     "unknown": "the container has unmounted it itself; nobody is seen who keeps its memory, nor that it is free",
+    "shared": "taken from this container; its memory stays, as other containers have the same copy: {names}",
     "would-release": "would be released",
+    "would-unshare": "would be taken from this container; its memory would stay, as others have the copy: {names}",
     "would-detach": "would be taken from the container's sight; its memory would come back with its last user",
 }
 _UNMOUNTED = "the container has unmounted it itself; its memory comes back when its last user is gone"
@@ -50,11 +52,12 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
     name:version or path; without it, all of the container's models. What is mounted there is unmounted only if it is
     our mount. A model that is used (an open file, a mapping, a working directory, a copy of the mount) stays, and its
     users are listed. The container gets the model anew when it is started again. gVisor keeps open what its container
-    has opened once: there only a model that nobody has read can be released, and none in a pod's container.
+    has opened once: there only a model that nobody has read can be released, and none in a pod's container. The memory
+    of a copy that other containers have, too, stays until the last of them has it no more.
 
     Exit codes: 0 the memory is free, 1 no such container or model, 3 a model stays mounted, 4 a model is gone from
-    sight (with --lazy, or unmounted by the container itself), and its memory comes back later, 5 the container has
-    unmounted a model itself, and whether its memory is free cannot be told.
+    sight (with --lazy, shared, or unmounted by the container itself), and its memory comes back later, 5 the container
+    has unmounted a model itself, and whether its memory is free cannot be told.
     """
     config = load_config(config_file)
     records = ContainerRecords(config.runtime_directory)
@@ -92,12 +95,14 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
         return _BUSY
     if "unknown" in states:
         return _UNKNOWN
-    return _LATER if states & {"detached", "would-detach"} else 0
+    return _LATER if states & {"detached", "shared", "would-detach", "would-unshare"} else 0
 
 
 def _is_done(result: Reclaimed, *, lazy: bool) -> bool:
     """Whether it was taken away, or is gone; what the container unmounted and keeps stays in `ps` without --lazy."""
-    return result.state in ("released", "absent") or (result.state == "detached" and (lazy or bool(result.path)))
+    if result.state == "detached":
+        return lazy or bool(result.path)
+    return result.state in ("released", "absent", "shared")
 
 
 def _choose(record: ContainerRecord, model: str | None) -> list[int]:
@@ -151,7 +156,8 @@ def _show(record: ContainerRecord, index: int, result: Reclaimed) -> None:
     words = _GVISOR if result.state == "busy" and record.runtime == "runsc" else _WORDS[result.state]
     if result.state == "detached" and not result.path:
         words = _UNMOUNTED
-    click.echo(printable(f"{record.models[index]} at {where}{moved}: {words}"))
+    names = ", ".join(name[:12] for name in result.shared_with[:_SHOWN])
+    click.echo(printable(f"{record.models[index]} at {where}{moved}: {words.format(names=names)}"))
     for use in result.uses[:_SHOWN]:
         click.echo(printable(f"  {use.pid} {use.command}: {use.what} {use.path}"))
     if len(result.uses) > _SHOWN:

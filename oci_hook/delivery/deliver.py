@@ -1,7 +1,7 @@
 """Delivery: from content keys to models that a container can read, in one order that leaves nothing on any error.
 
-    hold the holder ─► resolve the destinations ─►(keys exist from here)─► check memory ─► fill detached file systems
-        ─► seal them ─►(the audit record is synced here)─► attach, the last effect
+    hold the holder ─► resolve the destinations ─►(keys exist from here)─► take shared copies ─► check memory
+        ─► fill detached file systems ─► seal them ─►(the audit record is synced here)─► attach, the last effect
 
 Every step before `attach` is undone by the end of the `with` block, or by the kernel if the hook is killed: children
 end with it, and detached mounts with their last descriptor. What is admitted, audited and recorded is the caller's.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from oci_hook.delivery.attach import Attachment
+from oci_hook.delivery.attached import Attached, look_at
 from oci_hook.delivery.fill import FillOptions, Target, fill
 from oci_hook.delivery.holder import MOUNT_NAMESPACE, ContainerView, Holder, Runtime, own_mount_namespace
 from oci_hook.delivery.memory import (
@@ -33,12 +34,14 @@ from oci_hook.delivery.memory import (
 )
 from oci_hook.delivery.recognise import hold
 from oci_hook.delivery.room import ModelDelivery, model_room
+from oci_hook.delivery.share import Looker, SharedCopy, take_copies
 from oci_hook.errors import WriterFailed
-from oci_hook.linux import mounts, syscalls
+from oci_hook.linux import mounts
 from oci_hook.linux.mounts import MemoryFilesystem
 from oci_hook.linux.namespaces import Channel, Child, Report
 from oci_hook.linux.processes import lock_memory
 from oci_hook.linux.syscalls import failing
+from oci_hook.records import ContainerRecord
 
 __all__ = ["Attached", "ContainerView", "Delivery", "DeliverySettings", "ModelDelivery", "Progress"]
 
@@ -67,29 +70,10 @@ class DeliverySettings:
     timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
-    """A model that a container can read.
-
-    Attributes:
-        slot: The model's slot.
-        destination: Absolute path in the container.
-        fsid: `f_fsid` of its file system, by which a live mount is known again.
-        device: `major:minor` of its superblock.
-        mount_id: Of the mount.
-        size_bytes: Of its plaintext.
-    """
-
-    slot: str
-    destination: str
-    fsid: int
-    device: str
-    mount_id: int
-    size_bytes: int
-
-
 class Delivery:
-    """The delivery to one container; `prepare`, `fill` and `attach` are called once, in this order.
+    """The delivery to one container; `prepare`, `share`, `fill` and `attach` are called once, in this order.
+
+    Without `share` every model is decrypted anew, and no other container gets a copy of it.
 
     Args:
         container: What the state and config.json say.
@@ -115,6 +99,10 @@ class Delivery:
         self._attachment: Attachment | None = None
         self._destinations: tuple[str, ...] = ()
         self._targets: tuple[Target, ...] = ()
+        self._shareable: frozenset[str] = frozenset()
+        self._copies: tuple[SharedCopy, ...] = ()
+        self._looker: Looker | None = None
+        self._expected: tuple[ContainerRecord, ...] = ()
 
     def __enter__(self) -> Delivery:
         """Find the holder and hold it.
@@ -180,11 +168,52 @@ class Delivery:
             Attachment(self._held, self._container, self._destinations, timeout_seconds=self._settings.timeout_seconds)
         )
 
+    def expect_copies(self, live: Sequence[ContainerRecord]) -> None:
+        """Have a child wait for `share`, before any key exists, if a container that lives has something to give.
+
+        Raises:
+            SystemCallFailed: There is no process or descriptor left.
+        """
+        if self._can_share() and any(held.shareable for record in live for held in record.held):
+            self._looker, self._expected = self._stack.enter_context(Looker()), tuple(live)
+
+    def _can_share(self) -> bool:
+        kind = self._file_system or mounts.probe_memory_filesystem()
+        return self._held.keeper is not None and self._container.agent is None and kind is MemoryFilesystem.TMPFS
+
+    def share(self, models: Sequence[ModelDelivery], live: Callable[[], Sequence[ContainerRecord]]) -> frozenset[str]:
+        """Take the copies that other containers have; until the `with` block ends, others wait for what comes of it.
+
+        On the host's side nothing is shared: what is taken away from there is emptied first. A ramfs is not either, as
+        it cannot be told from another; nor in a guest, whose agent waits a few seconds only.
+
+        Args:
+            models: Those for which owner, container and its config.json allow it.
+            live: The records of the containers that live.
+
+        Returns:
+            The destinations whose models need not be filled.
+        """
+        if not models or not self._can_share():
+            return frozenset()
+        self._shareable = frozenset(model.destination for model in models)
+        self._copies = take_copies(
+            models,
+            self._container.uid_offset,
+            self._container.gid_offset,
+            runtime_directory=self._settings.runtime_directory,
+            live=live,
+            stack=self._stack,
+            looker=self._looker,
+            expected=self._expected,
+        )
+        return frozenset(copy.model.destination for copy in self._copies)
+
     def fill(self, models: Sequence[ModelDelivery], progress: Progress | None = None) -> None:
         """Decrypt the models into detached memory file systems, and seal them. Nothing is visible yet.
 
         Args:
-            models: One for each destination that was prepared.
+            models: One for each destination that was prepared and not shared.
             progress: Called now and then.
 
         Raises:
@@ -196,8 +225,11 @@ class Delivery:
             WriterFailed: The writer ended early, or stood still for too long.
             SystemCallFailed: The kernel refuses something.
         """
-        if self._targets or sorted(model.destination for model in models) != sorted(self._destinations):
+        shared = [copy.model.destination for copy in self._copies]
+        if self._targets or sorted([*shared, *(model.destination for model in models)]) != sorted(self._destinations):
             raise RuntimeError("the models are filled once, one for each destination that was prepared")
+        if not models:
+            return
         rooms = [model_room(model) for model in models]
         total = sum(room.size_bytes for room in rooms)
         # 1. The container's limits, all the way up. What the kernel keeps for itself is charged there, too.
@@ -248,14 +280,15 @@ class Delivery:
             DestinationRefused: A destination changed; nothing is visible.
             SystemCallFailed: The kernel refuses; nothing is visible.
         """
-        if self._attachment is None or not self._targets:
+        ready = {target.model.destination: (target.model, target.mount.fd, "") for target in self._targets}
+        ready |= {copy.model.destination: (copy.model, copy.fd, copy.filled_by) for copy in self._copies}
+        if self._attachment is None or not ready or set(ready) != set(self._destinations):
             raise RuntimeError("only what was prepared and filled can be attached")
         self._held.verify_unchanged()
-        by_destination = {target.model.destination: target for target in self._targets}
-        fds = [by_destination[path].mount.fd for path in self._destinations]
+        fds = [ready[path][1] for path in self._destinations]
         with self._held.announcing(fds, self._destinations):
             self._attachment.attach(fds)
-        return tuple(_attached(target) for target in self._targets)
+        return tuple(look_at(*ready[path], shareable=path in self._shareable) for path in self._destinations)
 
     @property
     def _held(self) -> Holder:
@@ -295,19 +328,6 @@ class Delivery:
             raise WriterFailed("the process that decrypts into memory did not decrypt all")
         if progress is not None:
             progress(total, total)
-
-
-def _attached(target: Target) -> Attached:
-    fd = target.mount.fd
-    device = os.fstat(fd).st_dev
-    return Attached(
-        slot=target.model.slot,
-        destination=target.model.destination,
-        fsid=os.fstatvfs(fd).f_fsid,
-        device=f"{os.major(device)}:{os.minor(device)}",
-        mount_id=syscalls.statx_mount_id(fd),
-        size_bytes=sum(entry.size for entry in target.model.manifest.files),
-    )
 
 
 def _reporter(channel: Channel) -> Callable[[int], None]:

@@ -16,19 +16,20 @@ import os
 import select
 import struct
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from oci_hook.delivery.holder import open_directory
 from oci_hook.delivery.resident import find_mount, hold_namespace, memory_bytes, open_mount, own_proc
 from oci_hook.errors import EngineUnsupported, HolderGone
+from oci_hook.held import HeldModel
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import Mount
 from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
 from oci_hook.linux.usage import Use, find_remains, find_uses
-from oci_hook.records import ContainerRecord, HeldModel
+from oci_hook.records import ContainerRecord
 
 _ANSWER_SECONDS = 10.0
 _GONE_SECONDS = 2.0
@@ -36,7 +37,8 @@ _TRIES, _PAUSE_SECONDS = 20, 0.1
 _EVENT = struct.Struct("=iIII")
 _WHAT = "the process that looks at the container's mounts"
 
-State = Literal["released", "detached", "busy", "covered", "absent", "unknown", "would-release", "would-detach"]
+State = Literal["released", "detached", "busy", "covered", "absent", "unknown", "shared"]
+DryRun = Literal["would-release", "would-detach", "would-unshare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,17 @@ class Reclaimed:
         state: `released`: its memory is free. `detached`: the container sees it no more, its users keep its memory.
             `busy`: it is used and stays. `covered`: another mount lies over it or in it; it stays. `absent`: it was
             not there any more, and its memory is free. `unknown`: it was not there any more, and whether its memory
-            is free cannot be told. `would-…`: of a dry run.
+            is free cannot be told. `shared`: this container has it no more, and nobody in it uses it; its memory stays,
+            as other containers have the same copy. `would-…`: of a dry run.
         path: Where it was, as the namespace names it; empty if it was not there.
-        uses: Who keeps its memory, as far as /proc tells.
+        uses: Who keeps its memory, as far as /proc tells, but for the other containers.
+        shared_with: The ids of the other containers that have the same copy.
     """
 
-    state: State
+    state: State | DryRun
     path: str
     uses: tuple[Use, ...]
+    shared_with: tuple[str, ...] = ()
 
 
 def reclaim(
@@ -65,7 +70,8 @@ def reclaim(
     Args:
         record: The container's.
         model: One of its `held`.
-        others: Other containers: the number of a superblock that is gone may be one of theirs by now.
+        others: Other containers that live: they may have the same copy, or by now the number of a superblock that is
+            gone.
         lazy: Also if it is used: then it goes from the container's sight, and its memory with its last user.
         dry_run: Only look.
 
@@ -74,18 +80,9 @@ def reclaim(
         HolderGone: The container ended, or its process is in another namespace.
         SystemCallFailed: The kernel refuses.
     """
-    if record.keeper == (0, 0) and record.runtime != "runsc":
-        raise EngineUnsupported(
-            "the container has its model by a bind entry of config.json: it is mounted on the host, and both stay "
-            "until the container ends",
-            remedy="end the container: its model's memory comes back then",
-        )
-    if record.keeper == (0, 0):
-        raise EngineUnsupported(
-            "a container of a gVisor pod has its model mounted on the host's side, where its gofer copied it from: "
-            "both stay until the container ends",
-            remedy="end the container: its model's memory comes back then",
-        )
+    _verify_not_on_the_host(record)
+    sharers = _sharers(model, others)
+    names = tuple(each.container_id for each in sharers)
     with ExitStack() as stack:
         namespace_fd = hold_namespace(record, stack)
         if namespace_fd is None:
@@ -99,22 +96,71 @@ def reclaim(
         path = str(seen["path"])
         if seen["state"] == "covered":
             return Reclaimed("covered", path, ())
-        ours = frozenset({os.getpid(), child.pid})
+        without = frozenset({os.getpid(), child.pid, *_processes_of(sharers)})
         if seen["state"] == "absent":
-            return _look_for_remains(model, others, ours)
-        uses = find_uses(model.device, model.mount_id, without=ours)
+            looked = _look_for_uses_of_shared(model, names, without) if sharers else None
+            return looked or _look_for_remains(model, others, without)
+        uses = find_uses(model.device, model.mount_id, without=without)
         # gVisor keeps open what its container has opened once, and shows it whatever is mounted on the host: a lazy
         # unmount would hide nothing there, nor give anything back before the container ends.
         if uses and (not lazy or record.runtime == "runsc"):
-            return Reclaimed("busy", path, uses)
+            return Reclaimed("busy", path, uses, names)
         if dry_run:
-            return Reclaimed("would-detach" if uses else "would-release", path, uses)
-        child.send({"lazy": lazy})
+            free: DryRun = "would-unshare" if sharers else "would-release"
+            return Reclaimed("would-detach" if uses else free, path, uses, names)
+        child.send({"lazy": lazy, "seconds": 0 if sharers else _GONE_SECONDS})
         state: State = child.receive(_ANSWER_SECONDS)["done"]["state"]
         child.join(_ANSWER_SECONDS)
-    if state == "released":
-        return Reclaimed(state, path, ())
-    return Reclaimed(state, path, find_uses(model.device, model.mount_id, without=frozenset({os.getpid()})))
+    is_shared = bool(sharers) and state == "detached" and not uses
+    if is_shared or state == "released":  # nobody keeps the mount: its id may be another's by now
+        return Reclaimed("shared" if is_shared else state, path, (), names if is_shared else ())
+    return Reclaimed(state, path, find_uses(model.device, model.mount_id, without=without), names)
+
+
+def _verify_not_on_the_host(record: ContainerRecord) -> None:
+    if record.keeper == (0, 0) and record.runtime != "runsc":
+        raise EngineUnsupported(
+            "the container has its model by a bind entry of config.json: it is mounted on the host, and both stay "
+            "until the container ends",
+            remedy="end the container: its model's memory comes back then",
+        )
+    if record.keeper == (0, 0):
+        raise EngineUnsupported(
+            "a container of a gVisor pod has its model mounted on the host's side, where its gofer copied it from: "
+            "both stay until the container ends",
+            remedy="end the container: its model's memory comes back then",
+        )
+
+
+def _sharers(model: HeldModel, others: Sequence[ContainerRecord]) -> list[ContainerRecord]:
+    """The other containers that have the same copy; one that cannot be looked at is believed to."""
+    holders = [each for each in others if each.has_copy(model)]
+    found = []
+    for record, taken in zip(holders, memory_bytes(holders), strict=True):
+        seen = zip(record.held, taken or (), strict=False)
+        if taken is None or any(size is not None and held.is_same_copy(model) for held, size in seen):
+            found.append(record)
+    return found
+
+
+def _processes_of(records: Sequence[ContainerRecord]) -> Iterator[int]:
+    """The processes in the mount namespaces that containers were given, and those that the records name."""
+    namespaces = {record.namespace for record in records}
+    yield from (record.pid for record in records)
+    for name in os.listdir("/proc") if records else ():
+        with suppress(OSError):
+            if name.isdigit():
+                seen = os.stat(f"/proc/{name}/ns/mnt")
+                if (seen.st_dev, seen.st_ino) in namespaces:
+                    yield int(name)
+
+
+def _look_for_uses_of_shared(model: HeldModel, names: tuple[str, ...], without: frozenset[int]) -> Reclaimed:
+    """Who uses a copy that this container has unmounted itself, and that others have still."""
+    remains = find_remains(model.device, without=without)
+    uses = (*remains.copies, *remains.files)
+    state: State = "busy" if remains.copies else "detached" if uses else "shared"
+    return Reclaimed(state, "", uses, names)
 
 
 def _look_for_remains(model: HeldModel, others: Sequence[ContainerRecord], ours: frozenset[int]) -> Reclaimed:
@@ -175,7 +221,7 @@ def _reclaim_in_namespace(channel: Channel, namespace_fd: int, model: HeldModel)
             os.close(fd)
         elif (state := _unmount_unused(mount, fd)) is not None:
             return {"state": state}
-    return {"state": "released" if _is_gone(inotify) else "detached"}
+    return {"state": "released" if _is_gone(inotify, received[0]["seconds"]) else "detached"}
 
 
 def _unmount_unused(mount: Mount, fd: int) -> State | None:
@@ -203,11 +249,11 @@ def _unmount_unused(mount: Mount, fd: int) -> State | None:
     return None
 
 
-def _is_gone(inotify: int) -> bool:
+def _is_gone(inotify: int, seconds: float) -> bool:
     """Whether the kernel says within a moment that the watched file system is gone."""
     poll = select.poll()
     poll.register(inotify, select.POLLIN)
-    while poll.poll(_GONE_SECONDS * 1000):
+    while poll.poll(seconds * 1000):
         events = os.read(inotify, 4096)
         for offset in range(0, len(events) - _EVENT.size + 1, _EVENT.size):  # of a directory itself: without a name
             if _EVENT.unpack_from(events, offset)[1] & syscalls.IN_UNMOUNT:

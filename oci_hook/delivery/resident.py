@@ -15,11 +15,12 @@ from contextlib import ExitStack, suppress
 
 from oci_hook.delivery.holder import MOUNT_NAMESPACE, foreign_namespaces, open_directory, own_mount_namespace
 from oci_hook.errors import HolderGone, SczError
+from oci_hook.held import HeldModel
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import Mount
 from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
 from oci_hook.linux.processes import HeldProcess, read_bounded
-from oci_hook.records import ContainerRecord, HeldModel
+from oci_hook.records import ContainerRecord
 
 _ONE_SECONDS, _ALL_SECONDS, _ENDING_SECONDS = 1.5, 10.0, 0.5
 _WHAT = "the process that looks at the container's models"
@@ -34,7 +35,7 @@ def memory_bytes(records: Sequence[ContainerRecord]) -> tuple[tuple[int | None, 
         For each record the bytes in the order of its `held`, where None is a model that is not there; or None: its
         models cannot be seen, or not in time (1.5 s each, 10 s all).
     """
-    stuck = _stuck_namespaces({record.namespace for record in records if record.keeper != (0, 0)})
+    stuck = stuck_namespaces({record.namespace for record in records if record.keeper != (0, 0)})
     until = time.monotonic() + _ALL_SECONDS
     found: list[tuple[int | None, ...] | None] = []
     for record in records:
@@ -59,7 +60,7 @@ def _ask(record: ContainerRecord, seconds: float) -> tuple[int | None, ...] | No
     return None
 
 
-def _stuck_namespaces(wanted: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+def stuck_namespaces(wanted: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
     """Those mount namespaces in which a process of this pid namespace was killed and cannot end: a child of ours."""
     wanted, found = set(wanted), set()
     ours = os.stat("/proc/self/ns/pid")

@@ -257,6 +257,18 @@ def set_mount_flags(mount_fd: int) -> None:
         syscalls.mount_setattr(mount_fd, _MODEL_ATTRIBUTES)
 
 
+def isolate(mount_fd: int) -> None:
+    """Give a copy of a mount a model's flags, and end what ties it to the mount that it was copied from.
+
+    A copy of a mount that its namespace has made shared is that mount's peer.
+
+    Raises:
+        SystemCallFailed: The kernel refuses.
+    """
+    with syscalls.failing("the copy of the model's mount cannot be made private"):
+        syscalls.mount_setattr(mount_fd, _MODEL_ATTRIBUTES, propagation=syscalls.MS_PRIVATE)
+
+
 def erase(mount_fd: int) -> None:
     """Empty every file of a sealed memory file system: nobody who still has a mount or a file of it reads them again.
 

@@ -190,6 +190,17 @@ class Child:
         Raises:
             SczError: What `body` raised; or the class `gone`: no report in time, or the child ended without one.
         """
+        report, fds = self.receive_descriptors(timeout_seconds)
+        for fd in fds:
+            os.close(fd)
+        return report
+
+    def receive_descriptors(self, timeout_seconds: float) -> tuple[Report, list[int]]:
+        """The child's next report, and the descriptors that came with it, which are the caller's to close.
+
+        Raises:
+            SczError: As `receive`.
+        """
         poll = select.poll()
         poll.register(self._channel.fileno(), select.POLLIN)
         if not poll.poll(max(0.0, timeout_seconds) * 1000):
@@ -198,13 +209,11 @@ class Child:
         if received is None:
             raise self._gone(f"{self._what} ended early{self._ending()}")
         report, fds = received
-        for fd in fds:
-            os.close(fd)
         if "error" in report:
             reason, message, advice = report["error"]
             known = {cls.__name__: cls for cls in all_errors().values()}
             raise known.get(reason, InternalError)(message, remedy=advice or None)
-        return report
+        return report, fds
 
     def join(self, timeout_seconds: float) -> None:
         """Wait until the child has ended by itself, with its descriptors and mappings closed.

@@ -6,7 +6,7 @@ object that the call was about. It decides nothing: policy and the project's own
 
 Numbers 424 and above are the same on every architecture (Linux, include/uapi/asm-generic/unistd.h); the older calls go
 through libc. Sources: open_tree(2), move_mount(2), fsopen(2), fsconfig(2), fsmount(2), fspick(2), mount_setattr(2),
-openat2(2), statx(2), setns(2), unshare(2), prctl(2), umount2(2), mlockall(2), adjtimex(2),
+openat2(2), statx(2), fstatfs(2), setns(2), unshare(2), prctl(2), umount2(2), mlockall(2), adjtimex(2),
 inotify(7).
 """
 
@@ -42,6 +42,9 @@ MOUNT_ATTR_NODEV: Final = 0x4
 MOUNT_ATTR_NOEXEC: Final = 0x8
 MOUNT_ATTR_NOSYMFOLLOW: Final = 0x200000
 
+# linux/magic.h
+TMPFS_MAGIC: Final = 0x01021994
+
 # linux/openat2.h
 RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
@@ -73,6 +76,7 @@ _STATX_MNT_ID: Final = 0x1000
 _AT_STATX_DONT_SYNC: Final = 0x4000
 _STA_UNSYNC: Final = 0x40  # linux/timex.h
 _TIMEX_LONGS: Final = 32  # struct timex is 208 bytes at most
+_STATFS_LONGS: Final = 32  # struct statfs is 120 bytes at most; f_type is its first member
 
 _NR_OPEN_TREE: Final = 428
 _NR_MOVE_MOUNT: Final = 429
@@ -94,6 +98,7 @@ _libc.mlockall.argtypes = (ctypes.c_int,)
 _libc.adjtimex.argtypes = (ctypes.c_void_p,)
 _libc.inotify_init1.argtypes = (ctypes.c_int,)
 _libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+_libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
 
@@ -210,9 +215,9 @@ def move_mount(mount_fd: int, destination_fd: int) -> None:
     _syscall(_NR_MOVE_MOUNT, "move_mount", f"fd {destination_fd}", mount_fd, b"", destination_fd, b"", flags)
 
 
-def mount_setattr(mount_fd: int, attributes: int, *, clear: int = 0) -> None:
-    """Set and clear mount attributes (MOUNT_ATTR_…) on the mount that `mount_fd` refers to."""
-    value = _MountAttr(attr_set=attributes, attr_clr=clear)
+def mount_setattr(mount_fd: int, attributes: int, *, clear: int = 0, propagation: int = 0) -> None:
+    """Set and clear mount attributes (MOUNT_ATTR_…), and the propagation (MS_…; 0: as it is), of a mount by its fd."""
+    value = _MountAttr(attr_set=attributes, attr_clr=clear, propagation=propagation)
     size = ctypes.sizeof(value)
     about = f"fd {mount_fd}"
     _syscall(_NR_MOUNT_SETATTR, "mount_setattr", about, mount_fd, b"", AT_EMPTY_PATH, _structure(value), size)
@@ -232,6 +237,13 @@ def statx_mount_id(fd: int) -> int:
     if not value.stx_mask & _STATX_MNT_ID:
         raise OSError(95, "statx: no mount id; Linux 5.8 or later is needed", about)
     return int(value.stx_mnt_id)
+
+
+def fstatfs_type(fd: int) -> int:
+    """`f_type` of the file system on which `fd` lies (linux/magic.h); an overlay has its own, whatever it lies on."""
+    value = (ctypes.c_long * _STATFS_LONGS)()
+    _checked(_libc.fstatfs(fd, ctypes.cast(value, ctypes.c_void_p)), "fstatfs", f"fd {fd}")
+    return int(value[0])
 
 
 def statx_device(path: str) -> str:

@@ -24,6 +24,7 @@ MAX_SPEC_BYTES = 4 << 20
 _MAX_MOUNTS = 4096
 _MAX_ID = (1 << 32) - 1
 _WHAT = "config.json"
+_CAPABILITY = re.compile(r"CAP_[A-Z]+(?:_[A-Z]+)*")  # all of capabilities(7), none of the numbers that libcap takes
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 
 
@@ -108,8 +109,23 @@ class Spec:
 
     @property
     def has_sys_admin(self) -> bool:
-        """Whether the container may hold CAP_SYS_ADMIN, by any set; so also if the file does not say."""
-        return self.capabilities is None or "CAP_SYS_ADMIN" in self.capabilities
+        """Whether the container may hold CAP_SYS_ADMIN, by any set; so also if the file does not say.
+
+        Nor if it says something that is no name: libcap, which crun asks, takes "21" for this one.
+        """
+        names = self.capabilities
+        return names is None or "CAP_SYS_ADMIN" in names or not all(map(_CAPABILITY.fullmatch, names))
+
+    @property
+    def can_share(self) -> bool:
+        """Whether no process of the container can make a read-only superblock of the host's writable again.
+
+        That takes CAP_SYS_ADMIN in the initial user namespace. In a new one, which no process ever leaves for its
+        parent, any capability is harmless to it; what a namespace that is joined by path belongs to is not known.
+        """
+        if self.user_namespace:
+            return self.user_namespace_path is None and bool(self.uid_mappings and self.gid_mappings)
+        return not self.has_sys_admin
 
 
 def _host_id(mappings: tuple[IdMapping, ...]) -> int:

@@ -37,7 +37,7 @@ FLOORS = {
         "disk_space",
     },
     2: {"access_policy", "trust", "oci/", "linux/"},
-    3: {"records", "report", "metrics", "bundle/", "attestation/", "identity/"},
+    3: {"held", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"}
     | {"copying"},
     5: {"admission"},

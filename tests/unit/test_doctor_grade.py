@@ -29,9 +29,10 @@ from oci_hook.cli.checks.containers import (
 from oci_hook.cli.checks.grade import TOKEN_SECONDS, ContainerFacts, HostFacts, ModelMount, grade
 from oci_hook.cli.checks.kernel import load_kernel_state
 from oci_hook.errors import TokenMalformed
+from oci_hook.held import HeldModel
 from oci_hook.linux.mounts import parse_mountinfo
 from oci_hook.linux.processes import process_start_time
-from oci_hook.records import ContainerRecord, ContainerRecords, HeldModel
+from oci_hook.records import ContainerRecord, ContainerRecords
 from tests.stuck import stuck_filesystem
 from tests.unshared import container as unshared_container
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook.errors import FileUnreadable, SystemCallFailed
+from oci_hook.held import HeldModel
 from oci_hook.linux.processes import process_start_time
 from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.report import keep_refusal
@@ -204,3 +206,58 @@ def test_a_dry_run_leaves_what_is_half_written(tmp_path: Path, record: Container
     assert half.exists()
     assert records.sweep() == []
     assert not half.exists()
+
+
+HELD = HeldModel(7, "0:70", 5, 1, "o", shareable=True, root_inode=1, uid=2, gid=3, filled_by="c0")
+
+
+def written(run: Path, record: ContainerRecord, **changes: object) -> list[ContainerRecord]:
+    """What is read of a record whose held model was changed in the file; `...` takes a member away."""
+    records = ContainerRecords(str(run))
+    records.write(replace(record, delivered=True, held=(HELD,)))
+    (path,) = (run / "containers").glob("*.json")
+    document = json.loads(path.read_text())
+    held = document["held"][0] | changes
+    document["held"] = [{name: value for name, value in held.items() if value is not ...}]
+    path.write_text(json.dumps(document))
+    return list(records.live())
+
+
+def test_held_models_are_read_as_they_were_written(tmp_path: Path, record: ContainerRecord) -> None:
+    run = tmp_path / "run"
+    assert written(run, record)[0].held == (HELD,)
+    assert written(run, record, filled_by="")[0].held[0].filled_by == ""
+    # As a version wrote them that shared nothing.
+    old = dict.fromkeys(("shareable", "root_inode", "uid", "gid", "filled_by"), ...)
+    assert written(run, record, **old)[0].held == (HeldModel(7, "0:70", 5, 1, "o"),)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shareable": 1},
+        {"root_inode": -1},
+        {"root_inode": 1 << 64},
+        {"uid": 1 << 32},
+        {"gid": -1},
+        {"gid": True},
+        {"filled_by": None},
+        {"filled_by": "x" * 1025},
+        {"filled_by": ...},
+        {"shareable": ...},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_held_models_that_are_damaged(tmp_path: Path, record: ContainerRecord, changes: dict[str, object]) -> None:
+    assert written(tmp_path / "run", record, **changes) == []
+
+
+def test_a_copy_is_known_by_number_and_fsid(record: ContainerRecord) -> None:
+    holder = replace(record, held=(HELD,))
+    assert holder.has_copy(replace(HELD, mount_id=9, filled_by=""))
+    for other in (replace(HELD, fsid=8), replace(HELD, device="0:71"), replace(HELD, released=True)):
+        assert not holder.has_copy(other)
+        assert not replace(record, held=(other,)).has_copy(HELD)
+    nameless = replace(HELD, fsid=0)  # a ramfs
+    assert not replace(record, held=(nameless,)).has_copy(nameless)

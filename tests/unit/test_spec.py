@@ -181,6 +181,39 @@ def test_sys_admin_in_any_set_and_spelling(kind: str, name: str) -> None:
     assert parsed(process={"capabilities": {kind: ["CAP_CHOWN", name]}}).has_sys_admin
 
 
+@pytest.mark.parametrize("name", ["21", "0x15", "CAP_21", " cap_sys_admin", "ALL=ep", "", "sys admin", "cap_ſys_admin"])
+def test_what_is_no_name_of_a_capability_may_be_any(name: str) -> None:
+    """crun asks libcap, which takes "21" for CAP_SYS_ADMIN."""
+    assert parsed(process={"capabilities": {"effective": ["CAP_CHOWN", name]}}).has_sys_admin
+
+
+MAPS = {
+    "uidMappings": [{"containerID": 0, "hostID": 1, "size": 9}],
+    "gidMappings": [{"containerID": 0, "hostID": 1, "size": 9}],
+}
+NO_CAPABILITIES = {"capabilities": {"bounding": ["CAP_CHOWN"]}}
+CAPABLE = {"capabilities": {"ambient": ["CAP_SYS_ADMIN"]}}
+
+
+@pytest.mark.parametrize(
+    ("process", "linux", "expected"),
+    [
+        (NO_CAPABILITIES, {"namespaces": []}, True),
+        (CAPABLE, {"namespaces": []}, False),
+        ({}, {"namespaces": []}, False),
+        (None, {"namespaces": []}, False),
+        (CAPABLE, {"namespaces": [{"type": "user"}], **MAPS}, True),
+        ({}, {"namespaces": [{"type": "user"}], **MAPS}, True),
+        (NO_CAPABILITIES, {"namespaces": [{"type": "user", "path": "/proc/7/ns/user"}], **MAPS}, False),
+        (NO_CAPABILITIES, {"namespaces": [{"type": "user"}]}, False),
+        (NO_CAPABILITIES, {"namespaces": [{"type": "user"}], "uidMappings": MAPS["uidMappings"]}, False),
+        (CAPABLE, {"namespaces": [{"type": "mount"}], **MAPS}, False),  # mappings without a namespace mean nothing
+    ],
+)
+def test_who_can_share(process: object, linux: dict[str, object], expected: bool) -> None:
+    assert parsed(process=process, linux=linux).can_share == expected
+
+
 def test_no_capabilities() -> None:
     assert parsed(process={"capabilities": {"bounding": [], "ambient": None}}).capabilities == frozenset()
 
