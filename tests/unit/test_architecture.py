@@ -45,6 +45,7 @@ FLOORS = {
         "adoption",
         "before_create",
         "bound_checks",
+        "fast_path",
         "guest",
         "host",
         "hook",
