@@ -146,10 +146,9 @@ def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -
         return
 
     from oci_hook.config import load_config
-    from oci_hook.host import verify_privileges
-    from oci_hook.linux.processes import harden_process
+    from oci_hook.linux.processes import harden_process, verify_privileges
     from oci_hook.oci.engine import read_engine_facts
-    from oci_hook.start import deliver
+    from oci_hook.standby import tpm_standby
 
     verify_privileges()
     harden_process()
@@ -158,7 +157,10 @@ def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -
     if not facts.is_sandbox:
         requests = gather_requests(annotations, invocation.requests, facts.container_name)
         if requests.models:
-            deliver(state, spec, facts, requests, config, agent)
+            with tpm_standby(config) as standby:
+                from oci_hook.start import deliver  # while that child imports its part
+
+                deliver(state, spec, facts, requests, config, standby, agent)
             return
     _verify_none_prepared(state, spec, invocation)
 

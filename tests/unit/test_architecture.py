@@ -38,7 +38,18 @@ FLOORS = {
     },
     2: {"access_policy", "trust", "oci/", "linux/"},
     3: {"records", "report", "metrics", "bundle/", "attestation/", "identity/"},
-    4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"}
+    4: {
+        "provenance",
+        "standby",
+        "store",
+        "trust_folder",
+        "placement",
+        "incoming",
+        "intake",
+        "release",
+        "delivery/",
+        "owner/",
+    }
     | {"copying"},
     5: {"admission"},
     6: {
