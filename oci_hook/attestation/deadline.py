@@ -31,6 +31,7 @@ RESULT_LIMIT_BYTES: Final = 1 << 20
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LENGTH_BYTES: Final = 4
 _REAP_SECONDS: Final = 2.0
+_IDLE_SECONDS: Final = 0.5
 _GOOD, _BAD = b"+", b"-"
 _ENDED: Final = "the TPM's child was ended before it was done"
 
@@ -107,6 +108,7 @@ class Standby:
     """A child that is forked early, gets ready, and then forks for each request: none waits for what it imports.
 
     Each request has a process of its own, as in `with_deadline`, so a secret is in one for as long as it is worked on.
+    That process is forked before its request comes, too: a fork, and locking the memory, takes longer than a quote.
     A context manager: at its end nothing of it runs.
 
     Args:
@@ -144,8 +146,8 @@ class Standby:
         pid, self._pid = self._pid, None
         os.close(self._request_fd)
         os.close(self._result_fd)
-        # It ends by itself when it sees the end of the requests, after whatever it has running: that is its child.
-        if not (self._asked and _reap(pid, _REAP_SECONDS + 1)):
+        # It ends by itself when it sees the end of the requests, after what it has running, which is its child.
+        if not _reap(pid, _REAP_SECONDS + 1 if self._asked else _IDLE_SECONDS):
             os.kill(pid, signal.SIGKILL)
             _reap(pid)
 
@@ -252,22 +254,22 @@ def _run_standby(
         if _is_alone(parent):
             with suppress(Exception):
                 ready()
-            while (request := _next_request(request_fd)) is not None:
-                own, pid = os.getpid(), os.fork()
+            own, stays = os.getpid(), True
+            while stays:
+                pid = os.fork()
                 if pid == 0:
-                    _run_child(lambda request=request: act(request), result_fd, own)  # type: ignore[misc]
-                if not _stays(pid, request_fd):
-                    break
+                    _run_child(lambda: act(_next_request(request_fd)), result_fd, own)
+                stays = _stays(pid, request_fd)
     finally:
         os._exit(0)
 
 
-def _next_request(fd: int) -> bytes | None:
+def _next_request(fd: int) -> bytes:
     received = bytearray()
     while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
         chunk = os.read(fd, 1 << 16)
         if not chunk:
-            return None
+            os._exit(1)  # there is none
         received += chunk
     return bytes(received[_LENGTH_BYTES:])
 
