@@ -4,9 +4,9 @@
     detached tmpfs ─► seal ─► audit ─► attach
 
 OCI runtime specification, "POSIX-platform Hooks". Stages: `prestart` or `createRuntime` deliver, `poststop` closes the
-record. `precreate` (podman) and `prepare` (shim, NRI plugin) come before a `create`. Until an annotation of ours is
-seen, only the standard library is imported. This module has the one broad `except`: whatever is not foreseen ends the
-container, too.
+record. `precreate` (podman) and `prepare` (shim, NRI plugin) come before a `create`. Most containers are no concern of
+ours and end in `fast_path`; for the others, until an annotation of ours is seen, only the standard library is imported.
+This module has the one broad `except`: whatever is not foreseen ends the container, too.
 """
 
 from __future__ import annotations

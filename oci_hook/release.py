@@ -2,8 +2,8 @@
 
 The types keep the order: `appraise_evidence` alone makes an `AttestationResult`, `verify_token` alone an `Identity`,
 and `release_key` wants both. What enforces the release is the TPM, by the sealed object's policy; this module asks it
-and decides nothing. Each transaction runs in a forked child with a hard deadline, which holds the TPM's lock: whatever
-happens to the child, the lock goes with it.
+and decides nothing. Each transaction runs in a forked process with a hard deadline, which holds the TPM's lock:
+whatever happens to it, the lock goes with it.
 """
 
 from __future__ import annotations
