@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from oci_hook.attestation.appraisal import appraise_evidence
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.deadline import Standby
 from oci_hook.attestation.evidence import qualifying_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.audit import AuditLog
@@ -48,7 +49,7 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What admission knows of the host: all of it root's."""
+    """What admission knows of the host: all of it root's; `standby` was forked for the TPM's transactions, if any."""
 
     config: Config
     store: Store
@@ -60,6 +61,7 @@ class Host:
     clock: Callable[[], float]
     random: Callable[[int], bytes]
     store_is_shared: bool = False
+    standby: Standby | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     if request.reference.rootfs_path is not None or host.store_is_shared:
         verify_digests(layout, manifest, lambda _done: None)
     # 9. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
-    tpm = HostTpm(host.config, host.device)
+    tpm = HostTpm(host.config, host.device, host.standby)
     nonce = host.random(32)
     extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
     evidence = tpm.collect_evidence(boot_policy, extra_data)

@@ -4,9 +4,9 @@
     detached tmpfs ─► seal ─► audit ─► attach
 
 OCI runtime specification, "POSIX-platform Hooks". Stages: `prestart` or `createRuntime` deliver, `poststop` closes the
-record. `precreate` (podman) and `prepare` (shim, NRI plugin) come before a `create`. Until an annotation of ours is
-seen, only the standard library is imported. This module has the one broad `except`: whatever is not foreseen ends the
-container, too.
+record. `precreate` (podman) and `prepare` (shim, NRI plugin) come before a `create`. Most containers are no concern of
+ours and end in `fast_path`; for the others, until an annotation of ours is seen, only the standard library is imported.
+This module has the one broad `except`: whatever is not foreseen ends the container, too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from oci_hook.errors import InstallationIncomplete, InternalError, SczError, StateInvalid, Terminated
+from oci_hook.fast_path import may_be_ready, usual_runtime_directory
 from oci_hook.invocation import ENGINES, STAGES, Invocation, parse_invocation
 from oci_hook.oci.annotations import has_ours
 from oci_hook.oci.state import MAX_STATE_BYTES, State, parse_state
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from oci_hook.delivery.holder import Agent
     from oci_hook.oci.spec import Spec
 
-_RUNTIME_DIRECTORY, _BOUND = "/run/scz-smm", "bound"  # of `config`, which costs a parser, and `delivery.bound_folders`
-_MAX_CONFIG_BYTES = 64 << 10
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 _USAGE = (
     f"usage: scz-hook [--config FILE] [--engine {'|'.join(ENGINES)}] [--request KEY=VALUE]... [--spec-digest HEX] "
@@ -36,8 +35,16 @@ _USAGE = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage; returns the exit code (0, or one of `errors.py`)."""
+def main(arguments: Sequence[str] | None = None, data: bytes | None = None) -> int:
+    """Run one stage.
+
+    Args:
+        arguments: The command line; None: this process's.
+        data: What was read of standard input already, all of it; None: nothing.
+
+    Returns:
+        The exit code: 0, or one of `errors.py`.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     invocation = parse_invocation(arguments)
     if invocation is None:
@@ -49,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _isolate()
         if invocation.stage in ("precreate", "prepare"):
             return _before_create(invocation)
-        state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1))
+        state = parse_state(sys.stdin.buffer.read(MAX_STATE_BYTES + 1) if data is None else data)
         # Some runtimes pass no annotations: config.json has them. A digest is looked at whatever is there by now.
         asks = not state.annotations or has_ours(state.annotations) or invocation.requests or invocation.spec_digest
         if asks or _may_be_ready(state, invocation.config_file):
@@ -99,19 +106,16 @@ def _withdraw(state: State, config_file: str) -> None:
 
     with suppress(SczError):  # a sweep does the same; what is told is why the container may not start
         config = load_config(config_file)
-        if os.path.isdir(os.path.join(config.runtime_directory, _BOUND)):
+        if may_be_ready(config.runtime_directory):
             from oci_hook.adoption import withdraw
 
             withdraw(state, config)
 
 
 def _may_be_ready(state: State, config_file: str) -> bool:
-    """Whether models came before a `create` of this name; it asks for none, or none any more.
-
-    One look at a folder, and no import, where that never happened on this host.
-    """
+    """Whether models came before a `create` of this name; it asks for none, or none any more."""
     directory = _runtime_directory(config_file)
-    if directory is None or not os.path.isdir(os.path.join(directory, _BOUND)):
+    if directory is None or not may_be_ready(directory):
         return False
     from oci_hook.delivery.host_records import HostRecords
 
@@ -120,13 +124,9 @@ def _may_be_ready(state: State, config_file: str) -> bool:
 
 def _runtime_directory(config_file: str) -> str | None:
     """Without the parser of the configuration, unless a line of it may name another; None: it cannot be used."""
-    try:
-        with open(config_file, "rb") as file:
-            lines = file.read(_MAX_CONFIG_BYTES).splitlines()
-    except OSError:
-        lines = []
-    if not any(b"runtime" in line or b"\\" in line for line in lines if not line.lstrip().startswith(b"#")):
-        return _RUNTIME_DIRECTORY
+    directory = usual_runtime_directory(config_file)
+    if directory is not None:
+        return directory
     from oci_hook.config import load_config
 
     with suppress(SczError):  # whoever asks for a model is told; nothing can have been made ready by it
@@ -146,10 +146,9 @@ def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -
         return
 
     from oci_hook.config import load_config
-    from oci_hook.host import verify_privileges
-    from oci_hook.linux.processes import harden_process
+    from oci_hook.linux.processes import harden_process, verify_privileges
     from oci_hook.oci.engine import read_engine_facts
-    from oci_hook.start import deliver
+    from oci_hook.standby import tpm_standby
 
     verify_privileges()
     harden_process()
@@ -158,7 +157,10 @@ def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -
     if not facts.is_sandbox:
         requests = gather_requests(annotations, invocation.requests, facts.container_name)
         if requests.models:
-            deliver(state, spec, facts, requests, config, agent)
+            with tpm_standby(config) as standby:
+                from oci_hook.start import deliver  # while that child imports its part
+
+                deliver(state, spec, facts, requests, config, standby, agent)
             return
     _verify_none_prepared(state, spec, invocation)
 

@@ -16,7 +16,7 @@ from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
 from oci_hook.delivery.holder import Agent
 from oci_hook.delivery.image_bundle import open_image_bundle
 from oci_hook.documents import shown
-from oci_hook.errors import EngineUnsupported, ModelUnknown, SystemCallFailed
+from oci_hook.errors import ModelUnknown, SystemCallFailed
 from oci_hook.held import HeldModel
 from oci_hook.identity.binding import Bindings
 from oci_hook.journal import tell
@@ -31,25 +31,7 @@ from oci_hook.trust_folder import Trust
 from oci_hook.trusted_file import make_private_directory
 
 _CHILD_SECONDS = 120.0  # for one answer of a child of the delivery; the engine's own timeout bounds the whole hook
-_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO of Linux (include/linux/proc_ns.h)
 _EMPTY_DIR = re.compile(r"(?!.*/\.\.?(?:/|\Z))/.*/pods/([^/]+)/volumes/kubernetes\.io~empty-dir/[^/]+", re.DOTALL)
-
-
-def verify_privileges() -> None:
-    """Check that this is root of the host: a rootless engine runs hooks as its user, in that user's namespace.
-
-    Raises:
-        EngineUnsupported: It is not.
-    """
-    try:
-        namespace = os.stat("/proc/self/ns/user").st_ino
-    except OSError:
-        namespace = 0
-    if os.geteuid() != 0 or namespace != _INITIAL_USER_NAMESPACE:
-        raise EngineUnsupported(
-            "rootless engines are not supported: the TPM, the models and the grants are root's",
-            remedy="start the container with the engine of root (`sudo podman run`); `--uidmap` gives it own ids",
-        )
 
 
 def load_host(config: Config, *, store_is_shared: bool = False) -> Host:

@@ -112,8 +112,7 @@ def _deliver(data: bytes, spec: Spec, requests: Requests, state: State, folder: 
     config = load_config(config_file)
 
     from oci_hook.before_create import Asking, discard, prepare
-    from oci_hook.host import verify_privileges
-    from oci_hook.linux.processes import harden_process
+    from oci_hook.linux.processes import harden_process, verify_privileges
     from oci_hook.oci.engine import read_engine_facts
 
     verify_privileges()

@@ -78,8 +78,7 @@ def _prepare(invocation: Invocation, state: State, runtime: str, start_time: int
     from oci_hook.adoption import withdraw_own
     from oci_hook.before_create import Asking, BindEntry, prepare
     from oci_hook.config import load_config
-    from oci_hook.host import verify_privileges
-    from oci_hook.linux.processes import harden_process
+    from oci_hook.linux.processes import harden_process, verify_privileges
     from oci_hook.oci.annotations import gather_requests
     from oci_hook.oci.engine import read_engine_facts
     from oci_hook.oci.spec import parse_spec

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 from oci_hook.admission import Container, admit
 from oci_hook.adoption import adopt_prepared
+from oci_hook.attestation.deadline import Standby
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import Delivery
 from oci_hook.delivery.holder import Agent
@@ -39,7 +41,13 @@ from oci_hook.records import ContainerRecords
 
 
 def deliver(
-    state: State, spec: Spec, facts: EngineFacts, requests: Requests, config: Config, agent: Agent | None = None
+    state: State,
+    spec: Spec,
+    facts: EngineFacts,
+    requests: Requests,
+    config: Config,
+    standby: Standby,
+    agent: Agent | None = None,
 ) -> None:
     """Give a container its models, once.
 
@@ -47,18 +55,16 @@ def deliver(
     whose models came before its `create` is adopted, if config.json shows it exactly those, and gets nothing more.
 
     Args:
-        state: What the runtime says.
-        spec: config.json.
-        facts: What the engine vouches for.
-        requests: The models that concern this container.
-        config: The host's configuration.
+        state, spec: What the runtime says; config.json.
+        facts, requests: What the engine vouches for; the models that concern this container.
+        config, standby: The host's configuration; what does the TPM's transactions, which the caller ends.
         agent: In a Kata guest, who called the hook.
 
     Raises:
         SczError: The container must not start.
     """
     began = time.monotonic()
-    host = load_host(config, store_is_shared=agent is not None)
+    host = replace(load_host(config, store_is_shared=agent is not None), standby=standby)
     with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
         sweep_host_mounts(config)
     close_ended(config)

@@ -7,7 +7,7 @@ container's start", checks 1 to 7; RFC 9334 for the words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Final
 
@@ -61,14 +61,14 @@ def differing_pcrs(form: BootForm, values: Mapping[int, bytes]) -> tuple[int, ..
     return tuple(pcr for pcr in sorted(form.pcrs) if values.get(pcr) != form.pcrs[pcr])
 
 
-def nearest_form(boot_policy: BootPolicy, values: Mapping[int, bytes]) -> BootForm:
+def nearest_form(forms: Sequence[BootForm], values: Mapping[int, bytes]) -> BootForm:
     """The form from which the fewest PCRs differ; the first of several. It is the one to quote for.
 
     Args:
-        boot_policy: Verified.
+        forms: Of a verified boot policy.
         values: The PCRs that any form names, as read.
     """
-    return min(boot_policy.forms, key=lambda form: len(differing_pcrs(form, values)))
+    return min(forms, key=lambda form: len(differing_pcrs(form, values)))
 
 
 def pcrs_in_words(pcrs: tuple[int, ...]) -> str:

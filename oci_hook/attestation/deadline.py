@@ -6,6 +6,9 @@ left to itself. It holds no output of its parent's, as a runtime waits until a h
 A call into tpm2-tss blocks in C until the TPM answers, which a broken one never does. The child opens what it needs
 (lock, TPM) itself, so that the kernel takes all of it back when the child ends. The result comes back over a pipe; the
 child shares nothing else. It must be forked from a single-threaded process.
+
+`Standby` is the same for several pieces of work whose libraries take long to load: a child that is forked before there
+is anything to do loads them meanwhile, then forks for each piece.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Final, NoReturn
 
@@ -27,7 +31,9 @@ RESULT_LIMIT_BYTES: Final = 1 << 20
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LENGTH_BYTES: Final = 4
 _REAP_SECONDS: Final = 2.0
+_IDLE_SECONDS: Final = 0.5
 _GOOD, _BAD = b"+", b"-"
+_ENDED: Final = "the TPM's child was ended before it was done"
 
 
 def with_deadline(action: Callable[[], bytes], seconds: float) -> bytes:
@@ -95,47 +101,191 @@ class Deadline:
             InternalError: The action raised something unknown, or its child was ended by somebody.
             SczError: What the action raised.
         """
-        received = bytearray()
-        poll = select.poll()
-        poll.register(self._read_fd, select.POLLIN)
-        while True:
-            left = self._until - time.monotonic()
-            if left <= 0 or not poll.poll(1000 * left):
-                raise TpmTimeout(f"the TPM did not answer within {self._seconds:g} s")
-            chunk = os.read(self._read_fd, 1 << 16)
-            if not chunk:
-                return _open_message(bytes(received))
-            received += chunk
-            if len(received) > RESULT_LIMIT_BYTES:
-                raise InternalError("the TPM's child sent more than 1 MiB")
+        return _result(self._read_fd, self._until, self._seconds)
 
 
-def _reap(pid: int) -> None:
-    """Wait for a killed child, and not for one that hangs in the kernel."""
+class Standby:
+    """A child that is forked early, gets ready, and then forks for each request: none waits for what it imports.
+
+    Each request has a process of its own, as in `with_deadline`, so a secret is in one for as long as it is worked on.
+    That process is forked before its request comes, too: a fork, and locking the memory, takes longer than a quote.
+    A context manager: at its end nothing of it runs.
+
+    Args:
+        ready: What every request needs; run once, in the child. What it raises is for the requests to find.
+        act: What to do for a request.
+    """
+
+    def __init__(self, ready: Callable[[], object], act: Callable[[bytes], bytes]) -> None:
+        parent, self._asked = os.getpid(), False
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            with failing("a child for the TPM's work"), ExitStack() as theirs, ExitStack() as ours:
+                request_fd, self._request_fd = os.pipe2(os.O_CLOEXEC)
+                theirs.callback(os.close, request_fd)
+                ours.callback(os.close, self._request_fd)
+                self._result_fd, result_fd = os.pipe2(os.O_CLOEXEC)
+                theirs.callback(os.close, result_fd)
+                ours.callback(os.close, self._result_fd)
+                self._pid: int | None = os.fork()
+                if self._pid == 0:
+                    _run_standby(ready, act, request_fd, result_fd, parent, ours)
+                ours.pop_all()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.set_blocking(self._request_fd, False)
+
+    def __enter__(self) -> Standby:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pid is None:
+            return
+        pid, self._pid = self._pid, None
+        os.close(self._request_fd)
+        os.close(self._result_fd)
+        # It ends by itself when it sees the end of the requests, after what it has running, which is its child.
+        if not _reap(pid, _REAP_SECONDS + 1 if self._asked else _IDLE_SECONDS):
+            os.kill(pid, signal.SIGKILL)
+            _reap(pid)
+
+    def ask(self, request: bytes, seconds: float) -> bytes:
+        """Have a request worked on, and wait for the result.
+
+        Args:
+            request: For `act`.
+            seconds: After so long all of it is ended; no other request can follow.
+
+        Raises:
+            TpmTimeout: The deadline passed.
+            InternalError: `act` raised something unknown, or a process was ended by somebody.
+            SczError: What `act` raised.
+        """
+        until = time.monotonic() + seconds
+        if self._pid is None:
+            raise InternalError(_ENDED)
+        try:
+            _send_within(self._request_fd, _framed(request), until, seconds)
+            self._asked = True
+            return _result(self._result_fd, until, seconds)
+        except (BrokenPipeError, TpmTimeout) as cause:
+            self.__exit__(None, None, None)
+            if isinstance(cause, TpmTimeout):
+                raise
+            raise InternalError(_ENDED) from cause
+
+
+def _result(fd: int, until: float, seconds: float) -> bytes:
+    """Take one message from a pipe."""
+    received = bytearray()
+    while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
+        _wait(fd, select.POLLIN, until, seconds)
+        chunk = os.read(fd, 1 << 16)
+        if not chunk:
+            break
+        received += chunk
+        if len(received) > RESULT_LIMIT_BYTES:
+            raise InternalError("the TPM's child sent more than 1 MiB")
+    return _open_message(bytes(received))
+
+
+def _send_within(fd: int, data: bytes, until: float, seconds: float) -> None:
+    while data:
+        _wait(fd, select.POLLOUT, until, seconds)
+        data = data[os.write(fd, data) :]
+
+
+def _wait(fd: int, event: int, until: float, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    left = until - time.monotonic()
+    if left <= 0 or not poll.poll(1000 * left):
+        raise TpmTimeout(f"the TPM did not answer within {seconds:g} s")
+
+
+def _reap(pid: int, seconds: float = _REAP_SECONDS) -> bool:
+    """Wait for a child that ends, and not for one that hangs in the kernel; whether it has ended."""
     pidfd = os.pidfd_open(pid)
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        if poll.poll(1000 * _REAP_SECONDS):
-            os.waitpid(pid, os.WNOHANG)
+        return bool(poll.poll(1000 * seconds)) and os.waitpid(pid, os.WNOHANG)[0] == pid
     finally:
         os.close(pidfd)
 
 
 def _run_child(action: Callable[[], bytes], write_fd: int, parent: int) -> NoReturn:
+    code = 1
     try:
-        prctl_set_pdeathsig(signal.SIGKILL)
-        if os.getppid() == parent:  # else the parent died before the line above, and no signal will come
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            for standard in (0, 1, 2):
-                os.dup2(null, standard)
+        if _is_alone(parent):
             lock_memory()  # mlockall is not inherited, and a secret will be here
             _send(write_fd, _framed(_outcome(action, write_fd)))
+            code = 0
     finally:
-        os._exit(0)  # nothing may unwind into the parent's code
+        os._exit(code)  # nothing may unwind into the parent's code
+
+
+def _is_alone(parent: int) -> bool:
+    """Make this child die with its parent and hold no output; False: the parent is gone already."""
+    prctl_set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above, and no signal will come
+        return False
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    return True
+
+
+def _run_standby(
+    ready: Callable[[], object],
+    act: Callable[[bytes], bytes],
+    request_fd: int,
+    result_fd: int,
+    parent: int,
+    parents_ends: ExitStack,
+) -> NoReturn:
+    try:
+        parents_ends.close()
+        if _is_alone(parent):
+            with suppress(Exception):
+                ready()
+            own, stays = os.getpid(), True
+            while stays:
+                pid = os.fork()
+                if pid == 0:
+                    _run_child(lambda: act(_next_request(request_fd)), result_fd, own)
+                stays = _stays(pid, request_fd)
+    finally:
+        os._exit(0)
+
+
+def _next_request(fd: int) -> bytes:
+    received = bytearray()
+    while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
+        chunk = os.read(fd, 1 << 16)
+        if not chunk:
+            os._exit(1)  # there is none
+        received += chunk
+    return bytes(received[_LENGTH_BYTES:])
+
+
+def _stays(pid: int, request_fd: int) -> bool:
+    """Wait for a request's process, or for the end of the requests, which ends it; whether another may follow."""
+    pidfd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(request_fd, 0)  # the other end was closed
+    if pidfd in dict(poll.poll()):
+        os.close(pidfd)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.kill(pid, signal.SIGKILL)
+    _reap(pid)
+    return False
 
 
 def _outcome(action: Callable[[], bytes], write_fd: int) -> bytes:
@@ -157,6 +307,10 @@ def _framed(message: bytes) -> bytes:
     return len(message).to_bytes(_LENGTH_BYTES, "big") + message
 
 
+def _length(received: bytes | bytearray) -> int:
+    return int.from_bytes(received[:_LENGTH_BYTES], "big")
+
+
 def _send(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
@@ -164,12 +318,12 @@ def _send(fd: int, data: bytes) -> None:
 
 def _open_message(received: bytes) -> bytes:
     message = received[_LENGTH_BYTES:]
-    if len(message) != int.from_bytes(received[:_LENGTH_BYTES], "big"):
-        raise InternalError("the TPM's child was ended before it was done")
+    if len(message) != _length(received):
+        raise InternalError(_ENDED)
     if message[:1] == _GOOD:
         return message[1:]
     if message[:1] != _BAD:
-        raise InternalError("the TPM's child was ended before it was done")
+        raise InternalError(_ENDED)
     sent = json.loads(message[1:])
     classes = {cls.__name__: cls for cls in all_errors().values()}
     raise classes.get(sent["reason"], InternalError)(sent["message"], remedy=sent["advice"])

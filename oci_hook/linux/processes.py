@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 
-from oci_hook.errors import HolderGone, SystemCallFailed
+from oci_hook.errors import EngineUnsupported, HolderGone, SystemCallFailed
 from oci_hook.linux import syscalls
 
 _MAX_ANCESTORS = 64
 _PROC = "/proc"
 _LIMIT_BYTES = 1 << 20
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO of Linux (include/linux/proc_ns.h)
 _STAT = re.compile(rb"\d+ \(.*\) ([A-Za-z]) (\d{1,10})(?: -?\d+){17} (\d{1,20})(?: .*)?", re.DOTALL)
 _GROUP = re.compile(rb"^Tgid:\s+(\d{1,10})$", re.MULTILINE)
 _ENDED = re.compile(rb"\d+ \(.*\) [ZXx](?: -?\d+){16} [01](?: .*)?", re.DOTALL)  # and no thread of it runs on
@@ -288,6 +289,23 @@ def read_bounded(fd: int, what: str, limit_bytes: int) -> bytes:
     if left <= 0:
         raise SystemCallFailed(f"{what} is larger than {limit_bytes} bytes")
     return b"".join(parts)
+
+
+def verify_privileges() -> None:
+    """Check that this is root of the host: a rootless engine runs hooks as its user, in that user's namespace.
+
+    Raises:
+        EngineUnsupported: It is not.
+    """
+    try:
+        namespace = os.stat("/proc/self/ns/user").st_ino
+    except OSError:
+        namespace = 0
+    if os.geteuid() != 0 or namespace != _INITIAL_USER_NAMESPACE:
+        raise EngineUnsupported(
+            "rootless engines are not supported: the TPM, the models and the grants are root's",
+            remedy="start the container with the engine of root (`sudo podman run`); `--uidmap` gives it own ids",
+        )
 
 
 def clear_signals() -> None:

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 from oci_hook.config import DEFAULT_CONFIG_FILE, load_config
 from oci_hook.errors import SczError
-from oci_hook.host import verify_privileges
-from oci_hook.linux.processes import harden_process
+from oci_hook.linux.processes import harden_process, verify_privileges
 from oci_hook.nri.connection import Plugin
 from oci_hook.nri.plugin import ModelPlugin
 from oci_hook.nri.prepared import forget_connected

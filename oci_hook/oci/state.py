@@ -2,7 +2,8 @@
 
 Only what the hook needs is read; further keys are allowed (crun adds `root`) and missing ones too where runtimes leave
 them out (Kata sends an empty `status` and `ociVersion`). Nothing here decides by `status`, `ociVersion`, the working
-directory or the environment. Standard library only: this is the hook's fast path. OCI runtime specification, "State".
+directory or the environment. Standard library only, as it is read before it is known whether anything is ours
+(`fast_path` answers for most containers without it). OCI runtime specification, "State".
 """
 
 from __future__ import annotations

@@ -99,9 +99,9 @@ def test_nearest_form_is_the_one_from_which_the_fewest_pcrs_differ() -> None:
     for number in (0, 13, 31):
         form = policy.forms[number]
         values = {**form.pcrs, 9: bytes(32)}
-        assert nearest_form(policy, values) is form
+        assert nearest_form(policy.forms, values) is form
         assert differing_pcrs(form, values) == (9,)
-    assert nearest_form(policy, {}) is policy.forms[0]
+    assert nearest_form(policy.forms, {}) is policy.forms[0]
     assert differing_pcrs(policy.forms[0], {}) == (4, 7, 8, 9)
 
 

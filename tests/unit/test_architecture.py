@@ -38,13 +38,25 @@ FLOORS = {
     },
     2: {"access_policy", "trust", "oci/", "linux/"},
     3: {"held", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
-    4: {"provenance", "store", "trust_folder", "placement", "incoming", "intake", "release", "delivery/", "owner/"}
+    4: {
+        "provenance",
+        "standby",
+        "store",
+        "trust_folder",
+        "placement",
+        "incoming",
+        "intake",
+        "release",
+        "delivery/",
+        "owner/",
+    }
     | {"copying"},
     5: {"admission"},
     6: {
         "adoption",
         "before_create",
         "bound_checks",
+        "fast_path",
         "guest",
         "host",
         "hook",

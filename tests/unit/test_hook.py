@@ -10,24 +10,17 @@ from pathlib import Path
 import pytest
 
 from oci_hook import hook
-from oci_hook.config import Config
-from oci_hook.delivery.bound_folders import bound_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 _SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from oci_hook import hook
-hook._RUNTIME_DIRECTORY = sys.argv[3]
+from oci_hook import fast_path, hook
+fast_path.RUNTIME_DIRECTORY = sys.argv[3]
 assert hook.main(["--config", sys.argv[2], "prestart"]) == 0
 print(*sorted(name for name in sys.modules if name.startswith("oci_hook") or name == "tomllib"))
 """
-_FAST = {"", ".documents", ".errors", ".hook", ".invocation", ".oci", ".oci.annotations", ".oci.state"}
-
-
-def test_the_folder_is_that_of_the_configuration() -> None:
-    assert Config().runtime_directory == hook._RUNTIME_DIRECTORY
-    assert bound_directory("/run/x") == f"/run/x/{hook._BOUND}"
+_FAST = {"", ".documents", ".errors", ".fast_path", ".hook", ".invocation", ".oci", ".oci.annotations", ".oci.state"}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +64,8 @@ def test_a_container_of_nobodys_costs_no_import(tmp_path: Path) -> None:
 def test_where_models_came_before_create_the_records_are_looked_at_and_no_more(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "bound").mkdir(parents=True)
+    (run / "host-mounts").mkdir()
+    (run / "host-mounts" / "another.json").touch()
     config = tmp_path / "config.toml"
     config.write_text(f'version = 1\n[paths]\nruntime = "{run}"\n')
     found = _modules(config, tmp_path)

@@ -66,10 +66,10 @@ def zero(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [remove, halve, empty, zero])
-@pytest.mark.parametrize("module", ["hook.py", "errors.py", "oci/state.py"])
+@pytest.mark.parametrize("module", ["fast_path.py", "hook.py", "errors.py", "oci/state.py"])
 def test_a_damaged_one_refuses_in_one_line(place: Path, module: str, damage: Callable[[Path], None]) -> None:
     damage(place / "oci_hook" / module)
-    done = hook(place, PLAIN)
+    done = hook(place, STATE)  # without annotations, and a config.json that cannot be looked at
     assert (done.returncode, done.stdout) == (InstallationIncomplete.code, "")
     assert len(done.stderr.splitlines()) == 1
     assert "InstallationIncomplete (72)" in done.stderr

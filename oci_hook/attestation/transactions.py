@@ -1,0 +1,129 @@
+"""The hook's two transactions with the TPM, a quote and a release, as requests for a process that does them.
+
+A request is JSON from this program to a child of its own (`deadline`), so that the child may be forked before anything
+is known that the request says. It carries no secret. What comes back is bytes. Specification: docs/specification.md,
+"Evidence at a container's start" and "TPM policy".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from oci_hook.attestation.appraisal import nearest_form
+from oci_hook.attestation.boot_policy import BootForm
+from oci_hook.attestation.evidence import Evidence
+from oci_hook.attestation.host_device import HostDevice, format_host_device, parse_host_device
+from oci_hook.attestation.sealed import SealedBlob, WrappedSecret
+from oci_hook.documents import canonical
+from oci_hook.errors import BootPolicyRefused
+from oci_hook.jws import PublicJwk, owner_jwk
+
+
+def get_ready() -> None:
+    """Load what a transaction needs and nobody else does."""
+    import oci_hook.attestation.tpm  # noqa: F401
+
+
+def quote_request(device: HostDevice, forms: Sequence[BootForm], extra_data: bytes) -> bytes:
+    """A request for a quote of the PCRs of the form that fits the running system best.
+
+    Args:
+        device: This host's enrolment.
+        forms: Of a verified boot policy.
+        extra_data: What makes the quote fresh, 32 bytes.
+    """
+    forms_of = [_form_document(form) for form in forms]
+    return canonical({"quote": extra_data.hex(), "device": _device_document(device), "forms": forms_of})
+
+
+def unseal_request(
+    device: HostDevice,
+    *,
+    sealed: SealedBlob,
+    form: BootForm,
+    boot_policy_key: PublicJwk,
+    policy_ref: bytes,
+    counter_index: int,
+    counter_maximum: int,
+) -> bytes:
+    """A request for `tpm_release.ReleaseCommands.unseal`, which says what each of these is."""
+    return canonical(
+        {
+            "unseal": {name: getattr(sealed, name).hex() for name in ("public", "duplicate", "seed")},
+            "device": _device_document(device),
+            "forms": [_form_document(form)],
+            "boot_policy_key": dict(boot_policy_key.members),
+            "policy_ref": policy_ref.hex(),
+            "counter_index": counter_index,
+            "counter_maximum": counter_maximum,
+        }
+    )
+
+
+def perform(request: bytes, *, tcti: str, lock_file: str, timeout_seconds: float) -> bytes:
+    """Do what a request asks for: one transaction, under the TPM's lock.
+
+    Args:
+        request: As the functions above make it.
+        tcti: The way to the TPM.
+        lock_file: Of `tpm.open_tpm`.
+        timeout_seconds: How long to wait for the lock.
+
+    Returns:
+        A quote for `read_quote`, or the secret.
+
+    Raises:
+        Refused: The TPM says no.
+        CouldNotTell: The TPM is away, slow, locked out or faulty.
+    """
+    from oci_hook.attestation.tpm import open_tpm
+
+    asked = json.loads(request)
+    device = parse_host_device(asked["device"].encode())
+    forms = [_form(document) for document in asked["forms"]]
+    with open_tpm(tcti, lock_file, timeout_seconds=timeout_seconds) as tpm:
+        if "quote" in asked:
+            values = tpm.read_pcrs(sorted({pcr for form in forms for pcr in form.pcrs}))
+            selected = sorted(nearest_form(forms, values).pcrs)
+            return _quote_document(tpm.quote(device, selected, bytes.fromhex(asked["quote"])))
+        return tpm.unseal(
+            device,
+            sealed=WrappedSecret(**{name: bytes.fromhex(part) for name, part in asked["unseal"].items()}),
+            form=forms[0],
+            boot_policy_key=owner_jwk(asked["boot_policy_key"], error=BootPolicyRefused),
+            policy_ref=bytes.fromhex(asked["policy_ref"]),
+            counter_index=asked["counter_index"],
+            counter_maximum=asked["counter_maximum"],
+        )
+
+
+def read_quote(data: bytes) -> Evidence:
+    """The answer to a `quote_request`."""
+    parts = json.loads(data)
+    return Evidence(
+        attest=bytes.fromhex(parts["attest"]),
+        signature=bytes.fromhex(parts["signature"]),
+        pcrs={int(pcr): bytes.fromhex(value) for pcr, value in parts["pcrs"].items()},
+    )
+
+
+def _quote_document(evidence: Evidence) -> bytes:
+    pcrs = {str(pcr): value.hex() for pcr, value in evidence.pcrs.items()}
+    return canonical({"attest": evidence.attest.hex(), "signature": evidence.signature.hex(), "pcrs": pcrs})
+
+
+def _device_document(device: HostDevice) -> str:
+    return format_host_device(replace(device, counters={})).decode()  # the request names the one that counts
+
+
+def _form_document(form: BootForm) -> dict[str, object]:
+    pcrs = {str(pcr): value.hex() for pcr, value in form.pcrs.items()}
+    return {"pcrs": pcrs, "policy": form.policy.hex(), "r": form.signature_r.hex(), "s": form.signature_s.hex()}
+
+
+def _form(document: dict[str, object]) -> BootForm:
+    pcrs = document["pcrs"]
+    policy, r, s = (bytes.fromhex(str(document[name])) for name in ("policy", "r", "s"))
+    return BootForm({int(pcr): bytes.fromhex(value) for pcr, value in dict(pcrs).items()}, policy, r, s)  # type: ignore[call-overload]
