@@ -1,7 +1,7 @@
 """Benchmarks: `python -m tests.bench NAME`, `all` for the whole; `docs FILE` writes docs/performance.md from a run.
 
 Each row is timed beside its baseline in the same rounds. What does not fit into memory or on the disk, and a program
-that is not installed, is a line that says so. Files lie in a folder of /var/tmp, which goes at the end.
+that is not installed, is a line that says so. Files lie in one folder, which goes at the end, however that comes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1
 
 
 def main() -> int:
-    """Measure, print, write; 2 if it cannot begin."""
+    """Measure, print, write; 2 if it cannot begin, 130 if it was interrupted."""
     given = _parser().parse_args()
     if given.name == "docs":
         run = json.loads(Path(given.run or ROOT / "build/bench/bench.json").read_text())
@@ -47,10 +48,16 @@ def main() -> int:
         print("the benchmarks mount file systems and start containers: run them as root", file=sys.stderr)
         return 2
     about = report.machine()
-    with own_folder() as folder, ExitStack() as stack:
-        space = _workspace(given, folder)
-        rows = _measure(list(BENCHMARKS) if given.name == "all" else [given.name], space, Stations(space, stack))
-        stack.close()
+    # A shell's background job ignores an interrupt, and so would what it starts.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with own_folder(given.folder) as folder, ExitStack() as stack:
+            space = _workspace(given, folder)
+            rows = _measure(list(BENCHMARKS) if given.name == "all" else [given.name], space, Stations(space, stack))
+    except KeyboardInterrupt:
+        print("interrupted: mounts, containers and files are gone", file=sys.stderr)
+        return 130
     date = datetime.now(UTC).isoformat(timespec="seconds")
     run = report.document(rows, judge(space.gains, rows), about, rounds=space.rounds, date=date)
     print(report.text(run), end="")
@@ -108,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the model, such as 100MB or 2GiB; again for more sizes in `sizes` and `memory` (default: 1GiB)",
     )
     parser.add_argument("--containers", type=int, action="append", help="started at once in `crowd`; may be repeated")
+    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="for the files (default: /var/tmp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the run as JSON")
     parser.add_argument("--text", type=Path, metavar="FILE", help="write the table")
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="write the plots")

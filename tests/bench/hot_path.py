@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from oci_hook.bundle.layout import open_layout
 from oci_hook.delivery.fill import FillOptions, Target, fill
@@ -36,6 +36,7 @@ from tests.bench.workspace import GIB, Workspace, warm
 Pages = Literal["within_size", "always", "never"]
 HUGE, SMALL = "cp, huge-page tmpfs", "cp, default tmpfs"
 _CHUNK_BYTES = 1 << 22
+_CHECKS = "AES-256-GCM, every segment"
 _TARGETS = {"huge": 0.75, "default": 0.35, "small": 0.85, "large": 0.70}
 _LARGE_BYTES = 8 * GIB
 
@@ -191,7 +192,12 @@ def measure(space: Workspace) -> list[Row]:
 
     def row(key: str, own: str, baseline: str, against: str, note: str = "") -> Row:
         note = "; ".join([counted.note(own, baseline), *([note] if note else [])])
-        more = {"target": _TARGETS[key], "size": size, "checks": "AES-256-GCM, every segment", "note": note}
+        more: dict[str, Any] = {
+            "target": _TARGETS[key],
+            "size": size,
+            "checks": _CHECKS,
+            "note": note,
+        }
         return make_row(f"hot-path.{key}", keys[key], found[own], found[baseline], against=against, **more)
 
     always = found["cp, always"]
@@ -219,7 +225,12 @@ def measure_sizes(space: Workspace) -> list[Row]:
         work.verify()
         counted = _Counted({"ours": work.decrypt, "cp": work.copy})
         found = take_turns(counted.actions(), space.rounds, space.say)
-        more = {"target": target, "size": size, "series": "sizes", "checks": "AES-256-GCM, every segment"}
+        more: dict[str, Any] = {
+            "target": target,
+            "size": size,
+            "series": "sizes",
+            "checks": _CHECKS,
+        }
         more["note"] = counted.note("ours", "cp")
         rows.append(make_row(key, name, found["ours"], found["cp"], against=f"{HUGE} (huge=within_size)", **more))
         if size != space.size:

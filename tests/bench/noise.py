@@ -65,7 +65,8 @@ class Noise:
 
 def judge(gains: Sequence[float], rows: Sequence[Row]) -> Noise:
     """The verdict on a run, from its controls and its rows."""
-    spreads = {(row.baseline, row.size): row.spread for row in rows if row.spread is not None}
+    # Several rows can have one baseline, which is told once.
+    spreads = {(row.baseline, row.size, row.baseline_median): row.spread for row in rows if row.spread is not None}
     return Noise(tuple(gains), tuple(spreads.values()), len(os.sched_getaffinity(0)))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oci_hook.linux import mounts
 from tests.bench.hot_path import Work, memory, run_into
@@ -202,7 +203,7 @@ def measure(space: Workspace) -> list[Row]:
     rows = []
     for peer in PEERS:
         name, left_out = prefix + peer.name, lacking or reasons[peer.name]
-        more = {"size": size, "series": "peers", "checks": peer.checks, "note": peer.note}
+        more: dict[str, Any] = {"size": size, "series": "peers", "checks": peer.checks, "note": peer.note}
         if left_out:
             rows.append(Row(keys[peer.name], name, left_out=left_out, **more))
         else:

@@ -90,7 +90,7 @@ def bar_plot(title: str, bars: Sequence[Bar], *, x_label: str) -> str:
     """An SVG of horizontal bars on a linear axis that begins at 0; at least one bar."""
     left, most = 150, max(bar.value for bar in bars)
     width = _WIDTH - left - 300
-    height = _TOP + len(bars) * (_BAR + _GAP) + 50
+    height = _TOP + len(bars) * (_BAR + _GAP) + 60
     body = [_text(20, 26, title, size=16, weight="bold")]
     for number, bar in enumerate(bars):
         y = _TOP + number * (_BAR + _GAP)
@@ -98,9 +98,9 @@ def bar_plot(title: str, bars: Sequence[Bar], *, x_label: str) -> str:
         colour = _COLOURS[0] if number == 0 else "#8aa9c4"
         body += [f"<rect x='{left}' y='{y}' width='{long:.1f}' height='{_BAR}' fill='{colour}'/>"]
         body += [_text(left - 8, y + 16, bar.name, anchor="end"), _text(left + long + 8, y + 16, bar.text)]
-    bottom = height - 40
+    bottom = height - 50
     body += [f"<path d='M{left},{_TOP - 6} V{bottom} H{left + width}' fill='none' stroke='#222'/>"]
-    body += [_text(left, bottom + 16, "0"), _text(left + width / 2, bottom + 28, x_label, anchor="middle")]
+    body += [_text(left, bottom + 16, "0"), _text(left + width / 2, bottom + 38, x_label, anchor="middle")]
     body += [_text(left + width, bottom + 16, f"{most:.3g}", anchor="end")]
     return _svg(height, title, body)
 

@@ -22,6 +22,7 @@ BEGIN, END = (
 _PLOTS = {
     "sizes": "Time by the size of the model",
     "crowd": "Time by the number of containers",
+    "memory": "Memory of the models, by the number of containers of one model",
     "peers": "Other programs that decrypt the same file",
 }
 
@@ -75,6 +76,7 @@ def plots(run: Mapping[str, Any]) -> dict[str, str]:
     made = {
         "sizes": _sizes([row for row in rows if row.series in ("sizes", "starts") and row.rounds]),
         "crowd": _crowd([row for row in rows if row.series == "crowd" and row.rounds]),
+        "memory": _memory([row for row in rows if row.series == "crowd-memory" and row.rounds]),
         "peers": _peers([row for row in rows if row.series == "peers" and row.rounds]),
     }
     return {f"performance-{name}.svg": svg for name, svg in made.items() if svg}
@@ -103,6 +105,18 @@ def _crowd(rows: Sequence[Row]) -> str:
         [_line("with the model", rows), _baseline("without a hook", rows)],
         x_label="containers started at once",
         y_label="milliseconds until all have read it",
+        x_text=lambda value: f"{value:g}",
+    )
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    return line_plot(
+        _PLOTS["memory"],
+        [_line("all of them", rows), _baseline("one copy", rows)],
+        x_label="containers of one model at once",
+        y_label="MiB of memory file systems",
         x_text=lambda value: f"{value:g}",
     )
 
@@ -143,8 +157,8 @@ def markdown(run: Mapping[str, Any]) -> str:
     lines += [_markdown_row(row) for row in rows if row.series != "peers"]
     peers = [row for row in rows if row.series == "peers"]
     if peers:
-        lines += ["", "| peer | median | minimum | ÷ ours | by minima | authenticates what it writes? |", "|---|" * 6]
-        lines[-1] = "|---|---|---|---|---|---|"
+        lines += ["", "| peer | median | minimum | ÷ ours | by minima | authenticates what it writes? |"]
+        lines += ["|---|---|---|---|---|---|"]
         lines += [_markdown_peer(row) for row in peers]
     notes = [f"- {row.name}: {row.note}." for row in rows if row.note and not row.left_out]
     lines += ["", "Notes:", "", *notes] if notes else []

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from oci_hook.errors import WriterFailed
 from oci_hook.invocation import ENVIRONMENT
@@ -46,7 +47,7 @@ def _mount(space: Workspace) -> Row:
         child.join(10)
     own, command = (Samples(tuple(report[name])) for name in ("ours", "mount"))
     against = "mount -t tmpfs, the program"
-    more = {"judged": "median", "target": _TARGETS["mount"]}
+    more: dict[str, Any] = {"judged": "median", "target": _TARGETS["mount"]}
     return make_row("startup.mount", "mount, seal, attach", own, command, against=against, **more)
 
 
@@ -100,7 +101,7 @@ def _idle(space: Workspace) -> list[Row]:
     true, bare = found["true"], found["python"]
     note = f"/bin/true: {true.median * 1e3:.2f}, {true.minimum * 1e3:.2f} ms"
     against = "python3 -I -S -c pass"
-    more = {"judged": "median", "note": note}
+    more: dict[str, Any] = {"judged": "median", "note": note}
     first = make_row(
         "startup.idle",
         "a container without our annotation",

@@ -58,7 +58,7 @@ def take_turns(
     found: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
-        order: Sequence[str] = list(actions) if number % 2 == 0 else list(reversed(actions))
+        order: Sequence[str] = list(actions) if number % 2 == 0 else list(actions)[::-1]
         for name in order:
             found[name].append(actions[name]())
     return {name: Samples(tuple(values)) for name, values in found.items()}

@@ -1,7 +1,7 @@
 """Where a run keeps its files, how much fits, and that nothing stays.
 
-All files lie below one folder of /var/tmp, whose lock the run holds: a later run takes away what one that was killed
-left there. Memory file systems have no path and end with the process. What is decrypted goes nowhere else.
+All files lie below one folder, whose lock the run holds: a later run takes away what one that was killed left there.
+Memory file systems have no path and end with the process. What is decrypted goes nowhere else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -24,7 +23,6 @@ from tests.models import PackedModel, TestOwner
 
 GIB = 1 << 30
 _PREFIX, _LOCK = "scz-bench.", "bench.lock"
-_PARENT = Path("/var/tmp")
 _FILE_BYTES = GIB  # a model's files are at most this large, as those of large models are
 _MEMORY_LEFT_BYTES = 3 * GIB // 2
 _DISK_LEFT_BYTES = 2 * GIB
@@ -145,28 +143,22 @@ _BEGAN = time.monotonic()
 
 
 @contextmanager
-def own_folder() -> Iterator[Path]:
+def own_folder(parent: Path) -> Iterator[Path]:
     """A folder that goes at the end, however that comes: only SIGKILL leaves it, to the next run."""
-    _sweep()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PARENT))
+    _sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     with (folder / _LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder.chmod(0o711)  # root of a user namespace has to get through to its root file system
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
         try:
             yield folder
         finally:
             shutil.rmtree(folder)
 
 
-def _interrupt(number: int, _frame: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-def _sweep() -> None:
+def _sweep(parent: Path) -> None:
     """Take away the folders of runs that were killed: those whose lock nobody holds."""
-    for lock in _PARENT.glob(f"{_PREFIX}*/{_LOCK}"):
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         with suppress(OSError), lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent)
