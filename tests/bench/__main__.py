@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
+from oci_hook.errors import SczError
 from tests.bench import hot_path, peers, report, shim, starts, startup
 from tests.bench.noise import judge
-from tests.bench.rows import Row
+from tests.bench.rows import FAILED, Row
 from tests.bench.starts import Stations
 from tests.bench.workspace import GIB, Workspace, own_folder, progress
 
@@ -38,7 +39,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1
 
 
 def main() -> int:
-    """Measure, print, write; 2 if it cannot begin, 130 if it was interrupted."""
+    """Measure, print, write; 1 if a benchmark failed, 2 if none can begin, 130 if it was interrupted."""
     given = _parser().parse_args()
     if given.name == "docs":
         run = json.loads(Path(given.run or ROOT / "build/bench/bench.json").read_text())
@@ -69,7 +70,7 @@ def main() -> int:
         given.svg.mkdir(parents=True, exist_ok=True)
         for name, svg in report.plots(run).items():
             (given.svg / name).write_text(svg)
-    return 0
+    return int(any(row.left_out.startswith(FAILED) for row in rows))
 
 
 def _measure(names: list[str], space: Workspace, stations: Stations) -> list[Row]:
@@ -77,7 +78,10 @@ def _measure(names: list[str], space: Workspace, stations: Stations) -> list[Row
     space.look_at_the_machine()
     for name in names:
         space.say(f"--- {name}")
-        rows += BENCHMARKS[name](space, stations)
+        try:
+            rows += BENCHMARKS[name](space, stations)
+        except (RuntimeError, OSError, SczError) as failed:  # the others' results are not to be lost
+            rows.append(Row(name, name, left_out=f"{FAILED}: {failed}"))
         space.look_at_the_machine()
     return rows
 

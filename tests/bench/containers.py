@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -237,6 +238,11 @@ class _Starting:
         """Both."""
         self.begin()
         return self.finish()
+
+    def kill(self) -> None:
+        """End the workload; runc and the hook clean up at the same time as those of other containers."""
+        with suppress(ProcessLookupError):
+            os.kill(self.init_pid(), signal.SIGKILL)
 
     def init_pid(self) -> int:
         """The workload's process on the host."""

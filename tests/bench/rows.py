@@ -10,6 +10,8 @@ from tests.bench.timing import Samples
 
 #: Of a baseline, median ÷ minimum: above, its row cannot be judged by its median.
 NOISY_SPREAD = 1.3
+#: How `left_out` begins where something did not work that should have.
+FAILED = "FAILED"
 
 
 @dataclass(frozen=True, slots=True)
