@@ -160,12 +160,41 @@ def markdown(run: Mapping[str, Any]) -> str:
         lines += ["", "| peer | median | minimum | ÷ ours | by minima | authenticates what it writes? |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [_markdown_peer(row) for row in peers]
+    lines += _for_an_operator({row.key: row for row in rows})
     notes = [f"- {row.name}: {row.note}." for row in rows if row.note and not row.left_out]
     lines += ["", "Notes:", "", *notes] if notes else []
     for name in plots(run):
         title = _PLOTS[name.removeprefix("performance-").removesuffix(".svg")]
         lines += ["", f"![{title}]({name})"]
     return "\n".join(lines) + "\n"
+
+
+def _for_an_operator(rows: Mapping[str, Row]) -> list[str]:
+    """What the numbers say of a start: what is there before the first byte, what each GiB adds, and memory."""
+    said = []
+    checks, whole = rows.get("start.1"), rows.get("start.hook")
+    if checks and whole and whole.size and checks.minimum is not None and whole.minimum is not None:
+        each = (whole.minimum - checks.minimum) / whole.size
+        text = f"- A start takes {number(checks.minimum)} ms before the first byte of a model"
+        if each > 0:
+            text += f", and {number(each * (1 << 30))} ms more for each GiB; both cost the same at "
+            text += f"{number(checks.minimum / each / 1e6)} MB (minima)"
+        said.append(text + ".")
+    hook = rows.get("memory.hook")
+    if hook and hook.size and hook.median is not None:
+        said.append(
+            f"- Beside the model itself a start takes {number(hook.median)} MiB of memory while it lasts, at "
+            f"{sized(hook.size)} as at 1 byte ({number(hook.baseline_median)} MiB)."
+        )
+    for row in rows.values():
+        if row.verdict.startswith("missed"):
+            unit = "" if row.judged == "ratio" else f" {row.unit}"
+            noisy = "; its baseline was noisy" if row.noisy else ""
+            said.append(
+                f"- Missed: {row.name}: {number(row.value)}{unit}, by minima {number(row.best)}{unit}, for at most "
+                f"{row.target:g}{unit}{noisy}."
+            )
+    return ["", "In short:", "", *said] if said else []
 
 
 def _markdown_row(row: Row) -> str:

@@ -184,6 +184,19 @@ class TestReport:
         for svg in plots.values():
             assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
 
+    def test_the_section_says_what_a_start_costs_and_what_is_missed(self) -> None:
+        rows = [
+            row("start.1", own=(0.1, 0.1), size=1),
+            row("start.hook", own=(0.3, 0.3), size=GIB, target=0.1),
+            row("memory.hook", own=(30, 30), baseline=(29, 29), size=GIB, factor=1, judged="median", target=40),
+        ]
+        text = report.markdown(run_of(rows))
+        assert "takes 100 ms before the first byte of a model, and 200 ms more for each GiB" in text
+        assert "both cost the same at 537 MB" in text
+        assert "takes 30.0 MiB of memory while it lasts, at 1 GiB as at 1 byte (29.0 MiB)" in text
+        assert "- Missed: name of start.hook: 0.15, by minima 0.15, for at most 0.1." in text
+        assert text.count("Missed") == 1
+
     def test_what_was_not_measured_has_no_plot(self) -> None:
         assert report.plots(run_of(ROWS[5:])) == {}
 
