@@ -154,7 +154,7 @@ def markdown(run: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = [row_of(row) for row in run["rows"]]
-    lines += [_markdown_row(row) for row in rows if row.series != "peers"]
+    lines += [_markdown_row(row, run["rounds"]) for row in rows if row.series != "peers"]
     peers = [row for row in rows if row.series == "peers"]
     if peers:
         lines += ["", "| peer | median | minimum | ÷ ours | by minima | authenticates what it writes? |"]
@@ -189,7 +189,7 @@ def _for_an_operator(rows: Mapping[str, Row]) -> list[str]:
     for row in rows.values():
         if row.verdict.startswith("missed"):
             unit = "" if row.judged == "ratio" else f" {row.unit}"
-            noisy = "; its baseline was noisy" if row.noisy else ""
+            noisy = "; noisy" if row.noisy else ""
             said.append(
                 f"- Missed: {row.name}: {number(row.value)}{unit}, by minima {number(row.best)}{unit}, for at most "
                 f"{row.target:g}{unit}{noisy}."
@@ -197,7 +197,7 @@ def _for_an_operator(rows: Mapping[str, Row]) -> list[str]:
     return ["", "In short:", "", *said] if said else []
 
 
-def _markdown_row(row: Row) -> str:
+def _markdown_row(row: Row, usual_rounds: int) -> str:
     if row.left_out:
         return f"| {row.name} | left out: {row.left_out} | | | | | | |"
     target = "" if row.target is None else f"≤ {row.target:g}" + ("" if row.judged == "ratio" else f" {row.unit}")
@@ -205,7 +205,8 @@ def _markdown_row(row: Row) -> str:
     if row.judged == "difference":
         against += f"; difference {number(row.value)}, by minima {number(row.best)}"
     verdict = row.verdict + (", noisy" if row.noisy and row.verdict else "")
-    cells = [row.name, f"{number(row.median)} {row.unit}", f"{number(row.minimum)} {row.unit}", against]
+    rounds = "" if row.rounds == usual_rounds else f" ({row.rounds} rounds)"
+    cells = [row.name + rounds, f"{number(row.median)} {row.unit}", f"{number(row.minimum)} {row.unit}", against]
     return "| " + " | ".join([*cells, number(row.ratio), number(row.ratio_minimum), target, verdict]) + " |"
 
 

@@ -10,6 +10,8 @@ from tests.bench.timing import Samples
 
 #: Of a baseline, median ÷ minimum: above, its row cannot be judged by its median.
 NOISY_SPREAD = 1.3
+#: Two processes have to do this much more work than one, while a row is measured.
+LEAST_GAIN = 1.6
 #: How `left_out` begins where something did not work that should have.
 FAILED = "FAILED"
 
@@ -27,6 +29,7 @@ class Row:
         ratio: The median of each round's result ÷ its baseline.
         ratio_minimum: The minimum ÷ the baseline's minimum.
         spread: Of the baseline: median ÷ minimum.
+        gain: Work of two processes ÷ work of one, the least of the controls before and after its benchmark.
         judged: What the target speaks of: `ratio`, `median` or `difference` (result − baseline).
         target: At most this; None: there is none.
         size: Bytes of plaintext, or containers; of what a row of a series was measured at.
@@ -48,6 +51,7 @@ class Row:
     ratio: float | None = None
     ratio_minimum: float | None = None
     spread: float | None = None
+    gain: float | None = None
     judged: str = "ratio"
     target: float | None = None
     size: int | None = None
@@ -73,8 +77,10 @@ class Row:
 
     @property
     def noisy(self) -> bool:
-        """Whether the baseline itself varied too much to judge by medians."""
-        return self.spread is not None and self.spread > NOISY_SPREAD
+        """Whether the baseline varied too much to judge by medians, or others used the cores at that time."""
+        return self.unit == "ms" and bool(
+            (self.spread and self.spread > NOISY_SPREAD) or (self.gain and self.gain < LEAST_GAIN)
+        )
 
     @property
     def verdict(self) -> str:
@@ -130,7 +136,7 @@ def make_row(
 
 def row_of(document: Mapping[str, Any]) -> Row:
     """A line from its JSON."""
-    return Row(**{name: document[name] for name in Row.__dataclass_fields__})
+    return Row(**{name: document[name] for name in Row.__dataclass_fields__ if name in document})
 
 
 def sized(size_bytes: int) -> str:
@@ -151,7 +157,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             lines += [f"{row.name:<56}  left out: {row.left_out}"]
             continue
         target = "" if row.target is None else f"≤ {row.target:g}"
-        verdict = row.verdict + (" (noisy baseline)" if row.noisy else "")
+        verdict = row.verdict + (" (noisy)" if row.noisy else "")
         lines += [
             f"{row.name:<56}{number(row.median):>10}{number(row.minimum):>10}{row.unit:>5}{number(row.ratio):>8}"
             f"{number(row.ratio_minimum):>8}{target:>9}  {verdict}"

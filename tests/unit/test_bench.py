@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -102,10 +103,14 @@ class TestNoise:
         assert judge([1.9, 1.95], [row(), row(baseline=(1, 1.1))]).spreads == (1.0, 1.05)
         assert Noise((1.9, 0.9, 1.95), (1.0, 1.1, 1.9), 2).reasons == ()
 
+    def test_a_row_is_noisy_if_others_used_the_cores(self) -> None:
+        assert replace(row(), gain=1.2).noisy
+        assert not replace(row(), gain=1.9).noisy
+
     @pytest.mark.parametrize(
         ("noise", "word"),
         [
-            (Noise((0.85, 1.2, 2.0), (1.0,), 2), "1.20 times"),
+            (Noise((0.85, 1.2, 2.0), (1.0,), 2), "2 of 3 controls"),
             (Noise((1.9,), (1.0, 1.4, 1.5), 2), "2 of 3 baselines"),
             (Noise((1.0,), (1.0,), 1), "one core"),
         ],
