@@ -137,11 +137,38 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What the kernel has counted until now."""
+
+    cpu_seconds: float
+    disk_bytes: int
+    huge: int
+    huge_refused: int
+
+    @classmethod
+    def now(cls) -> _Counts:
+        """The first two of this process's children; the others of the whole machine."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        pages = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        huge = (int(pages.get(name, 0)) for name in ("thp_file_alloc", "thp_file_fallback"))
+        return cls(used.ru_utime + used.ru_stime, used.ru_inblock * 512, *huge)
+
+    def since(self, earlier: _Counts) -> _Counts:
+        """The difference."""
+        return _Counts(
+            self.cpu_seconds - earlier.cpu_seconds,
+            self.disk_bytes - earlier.disk_bytes,
+            self.huge - earlier.huge,
+            self.huge_refused - earlier.huge_refused,
+        )
+
+
 class _Counted:
-    """The CPU seconds that the children of each of some actions took; ours are children too."""
+    """What some actions took besides time; ours are children, as the programs are."""
 
     def __init__(self, actions: Mapping[str, Callable[[], float]]) -> None:
-        self._taken: dict[str, list[float]] = {name: [] for name in actions}
+        self._taken: dict[str, list[_Counts]] = {name: [] for name in actions}
         self._actions = actions
 
     def actions(self) -> dict[str, Callable[[], float]]:
@@ -149,20 +176,26 @@ class _Counted:
         return {name: partial(self._run, name) for name in self._actions}
 
     def _run(self, name: str) -> float:
-        before = _children_seconds()
+        before = _Counts.now()
         took = self._actions[name]()
-        self._taken[name].append(_children_seconds() - before)
+        self._taken[name].append(_Counts.now().since(before))
         return took
 
     def note(self, own: str, baseline: str) -> str:
-        """For a reader."""
-        first, second = (statistics.median(self._taken[name]) * 1e3 for name in (own, baseline))
-        return f"CPU time, all cores: {first:.0f} ms, of the baseline {second:.0f} ms"
-
-
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        """For a reader: medians of the CPU time; and what a machine short of memory does to both."""
+        first, second = (
+            statistics.median(taken.cpu_seconds for taken in self._taken[name]) * 1e3 for name in (own, baseline)
+        )
+        said = [f"CPU time, all cores: {first:.0f} ms, of the baseline {second:.0f} ms"]
+        refused = statistics.median(
+            taken.huge_refused / max(1, taken.huge + taken.huge_refused) for taken in self._taken[own]
+        )
+        if refused >= 0.01:
+            said.append(f"huge pages that the kernel was asked for and did not have: {refused:.0%}")
+        disk = [statistics.median(taken.disk_bytes for taken in self._taken[name]) / GIB for name in (own, baseline)]
+        if max(disk) >= 0.01:
+            said.append(f"read from the disk, as the page cache did not keep it: {disk[0]:.2f}, {disk[1]:.2f} GiB")
+        return "; ".join(said)
 
 
 def measure(space: Workspace) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, verdicts and documents; what they measure is `tests/integration/test_bench.py`'s."""
+"""The benchmarks' arithmetic, verdicts and documents; what they measure is `tests/integration/test_benchmarks.py`'s."""
 
 from __future__ import annotations
 
