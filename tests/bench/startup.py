@@ -89,7 +89,8 @@ def _idle(space: Workspace) -> list[Row]:
     environment = dict(word.split("=", 1) for word in ENVIRONMENT)
 
     def run(command: list[str], given: bytes) -> float:
-        return seconds(lambda: subprocess.run(command, input=given, env=environment, check=True, timeout=60))
+        # Without a timeout: with one, `subprocess` looks for the end at intervals, which would be what is measured.
+        return seconds(lambda: subprocess.run(command, input=given, env=environment, check=True))
 
     actions: dict[str, Callable[[], float]] = {
         "hook": lambda: run(hook, others),
