@@ -30,8 +30,10 @@ package: $(PACKAGING)/.ready  ## dist/scz-smm_VERSION_ARCH.deb and .rpm
 	@echo 'make: building the packages'
 	@$(PACKAGING)/bin/python packaging/build_package.py
 
-bench: install  ## what the shim adds to a call of a runtime
-	$(PYTHON) -m tests.bench shim
+# A peer that is missing is a line that says so. BENCH=--quick for a short run.
+bench: install  ## how fast, beside cp and other programs: build/bench/bench.txt, .json and plots; about ten minutes
+	-@packaging/prepare-host bench
+	$(PYTHON) -m tests.bench all --text build/bench/bench.txt --json build/bench/bench.json --svg build/bench $(BENCH)
 
 lint: install  ## ruff and mypy --strict
 	$(PYTHON) -m ruff check .

@@ -95,6 +95,12 @@ class TestOwner:
         for path, data in files.items():
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             (source / path).write_bytes(data)
+        model = self.pack_folder(name, source)
+        shutil.rmtree(source)
+        return PackedModel(model.bundle, model.key, files)
+
+    def pack_folder(self, name: str, source: Path) -> PackedModel:
+        """A bundle `<name>.bundle` of a folder, however large; its files are not kept in memory."""
         key = os.urandom(32)
         pack(
             source,
@@ -111,8 +117,7 @@ class TestOwner:
             random=os.urandom,
             progress=lambda _done: None,
         )
-        shutil.rmtree(source)
-        return PackedModel(self.folder / f"{name}.bundle", key, files)
+        return PackedModel(self.folder / f"{name}.bundle", key, {})
 
     def manifest(self, layout: Layout) -> Manifest:
         """The verified manifest of an open bundle."""

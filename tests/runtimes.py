@@ -206,11 +206,18 @@ def _command(runtime: str | Runsc, bundle: Path) -> list[str]:
 
 
 @contextmanager
-def start_container(runtime: str | Runsc, bundle: Path) -> Iterator[subprocess.Popen[str]]:
-    """`<runtime> run` in the background, with its output piped; what is left of the container is deleted at the end."""
+def start_container(
+    runtime: str | Runsc, bundle: Path, namespace: RuntimeNamespace | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """`<runtime> run` in the background, with its output piped; what is left of the container is deleted at the end.
+
+    `namespace`: one that is there already, for containers whose start is timed.
+    """
     name = f"scz-test-{uuid.uuid4().hex[:12]}"
     with ExitStack() as stack:
-        prefix = () if isinstance(runtime, Runsc) else stack.enter_context(RuntimeNamespace()).prefix
+        if namespace is None and not isinstance(runtime, Runsc):
+            namespace = stack.enter_context(RuntimeNamespace())
+        prefix = () if namespace is None else namespace.prefix
         command = [*prefix, *_command(runtime, bundle)]
         environment = {"PATH": _PATH}
         process = subprocess.Popen(

@@ -1,46 +1,25 @@
-"""What the shim adds to a call of a runtime: the runtime is /bin/true, so that nothing but the shim is measured.
-
-The rows take turns, so that a busy machine is unfair to all of them alike. `added` is against the runtime alone, the
-ratio against the interpreter's own bare start (`python3 -IS -c pass`), both of the same run.
-"""
+"""What the shim adds to a call of a runtime: the runtime is /bin/true, so that nothing but the shim is measured."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
+from tests.bench.rows import Row, make_row
+from tests.bench.timing import seconds, take_turns
+from tests.bench.workspace import Workspace
 from tests.runtimes import make_bundle
 from tests.shims import write_shim
 
-
-@dataclass
-class Row:
-    """One line of the table; times in milliseconds."""
-
-    name: str
-    median_ms: float
-    best_ms: float
-    added_ms: float
-    ratio: float
+_TURNS = 10  # for each round of the larger benchmarks
 
 
-def measure(runs: int) -> list[Row]:
-    """Start each program `runs` times."""
-    folder = Path(tempfile.mkdtemp(prefix="scz-bench."))
-    try:
-        return _measure(folder, runs)
-    finally:
-        shutil.rmtree(folder)
-
-
-def _measure(folder: Path, runs: int) -> list[Row]:
+def measure(space: Workspace) -> list[Row]:
+    """Start each program in turn; what it adds is against the runtime alone."""
+    folder = space.folder / "shim"
+    folder.mkdir()
     runtime, config = folder / "runc", folder / "config.toml"
     shutil.copy("/bin/true", runtime)
     config.write_text("")
@@ -50,34 +29,30 @@ def _measure(folder: Path, runs: int) -> list[Row]:
     ours = make_bundle(folder / "ours", args=["true"], annotations={"smm.scz/model": "small:1"})
     original = (ours / "config.json").read_bytes()
     create = ("--root", "/nowhere", "--log", "/nowhere/log", "--log-format", "json", "create", "--bundle")
-    programs: dict[str, list[str]] = {
-        "the runtime alone": [str(runtime), *create, str(plain), "x"],
-        "python3 -IS -c pass": [interpreter, "-IS", "-c", "pass"],
-        "python3 -IS -c 'import json'": [interpreter, "-IS", "-c", "import json"],
-        "shim, another verb (state)": [str(shim), "--root", "/nowhere", "state", "x"],
-        "shim, create, no annotation of ours": [str(shim), *create, str(plain), "x"],
-        "shim, create, with a model: hooks added": [str(shim), *create, str(ours), "x"],
+    alone = "the runtime alone"
+    programs: dict[str, tuple[str, list[str]]] = {
+        alone: ("alone", [str(runtime), *create, str(plain), "x"]),
+        "python3 -IS -c pass": ("python", [interpreter, "-IS", "-c", "pass"]),
+        "python3 -IS -c 'import json'": ("python-json", [interpreter, "-IS", "-c", "import json"]),
+        "shim, another verb (state)": ("other", [str(shim), "--root", "/nowhere", "state", "x"]),
+        "shim, create, no annotation of ours": ("none", [str(shim), *create, str(plain), "x"]),
+        "shim, create, with a model: hooks added": ("model", [str(shim), *create, str(ours), "x"]),
     }
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(runs):
-        for name, command in programs.items():
-            (ours / "config.json").write_bytes(original)
-            times[name].append(_seconds(lambda command=command: subprocess.run(command, env={}, check=True)))  # type: ignore[misc]
+
+    def run(command: list[str]) -> float:
+        (ours / "config.json").write_bytes(original)
+        return seconds(lambda: subprocess.run(command, env={}, check=True))
+
+    actions: dict[str, Callable[[], float]] = {
+        name: lambda command=command: run(command)  # type: ignore[misc]
+        for name, (_, command) in programs.items()
+    }
+    found = take_turns(actions, space.rounds * _TURNS)
+    run(programs["shim, create, with a model: hooks added"][1])
     if "--spec-digest" not in json.dumps(json.loads((ours / "config.json").read_bytes())):
         raise RuntimeError("the shim added nothing, so nothing was measured")
-    alone, bare = (statistics.median(times[name]) for name in list(programs)[:2])
     return [
-        Row(
-            name,
-            *(round(1e3 * value, 3) for value in (statistics.median(found), min(found))),
-            round(1e3 * (statistics.median(found) - alone), 3),
-            round(statistics.median(found) / bare, 3),
-        )
-        for name, found in times.items()
+        make_row(f"shim.{key}", name, found[name], found[alone], against=alone, judged="difference")
+        for name, (key, _) in programs.items()
+        if name != alone
     ]
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start

@@ -1,0 +1,167 @@
+"""Where a run keeps its files, how much fits, and that nothing stays.
+
+All files lie below one folder, whose lock the run holds: a later run takes away what one that was killed left there.
+Memory file systems have no path and end with the process. What is decrypted goes nowhere else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.bench.noise import control
+from tests.bench.rows import sized
+from tests.models import PackedModel, TestOwner
+
+GIB = 1 << 30
+_PREFIX, _LOCK = "scz-bench.", "bench.lock"
+_FILE_BYTES = GIB  # a model's files are at most this large, as those of large models are
+_MEMORY_LEFT_BYTES = 3 * GIB // 2
+_DISK_LEFT_BYTES = 2 * GIB
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass
+class Workspace:
+    """One run of the benchmarks.
+
+    Attributes:
+        folder: Root's own, with a short path.
+        rounds: Of each row.
+        sizes: Bytes of the models, for how cost grows; the largest is also measured for memory.
+        containers: How many are started at once, one after another.
+        size: Bytes of the model that most rows use.
+        say: Tells a person what happens now.
+    """
+
+    folder: Path
+    rounds: int
+    sizes: tuple[int, ...]
+    containers: tuple[int, ...]
+    size: int
+    crowd_size: int
+    say: Callable[[str], None]
+    gains: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.owner = TestOwner(self.folder)
+
+    def look_at_the_machine(self) -> None:
+        """One more control."""
+        self.gains.append(control())
+
+    def lacking(self, *, memory_bytes: int = 0, disk_bytes: int = 0) -> str:
+        """Why something of that size is left out; empty if it fits."""
+        free, room = available_memory(), shutil.disk_usage(self.folder).free
+        if memory_bytes + _MEMORY_LEFT_BYTES > free:
+            return f"needs {memory_bytes / GIB:.1f} GiB of memory and 1.5 to spare; {free / GIB:.1f} available"
+        if disk_bytes + _DISK_LEFT_BYTES > room:
+            return f"needs {disk_bytes / GIB:.1f} GiB of disk and 2 to spare; {room / GIB:.1f} free"
+        return ""
+
+    def plain_folder(self, size_bytes: int) -> Path:
+        """A model of that size in plaintext: files of at most 1 GiB, as shards are.
+
+        Beyond one file they are names of the same one: a copy of the folder is a copy of each, but it takes the page
+        cache once, and so a model of 8 GiB fits beside its encrypted form.
+        """
+        folder = self.folder / f"plain-{size_bytes}"
+        if folder.is_dir():
+            return folder
+        self.say(f"writing a model of {sized(size_bytes)}")
+        part = self.folder / f"plain-{size_bytes}.part"
+        part.mkdir()
+        left, number, whole = size_bytes, 0, None
+        while left or not number:
+            path, count = part / f"weights-{number:02}", min(left, _FILE_BYTES)
+            if whole is not None and count == _FILE_BYTES:
+                os.link(whole, path)
+            else:
+                _write_noise(path, count)
+            whole = path if count == _FILE_BYTES else whole
+            left, number = left - count, number + 1
+        part.rename(folder)
+        return folder
+
+    def packed(self, size_bytes: int) -> PackedModel:
+        """The model of that size, packed by its owner; on the disk, and in the page cache as far as that goes."""
+        known: dict[int, PackedModel] = self.__dict__.setdefault("_packed", {})
+        if size_bytes not in known:
+            source = self.plain_folder(size_bytes)
+            self.say(f"packing {sized(size_bytes)}")
+            known[size_bytes] = self.owner.pack_folder(f"model-{size_bytes}", source)
+            os.sync()  # what is not on the disk yet would be written while something is timed
+        return known[size_bytes]
+
+    def forget(self, size_bytes: int) -> None:
+        """The model of that size is not needed any more."""
+        known: dict[int, PackedModel] = self.__dict__.get("_packed", {})
+        if size_bytes in known:
+            shutil.rmtree(known.pop(size_bytes).bundle)
+        shutil.rmtree(self.folder / f"plain-{size_bytes}", ignore_errors=True)
+
+
+def _write_noise(path: Path, size_bytes: int) -> None:
+    with path.open("wb") as file:
+        while size_bytes:
+            file.write(os.urandom(min(size_bytes, _CHUNK_BYTES)))
+            size_bytes -= min(size_bytes, _CHUNK_BYTES)
+
+
+def available_memory() -> int:
+    """Bytes that new programs can have, by the kernel's own estimate."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+def warm(folder: Path) -> None:
+    """Read every file below, so that none is read from the disk while something is timed.
+
+    Twice: what was read once goes first when memory is short, and the baseline's files were read before.
+    """
+    buffer = bytearray(_CHUNK_BYTES)
+    for path in (path for path in sorted(folder.rglob("*")) if path.is_file()):
+        for _ in range(2):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def progress(line: str) -> None:
+    """To stderr, with the time that has passed."""
+    print(f"[{time.monotonic() - _BEGAN:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+
+_BEGAN = time.monotonic()
+
+
+@contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """A folder that goes at the end, however that comes: only SIGKILL leaves it, to the next run."""
+    _sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    with (folder / _LOCK).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.chmod(0o711)  # root of a user namespace has to get through to its root file system
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+def _sweep(parent: Path) -> None:
+    """Take away the folders of runs that were killed: those whose lock nobody holds."""
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError), lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)

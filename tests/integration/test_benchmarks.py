@@ -1,0 +1,125 @@
+"""`python -m tests.bench all` at a tiny size: every row is there with its baseline, and nothing is left behind.
+
+No number is judged here: that is for whoever reads the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.bench.__main__ import ROOT
+from tests.bench.peers import PEERS
+
+QUICKEST = ["--rounds", "1", "--size", "3MiB", "--size", "10KB", "--containers", "1", "--containers", "2"]
+SIZES = (10_000, 3 << 20)
+WANTED = {
+    *(f"hot-path.{name}" for name in ("huge", "default", "small")),
+    *(f"sizes.{size}" for size in SIZES),
+    *("memory.hook", "start.hook", "start.1", "start.10000", "startup.mount", "startup.idle"),
+    *("startup.idle-no-annotations", "sharing.second", "sharing.second-memory"),
+    *(f"{name}.{count}" for name in ("crowd", "crowd-memory") for count in (1, 2)),
+    *(f"shim.{name}" for name in ("python", "python-json", "other", "none", "model")),
+    *(f"peers.{name}" for name in ("openssl-enc", "gpg", "age", "gocryptfs", "7z", "skopeo")),
+}
+
+
+@contextmanager
+def nothing_left() -> Iterator[Path]:
+    """A folder for a run's files, with a short path; afterwards nothing of the run is there, nor in a mount table."""
+    with tempfile.TemporaryDirectory(prefix="scz-test.", dir="/var/tmp") as name:
+        yield Path(name)
+        assert os.listdir(name) == []
+        assert name not in Path("/proc/self/mountinfo").read_text()
+        deadline = time.monotonic() + 30  # who is told to end takes its time
+        while processes_of(name) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_of(name) == []
+
+
+def processes_of(folder: str) -> list[str]:
+    """Command lines that name a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if folder.encode() in words:
+            found.append(words.replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "tests.bench", "all", *QUICKEST]
+    command += ["--json", str(folder / "run.json"), "--text", str(folder / "run.txt"), "--svg", str(folder)]
+    with nothing_left() as files:
+        done = subprocess.run(
+            [*command, "--folder", str(files)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=900
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return found | {"folder": folder, "stdout": done.stdout}
+
+
+def test_every_row_has_a_baseline_of_the_same_rounds(run: dict[str, Any]) -> None:
+    rows = {row["key"]: row for row in run["rows"]}
+    assert set(rows) == WANTED
+    installed = {
+        f"peers.{peer.name.split(',')[0].replace(' ', '-')}"
+        for peer in PEERS
+        if any(shutil.which(program) for program in peer.programs)
+    }
+    for key, row in rows.items():
+        if key.startswith("peers.") and key not in installed:
+            assert row["left_out"].startswith("not installed: ")
+            continue
+        assert row["left_out"] == "", row
+        assert row["baseline"], row
+        assert row["rounds"] >= 1
+        assert row["median"] >= row["minimum"] >= 0
+        assert row["baseline_median"] >= row["baseline_minimum"] > 0
+        assert row["verdict"] if row["target"] is not None else not row["verdict"]
+
+
+def test_text_and_plots(run: dict[str, Any]) -> None:
+    text = (run["folder"] / "run.txt").read_text()
+    assert run["stdout"] == text
+    assert run["verdict"] in text
+    assert all(row["name"] in text for row in run["rows"])
+    plots = sorted(path.name for path in run["folder"].glob("*.svg"))
+    assert {"performance-crowd.svg", "performance-memory.svg", "performance-sizes.svg"} <= set(plots)
+    for name in plots:
+        assert ElementTree.parse(run["folder"] / name).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(number: signal.Signals) -> None:
+    """While containers live: their hooks, mounts, the software TPM and the files all go."""
+    command = [sys.executable, "-m", "tests.bench", "crowd", *QUICKEST, "--rounds", "500", "--folder"]
+    with nothing_left() as files:
+        pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen([*command, str(files)], cwd=ROOT, **pipes) as bench:
+            assert bench.stderr is not None
+            while "round 2 of" not in (line := bench.stderr.readline()):
+                assert line  # it ended
+            assert len(os.listdir(files)) == 1
+            assert processes_of(str(files))
+            os.kill(bench.pid, number)
+            assert "interrupted" in bench.stderr.read()
+            assert bench.wait(120) == 130

@@ -1,0 +1,247 @@
+"""The benchmarks' arithmetic, verdicts and documents; what they measure is `tests/integration/test_benchmarks.py`'s."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.bench import report
+from tests.bench.noise import Noise, control, judge
+from tests.bench.plot import Bar, Line, bar_plot, line_plot
+from tests.bench.rows import Row, make_row, number, row_of, sized, table
+from tests.bench.timing import Samples, take_turns
+from tests.bench.workspace import own_folder
+
+GIB = 1 << 30
+ABOUT = {"cores": 2, "processor": "a <processor>", "memory_gib": 24, "kernel": "6", "python": "3", "cryptography": "50"}
+TEXT = "{http://www.w3.org/2000/svg}text"
+
+
+def row(key: str = "k", own: tuple[float, ...] = (1, 2), baseline: tuple[float, ...] = (2, 2), **more: object) -> Row:
+    return make_row(key, f"name of {key}", Samples(own), Samples(baseline), against="cp", **more)  # type: ignore[arg-type]
+
+
+class TestStatistics:
+    def test_median_minimum_spread(self) -> None:
+        samples = Samples((4.0, 1.0, 2.0))
+        assert (samples.median, samples.minimum, samples.spread) == (2.0, 1.0, 2.0)
+
+    def test_a_quotient_is_of_each_round(self) -> None:
+        """A round in which everything took ten times as long changes nothing."""
+        assert Samples((1, 10, 1)).over(Samples((2, 20, 2))) == 0.5
+
+    def test_turns_are_taken_and_turned_round(self) -> None:
+        order: list[str] = []
+
+        def act(name: str) -> float:
+            order.append(name)
+            return float(len(order))
+
+        found = take_turns({name: lambda name=name: act(name) for name in "abc"}, 2)  # type: ignore[misc]
+        assert order == list("abccba")
+        assert found["a"].values == (1, 6)
+
+    def test_a_baseline_of_nothing_gives_no_quotient(self) -> None:
+        made = row(baseline=(0, 1))
+        assert (made.ratio, made.ratio_minimum, made.spread) == (None, None, 1.0)
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("own", "baseline", "judged", "target", "verdict"),
+        [
+            ((1, 1, 1), (2, 2, 2), "ratio", 0.5, "met"),
+            ((1, 3, 3), (2, 2, 2), "ratio", 0.5, "met by minima"),
+            ((3, 3, 3), (2, 2, 2), "ratio", 0.5, "missed"),
+            ((0.004, 0.004), (1, 1), "median", 4, "met"),
+            ((0.015, 0.015), (0.010, 0.010), "difference", 5, "met"),
+            ((0.016, 0.016), (0.010, 0.010), "difference", 5, "missed"),
+            ((1,), (2,), "ratio", None, ""),
+        ],
+    )
+    def test_verdict(
+        self, own: tuple[float, ...], baseline: tuple[float, ...], judged: str, target: float | None, verdict: str
+    ) -> None:
+        assert row(own=own, baseline=baseline, judged=judged, target=target).verdict == verdict
+
+    def test_seconds_become_milliseconds(self) -> None:
+        made = row(own=(0.002, 0.004), baseline=(0.001, 0.001))
+        assert (made.median, made.minimum, made.baseline_median, made.unit) == (3.0, 2.0, 1.0, "ms")
+
+    def test_a_baseline_that_varies_is_noisy(self) -> None:
+        assert row(own=(1, 1, 1), baseline=(1, 2, 2)).noisy
+        assert not row(own=(1, 1, 1), baseline=(2, 2, 2.5)).noisy
+
+    @pytest.mark.parametrize(
+        ("size", "shown"),
+        [(8 * GIB, "8 GiB"), (10**8, "100 MB"), (1, "1 byte"), (1234, "1234 bytes"), (64 << 20, "64 MiB")],
+    )
+    def test_sizes_for_people(self, size: int, shown: str) -> None:
+        assert sized(size) == shown
+
+    def test_figures(self) -> None:
+        assert [number(value) for value in (None, 1234.5, 12.34, 0.123)] == ["–", "1234", "12.3", "0.12"]
+
+    def test_the_table_has_every_row_and_its_baseline(self) -> None:
+        shown = "\n".join(
+            table([row("a", target=1.0, note="noted", checks="a tag"), Row("b", "left", left_out="no room")])
+        )
+        for words in ("name of a", "against cp", "≤ 1", "noted", "authenticates: a tag", "left out: no room"):
+            assert words in shown
+
+    def test_json_round_trip(self) -> None:
+        made = row(target=1.0, size=GIB, series="sizes")
+        assert row_of(json.loads(json.dumps(made.document()))) == made
+
+
+class TestNoise:
+    def test_a_quiet_machine(self) -> None:
+        assert judge([1.9, 1.95], [row(), row(baseline=(1, 1.1))]).spreads == (1.0, 1.05)
+        assert Noise((1.9, 0.9, 1.95), (1.0, 1.1, 1.9), 2).reasons == ()
+
+    def test_a_row_is_noisy_if_others_used_the_cores(self) -> None:
+        assert replace(row(), gain=1.2).noisy
+        assert not replace(row(), gain=1.9).noisy
+
+    @pytest.mark.parametrize(
+        ("noise", "word"),
+        [
+            (Noise((0.85, 1.2, 2.0), (1.0,), 2), "2 of 3 controls"),
+            (Noise((1.9,), (1.0, 1.4, 1.5), 2), "2 of 3 baselines"),
+            (Noise((1.0,), (1.0,), 1), "one core"),
+        ],
+    )
+    def test_too_noisy(self, noise: Noise, word: str) -> None:
+        assert word in noise.reasons[0]
+        assert noise.verdict.startswith("TOO NOISY TO JUDGE")
+
+    def test_the_control_runs(self) -> None:
+        assert control() > 0
+
+
+class TestPlots:
+    def test_lines(self) -> None:
+        points = ((1e7, 12.0), (float(GIB), 150.0), (8.0 * GIB, 1200.0))
+        svg = line_plot(
+            "cost & size",
+            [Line("ours <1>", points, points), Line("cp", points)],
+            x_label="bytes",
+            y_label="milliseconds",
+            x_text=lambda value: sized(int(value)),
+        )
+        root = ElementTree.fromstring(svg)
+        said = {element.text for element in root.iter(TEXT)}
+        assert said >= {
+            "cost & size",
+            "ours <1>",
+            "cp",
+            "bytes",
+            "milliseconds",
+            "10 MB",
+            "1 GiB",
+            "8 GiB",
+            "10",
+            "10,000",
+        }
+        places = [float(element.get("cx", "-1")) for element in root.iter("{http://www.w3.org/2000/svg}circle")]
+        assert all(0 <= place <= 760 for place in places)
+
+    def test_one_point_alone(self) -> None:
+        line = Line("ours", ((4096.0, 3.0),))
+        root = ElementTree.fromstring(line_plot("t", [line], x_label="x", y_label="y", x_text=str))
+        assert {"2", "5"} <= {element.text for element in root.iter(TEXT)}
+
+    def test_bars(self) -> None:
+        root = ElementTree.fromstring(
+            bar_plot("peers", [Bar("ours", 1, "1"), Bar("age", 7.1, "7.1 <x>")], x_label="× ours")
+        )
+        assert {"ours", "age", "7.1 <x>", "× ours"} <= {element.text for element in root.iter(TEXT)}
+
+
+def run_of(rows: list[Row]) -> dict[str, object]:
+    noise = judge([1.9], rows)
+    return report.document(rows, noise, ABOUT, rounds=5, date="2026-01-02T03:04:05+00:00")
+
+
+ROWS = [
+    row("sizes.1", size=GIB, series="sizes", target=0.7),
+    row("start.hook", size=GIB, series="starts"),
+    row("crowd.4", size=4, series="crowd"),
+    row("crowd-memory.4", size=4, series="crowd-memory", unit="MiB", factor=1),
+    row("peers.age", size=GIB, series="peers", checks="ChaCha20-Poly1305"),
+    Row("peers.gpg", "gpg", series="peers", left_out="not installed: gpg", checks="MDC"),
+    Row("sizes.8", "the large one", series="sizes", left_out="needs memory"),
+]
+
+
+class TestReport:
+    def test_text_json_and_plots(self) -> None:
+        run = json.loads(json.dumps(run_of(ROWS)))
+        assert run["schema"] == report.SCHEMA
+        assert [entry["key"] for entry in run["rows"]] == [made.key for made in ROWS]
+        assert all(made.name in report.text(run) for made in ROWS)
+        plots = report.plots(run)
+        assert sorted(plots) == [f"performance-{name}.svg" for name in ("crowd", "memory", "peers", "sizes")]
+        for svg in plots.values():
+            assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+
+    def test_the_section_says_what_a_start_costs_and_what_is_missed(self) -> None:
+        rows = [
+            row("start.1", own=(0.1, 0.1), size=1),
+            row("start.hook", own=(0.3, 0.3), size=GIB, target=0.1),
+            row("memory.hook", own=(30, 30), baseline=(29, 29), size=GIB, factor=1, judged="median", target=40),
+        ]
+        text = report.markdown(run_of(rows))
+        assert "takes 100 ms before the first byte of a model, and 200 ms more for each GiB" in text
+        assert "both cost the same at 537 MB" in text
+        assert "takes 30.0 MiB of memory while it lasts, at 1 GiB as at 1 byte (29.0 MiB)" in text
+        assert "- Missed: name of start.hook: 0.15, by minima 0.15, for at most 0.1." in text
+        assert text.count("Missed") == 1
+
+    def test_what_was_not_measured_has_no_plot(self) -> None:
+        assert report.plots(run_of(ROWS[5:])) == {}
+
+    def test_the_document_gets_its_section(self, tmp_path: Path) -> None:
+        page = tmp_path / "performance.md"
+        page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        report.write_docs(run_of(ROWS), tmp_path)
+        report.write_docs(run_of(ROWS), tmp_path)
+        text = page.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+        assert all(made.name in text for made in ROWS)
+        for name in report.plots(run_of(ROWS)):
+            assert text.count(f"]({name})") == 1
+            assert (tmp_path / name).is_file()
+
+    def test_a_document_without_marks_is_left(self, tmp_path: Path) -> None:
+        (tmp_path / "performance.md").write_text("words")
+        with pytest.raises(ValueError, match="marks"):
+            report.write_docs(run_of(ROWS), tmp_path)
+        assert (tmp_path / "performance.md").read_text() == "words"
+
+    def test_the_projects_own_document_has_the_marks(self) -> None:
+        text = (Path(__file__).parents[2] / "docs/performance.md").read_text()
+        assert (text.count(report.BEGIN), text.count(report.END)) == (1, 1)
+
+
+class TestFolder:
+    def test_it_goes_after_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyboardInterrupt), own_folder(tmp_path) as folder:
+            (folder / "file").write_text("x")
+            raise KeyboardInterrupt
+        assert not folder.exists()
+
+    def test_what_a_killed_run_left_goes_and_a_live_one_stays(self, tmp_path: Path) -> None:
+        with own_folder(tmp_path) as live:
+            left = live.with_name(f"{live.name}-left")
+            left.mkdir()
+            (left / "bench.lock").touch()
+            with own_folder(tmp_path):
+                assert not left.exists()
+                assert live.is_dir()
