@@ -32,7 +32,7 @@ from oci_hook.host import (
     shareable,
     sweep_host_mounts,
 )
-from oci_hook.identity.sources import load_token
+from oci_hook.identity.sources import TokenFile, load_token
 from oci_hook.oci.annotations import Requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Spec
@@ -81,15 +81,8 @@ def deliver(
         delivery.prepare([request.destination for request in wanted])
         if spec.can_share:
             delivery.expect_copies(records.live())
-        container = Container(
-            container_id=state.container_id,
-            bundle=state.bundle,
-            pid=state.pid,
-            start_time=delivery.start_time,
-            runtime=delivery.runtime,
-            pod_uid=facts.pod_uid,
-            token=load_token(spec.mounts, requests.token_path or config.token_path),
-        )
+        token = load_token(spec.mounts, requests.token_path or config.token_path)
+        container = _container(state, facts, delivery, token)
         admissions = [
             admit(request, bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)), container, host)
             for request in wanted
@@ -103,3 +96,16 @@ def deliver(
         seconds = time.monotonic() - began
         records.mark_delivered(record, held_models(admissions, attached))
     audit_outcome(host, container, record, attached, seconds=seconds)
+
+
+def _container(state: State, facts: EngineFacts, delivery: Delivery, token: TokenFile) -> Container:
+    """What admission knows of the container."""
+    return Container(
+        container_id=state.container_id,
+        bundle=state.bundle,
+        pid=state.pid,
+        start_time=delivery.start_time,
+        runtime=delivery.runtime,
+        pod_uid=facts.pod_uid,
+        token=token,
+    )

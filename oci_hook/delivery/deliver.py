@@ -33,7 +33,7 @@ from oci_hook.delivery.memory import (
     verify_limits,
 )
 from oci_hook.delivery.recognise import hold
-from oci_hook.delivery.room import ModelDelivery, model_room
+from oci_hook.delivery.room import ModelDelivery, Room, model_room
 from oci_hook.delivery.share import Looker, SharedCopy, take_copies
 from oci_hook.errors import WriterFailed
 from oci_hook.linux import mounts
@@ -245,14 +245,7 @@ class Delivery:
             timeout_seconds=self._settings.timeout_seconds,
         ) as reservation:
             # 3. File systems without a path, each just large enough.
-            kind = self._file_system or mounts.probe_memory_filesystem()
-            self._targets = tuple(
-                Target(
-                    model,
-                    self._stack.enter_context(mounts.create_memory_filesystem(room.size_bytes, room.inodes, kind)),
-                )
-                for model, room in zip(models, rooms, strict=True)
-            )
+            self._targets = tuple(map(self._target, models, rooms))
             # 4. The writer, which is charged and then gone.
             options = FillOptions(
                 uid=self._container.uid_offset,
@@ -271,6 +264,11 @@ class Delivery:
         for target in self._targets:
             mounts.seal_superblock(target.mount.fd)
             mounts.set_mount_flags(target.mount.fd)
+
+    def _target(self, model: ModelDelivery, room: Room) -> Target:
+        kind = self._file_system or mounts.probe_memory_filesystem()
+        made = mounts.create_memory_filesystem(room.size_bytes, room.inodes, kind)
+        return Target(model, self._stack.enter_context(made))
 
     def attach(self) -> tuple[Attached, ...]:
         """Make the models visible: the last effect.
