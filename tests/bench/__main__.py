@@ -61,7 +61,7 @@ def main() -> int:
         print("interrupted: mounts, containers and files are gone", file=sys.stderr)
         return 130
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    run = report.document(rows, judge(space.gains, rows), about, rounds=space.rounds, date=date)
+    run = report.document(rows, judge(space.controls, rows), about, rounds=space.rounds, date=date)
     print(report.text(run), end="")
     for path, made in ((given.json, json.dumps(run, indent=2) + "\n"), (given.text, report.text(run))):
         if path is not None:
@@ -79,13 +79,13 @@ def _measure(names: list[str], space: Workspace, stations: Stations) -> list[Row
     space.look_at_the_machine()
     for name in names:
         space.say(f"--- {name}")
-        before = len(space.gains) - 1
+        before = len(space.controls) - 1
         try:
             measured = BENCHMARKS[name](space, stations)
         except (RuntimeError, OSError, SczError) as failed:  # the others' results are not to be lost
             measured = [Row(name, name, left_out=f"{FAILED}: {failed}")]
         space.look_at_the_machine()
-        rows += [replace(row, gain=min(space.gains[before:])) for row in measured]
+        rows += [replace(row, controls=tuple(space.controls[before:])) for row in measured]
     return rows
 
 

@@ -1,7 +1,7 @@
 """Whether the machine is quiet enough to judge: two processes that only compute, against one.
 
-On two free cores they do twice the work in the same time; where others use the cores, less. The gain is looked at
-throughout a run, and with it the spread of every baseline.
+On two free cores they do twice the work in the same time, and each gets a core to itself. This is looked at throughout
+a run, and with it the spread of every baseline.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.bench.rows import LEAST_GAIN, NOISY_SPREAD, Row
+from tests.bench.rows import NOISY_SPREAD, Control, Row
 
 _SECONDS = 0.15
 _BLOCK = bytes(1 << 16)
-#: At most this share of the controls may show less than `LEAST_GAIN`, and of the baselines vary by `NOISY_SPREAD`.
+#: At most this share of the controls may have a reason, and of the baselines vary by `NOISY_SPREAD`.
 _MOST_NOISY = 0.34
 
 
@@ -25,12 +25,12 @@ class Noise:
     """What a run says of the machine.
 
     Attributes:
-        gains: Work of two processes ÷ work of one, each time it was looked at.
+        controls: Each time that it was looked at; at least one.
         spreads: Of the baselines: median ÷ minimum.
         cores: Those this process may use.
     """
 
-    gains: tuple[float, ...]
+    controls: tuple[Control, ...]
     spreads: tuple[float, ...]
     cores: int
 
@@ -40,9 +40,9 @@ class Noise:
         found = []
         if self.cores < 2:
             found.append("there is one core only: the targets are for two")
-        low = [gain for gain in self.gains if gain < LEAST_GAIN]
-        if self.cores >= 2 and len(low) > _MOST_NOISY * len(self.gains):
-            found.append(f"{len(low)} of {len(self.gains)} controls show less than {LEAST_GAIN}")
+        disturbed = [control.reason for control in self.controls if control.reason]
+        if self.cores >= 2 and len(disturbed) > _MOST_NOISY * len(self.controls):
+            found.append(f"{len(disturbed)} of {len(self.controls)} controls were disturbed, the first: {disturbed[0]}")
         noisy = [spread for spread in self.spreads if spread > NOISY_SPREAD]
         if len(noisy) > _MOST_NOISY * len(self.spreads):
             found.append(
@@ -53,38 +53,56 @@ class Noise:
     @property
     def verdict(self) -> str:
         """One sentence."""
-        seen = f"control: two processes do {min(self.gains):.2f} to {max(self.gains):.2f} times the work of one"
+        gains = [control.gain for control in self.controls]
+        alone = [control.alone for control in self.controls]
+        seen = f"control: two processes do {min(gains):.2f} to {max(gains):.2f} times the work of one, "
+        seen += f"which gets {min(alone):.2f} to {max(alone):.2f} of a core"
         if not self.reasons:
             return f"quiet enough to judge ({seen})"
         return f"TOO NOISY TO JUDGE: {'; '.join(self.reasons)} ({seen}); look at the minima, and repeat"
 
 
-def judge(gains: Sequence[float], rows: Sequence[Row]) -> Noise:
+def judge(controls: Sequence[Control], rows: Sequence[Row]) -> Noise:
     """The verdict on a run, from its controls and its rows."""
     # Several rows can have one baseline, which is told once.
     spreads = {(row.baseline, row.size, row.baseline_median): row.spread for row in rows if row.spread is not None}
-    return Noise(tuple(gains), tuple(spreads.values()), len(os.sched_getaffinity(0)))
+    return Noise(tuple(controls), tuple(spreads.values()), len(os.sched_getaffinity(0)))
 
 
-def control() -> float:
-    """How much more work two processes do than one, now."""
+def control() -> Control:
+    """What one process gets and does, and what two do, now."""
     one, two = _work(1), _work(2)
-    return two / one
+    return Control(gain=two.blocks / max(one.blocks, 1), alone=one.cores, together=two.cores)
 
 
-def _work(processes: int) -> int:
-    """Blocks that so many processes hash in the same short time."""
-    until = time.monotonic() + _SECONDS
-    children = [_child(until) for _ in range(processes)]
-    done = 0
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What some processes did in the same short time.
+
+    Attributes:
+        blocks: Hashed, by all of them.
+        cores: CPU time ÷ wall time of each, added up.
+    """
+
+    blocks: int
+    cores: float
+
+
+def _work(processes: int) -> _Done:
+    began = time.monotonic()
+    children = [_child(began) for _ in range(processes)]
+    blocks, cores = 0, 0.0
     for pid, end in children:
         with os.fdopen(end, "rb") as stream:
-            done += int(stream.read() or b"0")
+            done, cpu, wall = (stream.read() or b"0 0 1").split()
         os.waitpid(pid, 0)
-    return max(done, 1)
+        blocks += int(done)
+        cores += float(cpu) / float(wall)
+    return _Done(blocks, cores)
 
 
-def _child(until: float) -> tuple[int, int]:
+def _child(began: float) -> tuple[int, int]:
+    """Its pid, and where it says: blocks, CPU seconds, and wall seconds since `began`, before the fork."""
     receive, send = os.pipe()
     pid = os.fork()
     if pid:
@@ -92,9 +110,11 @@ def _child(until: float) -> tuple[int, int]:
         return pid, receive
     try:
         count = 0
-        while time.monotonic() < until:
+        while time.monotonic() < began + _SECONDS:
             hashlib.sha256(_BLOCK)
             count += 1
-        os.write(send, str(count).encode())
+        # A process's CPU time begins at its fork.
+        said = f"{count} {time.process_time()} {time.monotonic() - began}"
+        os.write(send, said.encode())
     finally:
         os._exit(0)

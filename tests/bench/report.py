@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.bench.noise import Noise
 from tests.bench.plot import Bar, Line, bar_plot, line_plot
 from tests.bench.rows import Row, number, row_of, sized, table
 
-SCHEMA = "scz-smm/bench/v1"
+SCHEMA = "scz-smm/bench/v2"
 BEGIN, END = (
     "<!-- made by `python -m tests.bench docs`: begin -->",
     "<!-- made by `python -m tests.bench docs`: end -->",
@@ -56,7 +57,7 @@ def document(rows: Sequence[Row], noise: Noise, about: Mapping[str, Any], *, rou
         "date": date,
         "machine": dict(about),
         "rounds": rounds,
-        "control": [round(gain, 3) for gain in noise.gains],
+        "controls": [asdict(control) for control in noise.controls],
         "noisy": bool(noise.reasons),
         "verdict": noise.verdict,
         "rows": [row.document() for row in rows],

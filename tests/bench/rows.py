@@ -10,10 +10,43 @@ from tests.bench.timing import Samples
 
 #: Of a baseline, median ÷ minimum: above, its row cannot be judged by its median.
 NOISY_SPREAD = 1.3
-#: Two processes have to do this much more work than one, while a row is measured.
+#: Two processes have to do this much more work than one, and to get as much CPU time for each second.
 LEAST_GAIN = 1.6
+#: They cannot do more than twice the work: above, the one was disturbed.
+MOST_GAIN = 2.2
+#: A process that runs alone has to get this much CPU time for each second.
+LEAST_ALONE = 0.9
 #: How `left_out` begins where something did not work that should have.
 FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """One look at the machine: a process that only computes, and then two of them for as long.
+
+    The gain alone would not do: with N others that compute all the time on two cores it is 2(N+1)/(N+2), nearly two
+    where they are many. The CPU time shows them.
+
+    Attributes:
+        gain: Work of the two ÷ work of the one.
+        alone: CPU time of the one ÷ wall time: cores that it got.
+        together: The same of the two, added up.
+    """
+
+    gain: float
+    alone: float
+    together: float
+
+    @property
+    def reason(self) -> str:
+        """Why others used the cores at that time; empty if they did not."""
+        if self.alone < LEAST_ALONE:
+            return f"one process got {self.alone:.2f} of a core"
+        if self.together < LEAST_GAIN:
+            return f"two processes got {self.together:.2f} cores"
+        if not LEAST_GAIN <= self.gain <= MOST_GAIN:
+            return f"two processes did {self.gain:.2f} times the work of one"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +62,7 @@ class Row:
         ratio: The median of each round's result ÷ its baseline.
         ratio_minimum: The minimum ÷ the baseline's minimum.
         spread: Of the baseline: median ÷ minimum.
-        gain: Work of two processes ÷ work of one, the least of the controls before and after its benchmark.
+        controls: Those before, during and after its benchmark.
         judged: What the target speaks of: `ratio`, `median` or `difference` (result − baseline).
         target: At most this; None: there is none.
         size: Bytes of plaintext, or containers; of what a row of a series was measured at.
@@ -51,7 +84,7 @@ class Row:
     ratio: float | None = None
     ratio_minimum: float | None = None
     spread: float | None = None
-    gain: float | None = None
+    controls: tuple[Control, ...] = ()
     judged: str = "ratio"
     target: float | None = None
     size: int | None = None
@@ -79,7 +112,7 @@ class Row:
     def noisy(self) -> bool:
         """Whether the baseline varied too much to judge by medians, or others used the cores at that time."""
         return self.unit == "ms" and bool(
-            (self.spread and self.spread > NOISY_SPREAD) or (self.gain and self.gain < LEAST_GAIN)
+            (self.spread and self.spread > NOISY_SPREAD) or any(control.reason for control in self.controls)
         )
 
     @property
@@ -136,7 +169,8 @@ def make_row(
 
 def row_of(document: Mapping[str, Any]) -> Row:
     """A line from its JSON."""
-    return Row(**{name: document[name] for name in Row.__dataclass_fields__ if name in document})
+    known = {name: document[name] for name in Row.__dataclass_fields__ if name in document}
+    return Row(**known | {"controls": tuple(Control(**control) for control in document.get("controls", ()))})
 
 
 def sized(size_bytes: int) -> str:

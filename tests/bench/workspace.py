@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bench.noise import control
-from tests.bench.rows import sized
+from tests.bench.rows import Control, sized
 from tests.models import PackedModel, TestOwner
 
 GIB = 1 << 30
@@ -49,14 +49,14 @@ class Workspace:
     size: int
     crowd_size: int
     say: Callable[[str], None]
-    gains: list[float] = field(default_factory=list)
+    controls: list[Control] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.owner = TestOwner(self.folder)
 
     def look_at_the_machine(self) -> None:
         """One more control."""
-        self.gains.append(control())
+        self.controls.append(control())
 
     def lacking(self, *, memory_bytes: int = 0, disk_bytes: int = 0) -> str:
         """Why something of that size is left out; empty if it fits."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,12 +15,13 @@ import pytest
 from tests.bench import report
 from tests.bench.noise import Noise, control, judge
 from tests.bench.plot import Bar, Line, bar_plot, line_plot
-from tests.bench.rows import Row, make_row, number, row_of, sized, table
+from tests.bench.rows import Control, Row, make_row, number, row_of, sized, table
 from tests.bench.timing import Samples, take_turns
 from tests.bench.workspace import own_folder
 
 GIB = 1 << 30
 ABOUT = {"cores": 2, "processor": "a <processor>", "memory_gib": 24, "kernel": "6", "python": "3", "cryptography": "50"}
+QUIET = Control(gain=1.95, alone=0.99, together=1.97)
 TEXT = "{http://www.w3.org/2000/svg}text"
 
 
@@ -94,33 +98,88 @@ class TestRows:
             assert words in shown
 
     def test_json_round_trip(self) -> None:
-        made = row(target=1.0, size=GIB, series="sizes")
+        made = row(target=1.0, size=GIB, series="sizes", controls=(QUIET, Control(1.4, 0.8, 1.1)))
         assert row_of(json.loads(json.dumps(made.document()))) == made
+
+
+def steady(others: int) -> Control:
+    """What a control shows on two cores that a fair scheduler shares with so many processes that never sleep."""
+    alone, together = min(1.0, 2 / (others + 1)), 2 * min(1.0, 2 / (others + 2))
+    return Control(gain=together / alone, alone=alone, together=together)
+
+
+class TestControl:
+    @pytest.mark.parametrize("others", [1, 2, 3, 4, 8, 30, 300])
+    def test_steady_load_is_seen_however_good_the_gain_looks(self, others: int) -> None:
+        assert steady(others).reason
+
+    def test_steady_load_and_the_gain(self) -> None:
+        assert steady(0) == Control(2.0, 1.0, 2.0)
+        assert [steady(others).gain for others in (4, 30)] == pytest.approx([10 / 6, 62 / 32])
+
+    @pytest.mark.parametrize(
+        ("control", "reason"),
+        [
+            (Control(2.0, 1.0, 2.0), ""),
+            (Control(1.6, 0.9, 1.6), ""),
+            (Control(2.2, 0.9, 1.99), ""),
+            (Control(2.0, 0.89, 1.98), "one process got 0.89 of a core"),
+            (Control(1.7, 1.0, 1.59), "two processes got 1.59 cores"),
+            (Control(2.21, 1.0, 2.0), "two processes did 2.21 times the work of one"),
+            (Control(1.3, 1.0, 2.0), "two processes did 1.30 times the work of one"),
+        ],
+    )
+    def test_reason(self, control: Control, reason: str) -> None:
+        assert control.reason == reason
+
+    def test_it_sees_others_that_compute(self) -> None:
+        """Four times as many as there are cores: whatever else runs, what a control gets is only less."""
+        hogs = [
+            subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+            for _ in range(4 * (os.cpu_count() or 1))
+        ]
+        try:
+            for hog in hogs:
+                assert hog.stdout is not None
+                assert hog.stdout.readline() == b"\n"
+            seen = control()
+        finally:
+            for hog in hogs:
+                hog.kill()
+                hog.communicate()
+        assert seen.gain > 0
+        assert 0 < seen.alone < 0.9
+        assert "of a core" in seen.reason
 
 
 class TestNoise:
     def test_a_quiet_machine(self) -> None:
-        assert judge([1.9, 1.95], [row(), row(baseline=(1, 1.1))]).spreads == (1.0, 1.05)
-        assert Noise((1.9, 0.9, 1.95), (1.0, 1.1, 1.9), 2).reasons == ()
+        assert judge([QUIET, QUIET], [row(), row(baseline=(1, 1.1))]).spreads == (1.0, 1.05)
+        noise = Noise((QUIET, steady(2), QUIET), (1.0, 1.1, 1.9), 2)
+        assert noise.reasons == ()
+        assert "1.50 to 1.95 times the work of one, which gets 0.67 to 0.99 of a core" in noise.verdict
 
-    def test_a_row_is_noisy_if_others_used_the_cores(self) -> None:
-        assert replace(row(), gain=1.2).noisy
-        assert not replace(row(), gain=1.9).noisy
+    @pytest.mark.parametrize("others", [1, 2, 8, 30])
+    def test_a_row_is_noisy_if_others_used_the_cores(self, others: int) -> None:
+        assert replace(row(), controls=(QUIET, steady(others))).noisy
+        assert not replace(row(), controls=(QUIET, QUIET)).noisy
+
+    def test_a_row_is_noisy_if_two_did_more_than_twice_the_work_of_one(self) -> None:
+        assert replace(row(), controls=(replace(QUIET, gain=2.6),)).noisy
 
     @pytest.mark.parametrize(
         ("noise", "word"),
         [
-            (Noise((0.85, 1.2, 2.0), (1.0,), 2), "2 of 3 controls"),
-            (Noise((1.9,), (1.0, 1.4, 1.5), 2), "2 of 3 baselines"),
-            (Noise((1.0,), (1.0,), 1), "one core"),
+            (Noise((steady(1), steady(2), QUIET), (1.0,), 2), "2 of 3 controls"),
+            (Noise((steady(30), steady(30), steady(30)), (1.0,), 2), "3 of 3 controls"),
+            (Noise((replace(QUIET, gain=2.6), QUIET), (1.0,), 2), "1 of 2 controls"),
+            (Noise((QUIET,), (1.0, 1.4, 1.5), 2), "2 of 3 baselines"),
+            (Noise((QUIET,), (1.0,), 1), "one core"),
         ],
     )
     def test_too_noisy(self, noise: Noise, word: str) -> None:
         assert word in noise.reasons[0]
         assert noise.verdict.startswith("TOO NOISY TO JUDGE")
-
-    def test_the_control_runs(self) -> None:
-        assert control() > 0
 
 
 class TestPlots:
@@ -163,7 +222,7 @@ class TestPlots:
 
 
 def run_of(rows: list[Row]) -> dict[str, object]:
-    noise = judge([1.9], rows)
+    noise = judge([QUIET], rows)
     return report.document(rows, noise, ABOUT, rounds=5, date="2026-01-02T03:04:05+00:00")
 
 
