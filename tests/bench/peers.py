@@ -1,8 +1,8 @@
 """Other programs that decrypt files, from their Debian packages: the same plaintext into the same kind of tmpfs.
 
-Each encrypts the plaintext once, untimed, and then takes turns with ours. Options are those of its manual for a large
-file that does not compress. One that is not installed is a line that says so. `packaging/prepare-host bench` installs
-all of them.
+It is one file: of a model of several shards, as much as one of them. Each encrypts the plaintext once, untimed, and
+then takes turns with ours. Options are those of its manual for a large file that does not compress. One that is not
+installed is a line that says so. `packaging/prepare-host bench` installs all of them.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def _missing(peer: Peer) -> str:
 
 
 def measure(space: Workspace) -> list[Row]:
-    """Row 11: the peers, each as many times ours."""
-    size = space.size
+    """Row 11: the peers, each as many times ours, on the bytes of one file."""
+    size = min(space.size, space.file_bytes)
     prefix = f"peers, {sized(size)}: "
     keys = {peer.name: "peers." + peer.name.split(",")[0].replace(" ", "-") for peer in PEERS}
     reasons = {peer.name: _missing(peer) for peer in PEERS}
@@ -198,8 +198,12 @@ def measure(space: Workspace) -> list[Row]:
                     actions[peer.name] = stack.enter_context(_action(space, peer, size))
                 except RuntimeError as failed:  # another version, a kernel without FUSE: said, not invented
                     reasons[peer.name] = f"{FAILED}: {failed}"
+        if actions:
+            work.verify()
         os.sync()
         found = take_turns({"ours": work.decrypt, **actions}, space.rounds, space.say) if actions else {}
+    if size != space.size:
+        space.forget(size)
     rows = []
     for peer in PEERS:
         name, left_out = prefix + peer.name, lacking or reasons[peer.name]
@@ -215,7 +219,7 @@ def measure(space: Workspace) -> list[Row]:
 @contextmanager
 def _action(space: Workspace, peer: Peer, size: int) -> Iterator[Callable[[], float]]:
     """What times one decryption; it is tried once, and its result compared."""
-    plain = sorted(space.plain_folder(size).iterdir())[0]
+    (plain,) = space.plain_folder(size).iterdir()  # ours decrypts all that is in there
     folder = space.folder / keyed(peer.name)
     folder.mkdir()
     with ExitStack() as stack:

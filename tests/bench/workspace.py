@@ -23,7 +23,6 @@ from tests.models import PackedModel, TestOwner
 
 GIB = 1 << 30
 _PREFIX, _LOCK = "scz-bench.", "bench.lock"
-_FILE_BYTES = GIB  # a model's files are at most this large, as those of large models are
 _MEMORY_LEFT_BYTES = 3 * GIB // 2
 _DISK_LEFT_BYTES = 2 * GIB
 _CHUNK_BYTES = 1 << 22
@@ -39,7 +38,9 @@ class Workspace:
         sizes: Bytes of the models, for how cost grows; the largest is also measured for memory.
         containers: How many are started at once, one after another.
         size: Bytes of the model that most rows use.
+        crowd_size: Bytes of the model of those.
         say: Tells a person what happens now.
+        file_bytes: A model's files are at most this large, as those of large models are.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Workspace:
     size: int
     crowd_size: int
     say: Callable[[str], None]
+    file_bytes: int = GIB
     controls: list[Control] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class Workspace:
         return ""
 
     def plain_folder(self, size_bytes: int) -> Path:
-        """A model of that size in plaintext: files of at most 1 GiB, as shards are.
+        """A model of that size in plaintext: files of at most `file_bytes`, as shards are.
 
         Beyond one file they are names of the same one: a copy of the folder is a copy of each, but it takes the page
         cache once, and so a model of 8 GiB fits beside its encrypted form.
@@ -81,12 +83,12 @@ class Workspace:
         part.mkdir()
         left, number, whole = size_bytes, 0, None
         while left or not number:
-            path, count = part / f"weights-{number:02}", min(left, _FILE_BYTES)
-            if whole is not None and count == _FILE_BYTES:
+            path, count = part / f"weights-{number:02}", min(left, self.file_bytes)
+            if whole is not None and count == self.file_bytes:
                 os.link(whole, path)
             else:
                 _write_noise(path, count)
-            whole = path if count == _FILE_BYTES else whole
+            whole = path if count == self.file_bytes else whole
             left, number = left - count, number + 1
         part.rename(folder)
         return folder

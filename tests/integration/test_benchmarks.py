@@ -21,11 +21,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.bench import peers
 from tests.bench.__main__ import ROOT
 from tests.bench.peers import PEERS
+from tests.bench.workspace import Workspace, own_folder
 
 QUICKEST = ["--rounds", "1", "--size", "3MiB", "--size", "10KB", "--containers", "1", "--containers", "2"]
-SIZES = (10_000, 3 << 20)
+MIB = 1 << 20
+SIZES = (10_000, 3 * MIB)
 WANTED = {
     *(f"hot-path.{name}" for name in ("huge", "default", "small")),
     *(f"sizes.{size}" for size in SIZES),
@@ -95,6 +98,18 @@ def test_every_row_has_a_baseline_of_the_same_rounds(run: dict[str, Any]) -> Non
         assert row["median"] >= row["minimum"] >= 0
         assert row["baseline_median"] >= row["baseline_minimum"] > 0
         assert row["verdict"] if row["target"] is not None else not row["verdict"]
+
+
+def test_peers_decrypt_the_same_bytes_as_ours() -> None:
+    """Of a model of three shards, one: in both."""
+    said: list[str] = []
+    with nothing_left() as files, own_folder(files) as folder:
+        space = Workspace(folder, 1, (MIB,), (1,), 3 * MIB, MIB, said.append, file_bytes=MIB)
+        rows = peers.measure(space)
+        assert [path.name for path in folder.iterdir() if path.name.startswith(("plain-", "model-"))] == []
+    ours = {line for line in said if line.startswith(("packing", "comparing"))}
+    assert ours == {"packing 1 MiB", "comparing 1 MiB by SHA-256"}
+    assert all(row.size == MIB and row.name.startswith("peers, 1 MiB: ") for row in rows)
 
 
 def test_text_and_plots(run: dict[str, Any]) -> None:
