@@ -1,6 +1,6 @@
 """Where a run keeps its files, how much fits, and that nothing stays.
 
-All files lie below one folder, whose lock the run holds: a later run takes away what one that was killed left there.
+All files lie below one folder, which the run holds locked: a later run takes away what one that was killed left there.
 Memory file systems have no path and end with the process. What is decrypted goes nowhere else.
 """
 
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tests.bench.rows import Control, sized
 from tests.models import PackedModel, TestOwner
 
 GIB = 1 << 30
-_PREFIX, _LOCK = "scz-bench.", "bench.lock"
+_PREFIX = "sczbench."
 _MEMORY_LEFT_BYTES = 3 * GIB // 2
 _DISK_LEFT_BYTES = 2 * GIB
 _CHUNK_BYTES = 1 << 22
@@ -151,19 +151,47 @@ _BEGAN = time.monotonic()
 def own_folder(parent: Path) -> Iterator[Path]:
     """A folder that goes at the end, however that comes: only SIGKILL leaves it, to the next run."""
     _sweep(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    with (folder / _LOCK).open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = None
+    while lock is None:  # another run that began just now may have taken it for a dead one's
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        lock = _lock(folder)
+    try:
         folder.chmod(0o711)  # root of a user namespace has to get through to its root file system
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(lock)
 
 
 def _sweep(parent: Path) -> None:
-    """Take away the folders of runs that were killed: those whose lock nobody holds."""
-    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
-        with suppress(OSError), lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent)
+    """Take away the folders of runs that were killed: our own ones that nobody has locked."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            lock = _lock(folder)
+            if lock is None:
+                continue
+            try:
+                if os.fstat(lock).st_uid == os.geteuid():
+                    shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A folder's own descriptor, locked; None if another has locked it or taken it away.
+
+    Anybody may make names in /var/tmp: no link is followed, and nothing but a folder is opened.
+
+    Raises:
+        OSError: It is no folder, or may not be opened.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(FileNotFoundError, BlockingIOError), ExitStack() as stack:
+        lock = os.open(folder, flags)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It may have gone between the two calls, and the lock be one of a folder without a name.
+        if os.path.samestat(os.fstat(lock), folder.stat(follow_symlinks=False)):
+            stack.pop_all()
+            return lock
+    return None

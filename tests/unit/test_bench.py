@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench import report
+from tests.bench import report, workspace
 from tests.bench.noise import Noise, control, judge
 from tests.bench.plot import Bar, Line, bar_plot, line_plot
 from tests.bench.rows import Control, Row, make_row, number, row_of, sized, table
 from tests.bench.timing import Samples, take_turns
 from tests.bench.workspace import own_folder
 
+ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 ABOUT = {"cores": 2, "processor": "a <processor>", "memory_gib": 24, "kernel": "6", "python": "3", "cryptography": "50"}
 QUIET = Control(gain=1.95, alone=0.99, together=1.97)
@@ -289,6 +295,28 @@ class TestReport:
         assert (text.count(report.BEGIN), text.count(report.END)) == (1, 1)
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.bench.workspace import own_folder
+
+parent, when = Path(sys.argv[1]), sys.argv[2]
+
+def end():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def look(event, given):
+    if event == "open" and parent in Path(str(given[0])).parents:
+        end()
+
+if when == "before it opens its folder":
+    sys.addaudithook(look)
+with own_folder(parent) as folder:
+    (folder / "file").touch()
+    end()
+"""
+
+
 class TestFolder:
     def test_it_goes_after_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt), own_folder(tmp_path) as folder:
@@ -298,9 +326,71 @@ class TestFolder:
 
     def test_what_a_killed_run_left_goes_and_a_live_one_stays(self, tmp_path: Path) -> None:
         with own_folder(tmp_path) as live:
-            left = live.with_name(f"{live.name}-left")
-            left.mkdir()
-            (left / "bench.lock").touch()
-            with own_folder(tmp_path):
-                assert not left.exists()
-                assert live.is_dir()
+            (live / "file").write_text("x")
+            full, empty = (live.with_name(f"{live.name}-{name}") for name in ("full", "empty"))
+            (full / "inner").mkdir(parents=True)
+            (full / "inner/file").write_text("x")
+            empty.mkdir(mode=0o700)  # killed before anything else
+            with own_folder(tmp_path) as other:
+                assert sorted(tmp_path.iterdir()) == sorted([live, other])
+                assert (live / "file").is_file()
+
+    @pytest.mark.parametrize("when", ["before it opens its folder", "with its files there"])
+    def test_a_run_that_is_killed_is_swept(self, tmp_path: Path, when: str) -> None:
+        """At two points of its life; SIGKILL, so that nothing of its own cleans up."""
+        done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, when], cwd=ROOT, check=False, timeout=60)
+        assert done.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) == 1
+        with own_folder(tmp_path) as folder:
+            assert list(tmp_path.iterdir()) == [folder]
+
+    def test_planted_names_are_neither_opened_nor_removed(self, tmp_path: Path) -> None:
+        """A FIFO would be waited for, a link followed; in a process of its own, for the first could go on for ever."""
+        with own_folder(tmp_path) as live:
+            names = {kind: live.with_name(f"{live.name}-{kind}") for kind in ("fifo", "link", "file", "inner", "other")}
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        (outside / "kept").touch()
+        os.mkfifo(names["fifo"])
+        names["link"].symlink_to(outside)
+        names["file"].touch()
+        names["other"].mkdir()
+        os.mkfifo(names["other"] / "bench.lock")
+        if os.geteuid() == 0:
+            os.chown(names["other"], 65534, 65534)
+        else:
+            shutil.rmtree(names["other"])
+        names["inner"].mkdir()  # ours: goes, with the FIFO in it
+        os.mkfifo(names["inner"] / "bench.lock")
+        code = "import sys\nfrom pathlib import Path\nfrom tests.bench.workspace import own_folder\n"
+        code += "with own_folder(Path(sys.argv[1])): pass\n"
+        before = set(tmp_path.iterdir())
+        subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, timeout=60)
+        assert before - set(tmp_path.iterdir()) == {names["inner"]}
+        assert (outside / "kept").exists()
+
+    def test_another_run_that_begins_at_any_line_takes_nothing(self, tmp_path: Path) -> None:
+        """A whole other run, its sweep first, at each line of a beginning; each line once."""
+        seen: set[tuple[str, int]] = set()
+
+        def at(frame: FrameType, event: str, _argument: object) -> Callable[..., Any] | None:
+            if frame.f_code.co_filename != workspace.__file__:
+                return None
+            place = (frame.f_code.co_name, frame.f_lineno)
+            if event == "line" and place not in seen:
+                seen.add(place)
+                with own_folder(tmp_path):  # nothing is traced meanwhile
+                    pass
+            return at
+
+        before = sys.gettrace()
+        sys.settrace(at)
+        try:
+            with own_folder(tmp_path) as folder:
+                sys.settrace(before)
+                assert list(tmp_path.iterdir()) == [folder]
+        finally:
+            sys.settrace(before)
+        assert {name for name, _ in seen} >= {"own_folder", "_sweep"}
+        assert len({line for name, line in seen if name == "_lock"}) >= 4
+        assert list(tmp_path.iterdir()) == []
