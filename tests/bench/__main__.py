@@ -11,21 +11,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from oci_hook.errors import SczError
 from tests.bench import hot_path, peers, report, shim, starts, startup
 from tests.bench.noise import judge
-from tests.bench.rows import FAILED, Row
+from tests.bench.rows import FAILED, Row, failed
 from tests.bench.starts import Stations
 from tests.bench.workspace import GIB, Workspace, own_folder, progress
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS: dict[str, Callable[[Workspace, Stations], list[Row]]] = {
+Benchmark = Callable[[Workspace, Stations], list[Row]]
+BENCHMARKS: dict[str, Benchmark] = {
     "startup": lambda space, _: startup.measure(space),
     "hot-path": lambda space, _: hot_path.measure(space),
     "start": starts.measure_start,
@@ -54,9 +55,10 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
-        with own_folder(given.folder) as folder, ExitStack() as stack:
+        with own_folder(given.folder) as folder:
             space = _workspace(given, folder)
-            rows = _measure(list(BENCHMARKS) if given.name == "all" else [given.name], space, Stations(space, stack))
+            chosen = BENCHMARKS if given.name == "all" else {given.name: BENCHMARKS[given.name]}
+            rows = measure(chosen, space)
     except KeyboardInterrupt:
         print("interrupted: mounts, containers and files are gone", file=sys.stderr)
         return 130
@@ -74,18 +76,25 @@ def main() -> int:
     return int(any(row.left_out.startswith(FAILED) for row in rows))
 
 
-def _measure(names: list[str], space: Workspace, stations: Stations) -> list[Row]:
+def measure(benchmarks: Mapping[str, Benchmark], space: Workspace) -> list[Row]:
+    """The rows of all, in this order: what fails is a row that says so, and the others' results are not lost."""
     rows: list[Row] = []
     space.look_at_the_machine()
-    for name in names:
-        space.say(f"--- {name}")
-        before = len(space.controls) - 1
-        try:
-            measured = BENCHMARKS[name](space, stations)
-        except (RuntimeError, OSError, SczError) as failed:  # the others' results are not to be lost
-            measured = [Row(name, name, left_out=f"{FAILED}: {failed}")]
-        space.look_at_the_machine()
-        rows += [replace(row, controls=tuple(space.controls[before:])) for row in measured]
+    try:
+        with ExitStack() as stack:
+            stations = Stations(space, stack)
+            for name, benchmark in benchmarks.items():
+                space.say(f"--- {name}")
+                before = len(space.controls) - 1
+                try:
+                    measured = benchmark(space, stations)
+                except Exception as error:
+                    measured = [Row(name, name, left_out=failed(error))]
+                    space.say("".join(traceback.format_exception(error)))
+                space.look_at_the_machine()
+                rows += [replace(row, controls=tuple(space.controls[before:])) for row in measured]
+    except Exception as error:  # of the scene, when it ends
+        rows.append(Row("end", "the end of the scene", left_out=failed(error)))
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,7 @@ class Station:
         with ExitStack() as stack:
             folder = self._space.folder / "scene"
             folder.mkdir(mode=0o755)
+            stack.callback(shutil.rmtree, folder)  # if this fails, another benchmark begins anew
             self._space.say("a host with a software TPM, and an owner: enrolment")
             self.scene = stack.enter_context(Scene(folder))
             self._namespace = stack.enter_context(RuntimeNamespace())

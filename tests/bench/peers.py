@@ -21,7 +21,7 @@ from typing import Any
 
 from oci_hook.linux import mounts
 from tests.bench.hot_path import Work, memory, run_into
-from tests.bench.rows import FAILED, Row, make_row, sized
+from tests.bench.rows import Row, failed, make_row, sized
 from tests.bench.timing import take_turns
 from tests.bench.workspace import Workspace, warm
 
@@ -196,8 +196,8 @@ def measure(space: Workspace) -> list[Row]:
                 space.say(f"{peer.name}: encrypting {sized(size)}")
                 try:
                     actions[peer.name] = stack.enter_context(_action(space, peer, size))
-                except RuntimeError as failed:  # another version, a kernel without FUSE: said, not invented
-                    reasons[peer.name] = f"{FAILED}: {failed}"
+                except Exception as error:  # another version, a kernel without FUSE: said, not invented
+                    reasons[peer.name] = failed(error)
         if actions:
             work.verify()
         os.sync()

@@ -167,6 +167,23 @@ def make_row(
     )
 
 
+def failed(error: Exception) -> str:
+    """What `left_out` says of something that did not work that should have: one line.
+
+    Raises:
+        KeyboardInterrupt: It came of cleaning up after one, which is not to be lost.
+    """
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        before = before.__context__
+    said = [f"{FAILED}: {type(error).__name__}: {error}"]
+    if stderr := getattr(error, "stderr", None):  # of a program
+        said.append((stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr)[-800:])
+    return " ".join(" ".join(said).split())
+
+
 def row_of(document: Mapping[str, Any]) -> Row:
     """A line from its JSON."""
     known = {name: document[name] for name in Row.__dataclass_fields__ if name in document}

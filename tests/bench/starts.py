@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.bench.containers import Started, Station, memory_file_systems
 from tests.bench.hot_path import HUGE, Work
-from tests.bench.rows import FAILED, Row, make_row, sized
+from tests.bench.rows import Row, failed, make_row, sized
 from tests.bench.timing import Samples, take_turns
 from tests.bench.workspace import Workspace, warm
 
@@ -23,17 +23,21 @@ _JUDGED_CROWD = 16
 
 
 class Stations:
-    """The scene of a run, made when the first benchmark needs it."""
+    """The scene of a run, made when the first benchmark needs it.
+
+    Attributes:
+        stack: What ends with the run.
+    """
 
     def __init__(self, space: Workspace, stack: ExitStack) -> None:
-        self._space, self._stack = space, stack
+        self._space, self.stack = space, stack
         self._station: Station | None = None
         self._models: dict[int, str] = {}
 
     def model(self, size_bytes: int) -> tuple[Station, str]:
         """The station, and the name of a model of that size on it."""
         if self._station is None:
-            self._station = self._stack.enter_context(Station(self._space))
+            self._station = self.stack.enter_context(Station(self._space))
         if size_bytes not in self._models:
             self._models[size_bytes] = f"m{size_bytes}"
             self._station.add_model(self._models[size_bytes], size_bytes)
@@ -204,8 +208,8 @@ def measure_crowd(space: Workspace, stations: Stations) -> list[Row]:
         }
         try:
             found = take_turns(actions, space.rounds, space.say)
-        except RuntimeError as failed:
-            rows.append(Row(key, name, left_out=f"{FAILED}: {failed}", **more))
+        except Exception as error:  # of so many at once
+            rows.append(Row(key, name, left_out=failed(error), **more))
             continue
         against = f"{_containers(count)} without a hook at once"
         rows.append(make_row(key, name, found["ours"], found["bare"], against=against, note="all ran", **more))

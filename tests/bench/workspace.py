@@ -80,6 +80,7 @@ class Workspace:
             return folder
         self.say(f"writing a model of {sized(size_bytes)}")
         part = self.folder / f"plain-{size_bytes}.part"
+        shutil.rmtree(part, ignore_errors=True)  # of a benchmark that failed
         part.mkdir()
         left, number, whole = size_bytes, 0, None
         while left or not number:

@@ -112,6 +112,29 @@ def test_peers_decrypt_the_same_bytes_as_ours() -> None:
     assert all(row.size == MIB and row.name.startswith("peers, 1 MiB: ") for row in rows)
 
 
+_ONE_FAILS = """
+import subprocess, sys
+from tests.bench import __main__ as bench
+def fail(space, stations):
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"], timeout=0.1)
+bench.BENCHMARKS = {"startup": fail, "shim": bench.BENCHMARKS["shim"]}
+sys.exit(bench.main())
+"""
+
+
+def test_one_that_fails_costs_nothing_but_its_row(tmp_path: Path) -> None:
+    """It is written with the results of the others, and the exit code says it."""
+    given = ["all", *QUICKEST, "--json", str(tmp_path / "run.json")]
+    with nothing_left() as files:
+        command = [sys.executable, "-c", _ONE_FAILS, *given, "--folder", str(files)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1, done.stderr[-3000:]
+    rows = {row["key"]: row for row in json.loads((tmp_path / "run.json").read_text())["rows"]}
+    assert set(rows) == {"startup", *(key for key in WANTED if key.startswith("shim."))}
+    assert {key for key, row in rows.items() if row["left_out"]} == {"startup"}
+    assert rows["startup"]["left_out"].startswith("FAILED: TimeoutExpired: ")
+
+
 def test_text_and_plots(run: dict[str, Any]) -> None:
     text = (run["folder"] / "run.txt").read_text()
     assert run["stdout"] == text

@@ -18,11 +18,13 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.bench import report, workspace
+from tests.bench.__main__ import Benchmark, measure
 from tests.bench.noise import Noise, control, judge
 from tests.bench.plot import Bar, Line, bar_plot, line_plot
-from tests.bench.rows import Control, Row, make_row, number, row_of, sized, table
+from tests.bench.rows import Control, Row, failed, make_row, number, row_of, sized, table
+from tests.bench.starts import Stations
 from tests.bench.timing import Samples, take_turns
-from tests.bench.workspace import own_folder
+from tests.bench.workspace import Workspace, own_folder
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -33,6 +35,11 @@ TEXT = "{http://www.w3.org/2000/svg}text"
 
 def row(key: str = "k", own: tuple[float, ...] = (1, 2), baseline: tuple[float, ...] = (2, 2), **more: object) -> Row:
     return make_row(key, f"name of {key}", Samples(own), Samples(baseline), against="cp", **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path, rounds=1, sizes=(1,), containers=(1,), size=1, crowd_size=1, say=lambda _line: None)
 
 
 class TestStatistics:
@@ -293,6 +300,70 @@ class TestReport:
     def test_the_projects_own_document_has_the_marks(self) -> None:
         text = (Path(__file__).parents[2] / "docs/performance.md").read_text()
         assert (text.count(report.BEGIN), text.count(report.END)) == (1, 1)
+
+
+def benchmark(*measured: Row, error: BaseException | None = None, at_the_end: bool = False) -> Benchmark:
+    """What gives these rows, or fails, then or when the scene ends."""
+
+    def run(_space: Workspace, stations: Stations) -> list[Row]:
+        if error is not None and at_the_end:
+            stations.stack.callback(fail)
+        elif error is not None:
+            fail()
+        return list(measured)
+
+    def fail() -> None:
+        assert error is not None
+        raise error
+
+    return run
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (subprocess.TimeoutExpired(["program"], 3), "FAILED: TimeoutExpired: Command '['program']' timed out"),
+            (subprocess.CalledProcessError(1, ["x"], stderr="why\nnot"), "returned non-zero exit status 1. why not"),
+            (subprocess.CalledProcessError(1, ["x"], stderr=b"\xff why"), "status 1. \ufffd why"),
+            (AssertionError("no\nsuch thing"), "FAILED: AssertionError: no such thing"),
+            (RuntimeError("ended"), "FAILED: RuntimeError: ended"),
+            (KeyError("k"), "FAILED: KeyError: 'k'"),
+        ],
+    )
+    def test_what_is_said(self, error: Exception, said: str) -> None:
+        assert said in failed(error)
+        assert "\n" not in failed(error)
+
+    def test_what_fails_is_a_row_and_the_others_go_on(self, space: Workspace) -> None:
+        errors = [subprocess.TimeoutExpired("x", 3), subprocess.CalledProcessError(1, "x"), AssertionError()]
+        chosen = {"first": benchmark(row("a"))} | {type(error).__name__: benchmark(error=error) for error in errors}
+        rows = measure(chosen | {"last": benchmark(row("z"))}, space)
+        assert [made.key for made in rows] == ["a", "TimeoutExpired", "CalledProcessError", "AssertionError", "z"]
+        assert [made.rounds for made in rows] == [2, 0, 0, 0, 2]
+        assert [made.left_out.startswith("FAILED: ") for made in rows] == [False, True, True, True, False]
+        assert [len(made.controls) for made in rows] == [2] * 5
+
+    def test_a_scene_that_does_not_end_well_is_a_row(self, space: Workspace) -> None:
+        late = benchmark(row("a"), error=AssertionError("left"), at_the_end=True)
+        rows = measure({"a": late, "b": benchmark(row("b"))}, space)
+        assert [(made.key, made.left_out) for made in rows] == [
+            ("a", ""),
+            ("b", ""),
+            ("end", "FAILED: AssertionError: left"),
+        ]
+
+    def test_an_interrupt_is_not_lost(self, space: Workspace) -> None:
+        def interrupted(_space: Workspace, _stations: Stations) -> list[Row]:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise OSError("while cleaning up")
+
+        with pytest.raises(KeyboardInterrupt):
+            measure({"a": benchmark(error=KeyboardInterrupt())}, space)
+        with pytest.raises(KeyboardInterrupt):
+            measure({"a": interrupted, "b": benchmark(row("b"))}, space)
 
 
 KILLED = """
