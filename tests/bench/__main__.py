@@ -110,6 +110,7 @@ def _workspace(given: argparse.Namespace, folder: Path) -> Workspace:
         size=size,
         crowd_size=min(size, 64 << 20),
         say=progress,
+        **{} if given.spare is None else {"memory_spare_bytes": given.spare, "disk_spare_bytes": given.spare},
     )
 
 
@@ -131,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the model, such as 100MB or 2GiB; again for more sizes in `sizes` and `memory` (default: 1GiB)",
     )
     parser.add_argument("--containers", type=int, action="append", help="started at once in `crowd`; may be repeated")
+    parser.add_argument(
+        "--spare",
+        type=_size,
+        help="what a benchmark leaves free, or it is left out (default: 1.5 GiB of memory, 2 GiB of disk)",
+    )
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="for the files (default: /var/tmp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the run as JSON")
     parser.add_argument("--text", type=Path, metavar="FILE", help="write the table")

@@ -25,7 +25,7 @@ from tests.bench.rows import Row, failed, make_row, sized
 from tests.bench.timing import take_turns
 from tests.bench.workspace import Workspace, warm
 
-_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSWORD = "correct horse battery staple"
 _SPARE_BYTES = 64 << 20
 _MOUNT_SECONDS = 20
@@ -49,9 +49,14 @@ class Peer:
     prepare: Callable[[Path, Path, ExitStack], list[str]]
     note: str = ""
 
+    @property
+    def key(self) -> str:
+        """Of its row."""
+        return "peers." + self.name.split(",")[0].replace(" ", "-")
+
 
 def _run(*words: str | Path, cwd: Path | None = None, given: str | None = None) -> str:
-    environment = {"PATH": _PATH, "LC_ALL": "C.UTF-8", "HOME": str(cwd or "/nonexistent")}
+    environment = {"PATH": PATH, "LC_ALL": "C.UTF-8", "HOME": str(cwd or "/nonexistent")}
     done = subprocess.run(
         [str(word) for word in words],
         env=environment,
@@ -95,7 +100,7 @@ def _age(plain: Path, folder: Path, _stack: ExitStack) -> list[str]:
 
 
 def _seven_zip(plain: Path, folder: Path, _stack: ExitStack) -> list[str]:
-    program = "7zz" if shutil.which("7zz", path=_PATH) else "7z"
+    program = "7zz" if shutil.which("7zz", path=PATH) else "7z"
     _run(program, "a", "-mx=0", f"-p{_PASSWORD}", "-bd", folder / "sealed.7z", plain)
     return [program, "x", f"-p{_PASSWORD}", "-bd", "-y", "-o{}", str(folder / "sealed.7z")]
 
@@ -109,7 +114,7 @@ def _gocryptfs(plain: Path, folder: Path, stack: ExitStack) -> list[str]:
     common = ["gocryptfs", "-quiet", "-passfile", str(password)]
     _run(*common, "-init", sealed, cwd=folder)
     command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "--"]
-    environment = {"PATH": _PATH, "HOME": str(folder)}
+    environment = {"PATH": PATH, "HOME": str(folder)}
     command += [*common, "-fg", str(sealed), str(shown)]
     daemon = stack.enter_context(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
     stack.callback(daemon.kill)
@@ -174,7 +179,7 @@ PEERS = (
 
 
 def _missing(peer: Peer) -> str:
-    found = [program for program in peer.programs if shutil.which(program, path=_PATH)]
+    found = [program for program in peer.programs if shutil.which(program, path=PATH)]
     if set(peer.programs) == {"7zz", "7z"}:  # either
         return "" if found else "not installed: 7zip"
     lacking = sorted(set(peer.programs) - set(found))
@@ -185,7 +190,6 @@ def measure(space: Workspace) -> list[Row]:
     """Row 11: the peers, each as many times ours, on the bytes of one file."""
     size = min(space.size, space.file_bytes)
     prefix = f"peers, {sized(size)}: "
-    keys = {peer.name: "peers." + peer.name.split(",")[0].replace(" ", "-") for peer in PEERS}
     reasons = {peer.name: _missing(peer) for peer in PEERS}
     lacking = space.lacking(memory_bytes=4 * size, disk_bytes=10 * size)
     work = Work(space, size)
@@ -209,10 +213,10 @@ def measure(space: Workspace) -> list[Row]:
         name, left_out = prefix + peer.name, lacking or reasons[peer.name]
         more: dict[str, Any] = {"size": size, "series": "peers", "checks": peer.checks, "note": peer.note}
         if left_out:
-            rows.append(Row(keys[peer.name], name, left_out=left_out, **more))
+            rows.append(Row(peer.key, name, left_out=left_out, **more))
         else:
             against = "ours (AES-256-GCM, every segment)"
-            rows.append(make_row(keys[peer.name], name, found[peer.name], found["ours"], against=against, **more))
+            rows.append(make_row(peer.key, name, found[peer.name], found["ours"], against=against, **more))
     return rows
 
 
@@ -225,7 +229,7 @@ def _action(space: Workspace, peer: Peer, size: int) -> Iterator[Callable[[], fl
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder)
         command = peer.prepare(plain, folder, stack)
-        environment = {"PATH": _PATH, "LC_ALL": "C.UTF-8", "HOME": str(folder)}
+        environment = {"PATH": PATH, "LC_ALL": "C.UTF-8", "HOME": str(folder)}
 
         def decrypt(*, compare: bool = False) -> float:
             warm(folder / "sealed")

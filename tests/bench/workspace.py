@@ -23,8 +23,6 @@ from tests.models import PackedModel, TestOwner
 
 GIB = 1 << 30
 _PREFIX = "sczbench."
-_MEMORY_LEFT_BYTES = 3 * GIB // 2
-_DISK_LEFT_BYTES = 2 * GIB
 _CHUNK_BYTES = 1 << 22
 
 
@@ -40,6 +38,8 @@ class Workspace:
         size: Bytes of the model that most rows use.
         crowd_size: Bytes of the model of those.
         say: Tells a person what happens now.
+        memory_spare_bytes: Of memory, what has to be left.
+        disk_spare_bytes: The same of the disk.
         file_bytes: A model's files are at most this large, as those of large models are.
     """
 
@@ -50,6 +50,8 @@ class Workspace:
     size: int
     crowd_size: int
     say: Callable[[str], None]
+    memory_spare_bytes: int = 3 * GIB // 2
+    disk_spare_bytes: int = 2 * GIB
     file_bytes: int = GIB
     controls: list[Control] = field(default_factory=list)
 
@@ -63,11 +65,9 @@ class Workspace:
     def lacking(self, *, memory_bytes: int = 0, disk_bytes: int = 0) -> str:
         """Why something of that size is left out; empty if it fits."""
         free, room = available_memory(), shutil.disk_usage(self.folder).free
-        if memory_bytes + _MEMORY_LEFT_BYTES > free:
-            return f"needs {memory_bytes / GIB:.1f} GiB of memory and 1.5 to spare; {free / GIB:.1f} available"
-        if disk_bytes + _DISK_LEFT_BYTES > room:
-            return f"needs {disk_bytes / GIB:.1f} GiB of disk and 2 to spare; {room / GIB:.1f} free"
-        return ""
+        return lack("memory", memory_bytes, self.memory_spare_bytes, free) or lack(
+            "disk", disk_bytes, self.disk_spare_bytes, room
+        )
 
     def plain_folder(self, size_bytes: int) -> Path:
         """A model of that size in plaintext: files of at most `file_bytes`, as shards are.
@@ -117,6 +117,14 @@ def _write_noise(path: Path, size_bytes: int) -> None:
         while size_bytes:
             file.write(os.urandom(min(size_bytes, _CHUNK_BYTES)))
             size_bytes -= min(size_bytes, _CHUNK_BYTES)
+
+
+def lack(of: str, needed_bytes: int, spare_bytes: int, free_bytes: int) -> str:
+    """What to say where so much does not fit; empty if it does."""
+    if needed_bytes + spare_bytes <= free_bytes:
+        return ""
+    needed, spare, free = (value / GIB for value in (needed_bytes, spare_bytes, free_bytes))
+    return f"needs {needed:.2f} GiB of {of} and {spare:.2f} to spare; {free:.2f} free"
 
 
 def available_memory() -> int:

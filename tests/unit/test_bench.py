@@ -24,7 +24,7 @@ from tests.bench.plot import Bar, Line, bar_plot, line_plot
 from tests.bench.rows import Control, Row, failed, make_row, number, row_of, sized, table
 from tests.bench.starts import Stations
 from tests.bench.timing import Samples, take_turns
-from tests.bench.workspace import Workspace, own_folder
+from tests.bench.workspace import Workspace, lack, own_folder
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -364,6 +364,27 @@ class TestRun:
             measure({"a": benchmark(error=KeyboardInterrupt())}, space)
         with pytest.raises(KeyboardInterrupt):
             measure({"a": interrupted, "b": benchmark(row("b"))}, space)
+
+
+class TestRoom:
+    @pytest.mark.parametrize(
+        ("needed", "spare", "free", "said"),
+        [
+            (GIB, GIB, 2 * GIB, ""),
+            (0, 0, 0, ""),
+            (GIB, GIB, 2 * GIB - 1, "needs 1.00 GiB of memory and 1.00 to spare; 2.00 free"),
+            (8 * GIB, GIB // 2, GIB, "needs 8.00 GiB of memory and 0.50 to spare; 1.00 free"),
+        ],
+    )
+    def test_what_fits(self, needed: int, spare: int, free: int, said: str) -> None:
+        assert lack("memory", needed, spare, free) == said
+
+    def test_of_this_machine(self, space: Workspace) -> None:
+        frugal = replace(space, memory_spare_bytes=0, disk_spare_bytes=0)
+        assert frugal.lacking(memory_bytes=1, disk_bytes=1) == ""
+        assert "of memory and 1.50 to spare" in space.lacking(memory_bytes=1 << 60)
+        assert "GiB of disk and 0.00 to spare" in frugal.lacking(disk_bytes=1 << 60)
+        assert replace(frugal, memory_spare_bytes=1 << 60).lacking().startswith("needs 0.00 GiB of memory")
 
 
 KILLED = """
