@@ -15,16 +15,15 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.bench import hot_path, peers, report, shim, starts, startup
 from tests.bench.noise import judge
+from tests.bench.report import ROOT
 from tests.bench.rows import FAILED, Row, failed
 from tests.bench.starts import Stations
 from tests.bench.workspace import GIB, Workspace, own_folder, progress
 
-ROOT = Path(__file__).resolve().parents[2]
 Benchmark = Callable[[Workspace, Stations], list[Row]]
 BENCHMARKS: dict[str, Benchmark] = {
     "startup": lambda space, _: startup.measure(space),
@@ -62,8 +61,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted: mounts, containers and files are gone", file=sys.stderr)
         return 130
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    run = report.document(rows, judge(space.controls, rows), about, rounds=space.rounds, date=date)
+    run = report.document(rows, judge(space.controls, rows), about, rounds=space.rounds)
     print(report.text(run), end="")
     for path, made in ((given.json, json.dumps(run, indent=2) + "\n"), (given.text, report.text(run))):
         if path is not None:

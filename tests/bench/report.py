@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from tests.bench.noise import Noise
 from tests.bench.plot import Bar, Line, bar_plot, line_plot
 from tests.bench.rows import Row, number, row_of, sized, table
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = "scz-smm/bench/v2"
 BEGIN, END = (
     "<!-- made by `python -m tests.bench docs`: begin -->",
     "<!-- made by `python -m tests.bench docs`: end -->",
 )
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _PLOTS = {
     "sizes": "Time by the size of the model",
     "crowd": "Time by the number of containers",
@@ -28,8 +32,29 @@ _PLOTS = {
 }
 
 
+def commit(folder: Path = ROOT) -> str:
+    """What is measured, as git calls it for short; with `-dirty` where tracked files differ from it.
+
+    Args:
+        folder: The top of a clone.
+
+    Returns:
+        `unknown` where git does not say: no clone, or no git.
+    """
+    if not (folder / ".git").exists():  # git would look further up
+        return "unknown"
+    # Root may measure another user's clone, whose programs it runs as well.
+    command = ["git", "-c", f"safe.directory={folder}", "-C", str(folder)]
+    command += ["describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
 def machine() -> dict[str, Any]:
-    """What it was measured on; no names."""
+    """When and what was measured, and on what; no names."""
     model = next(
         (
             line.split(":", 1)[1].strip()
@@ -40,6 +65,8 @@ def machine() -> dict[str, Any]:
     )
     memory = int(Path("/proc/meminfo").read_text().split()[1]) << 10
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "cores": len(os.sched_getaffinity(0)),
         "processor": model,
         "memory_gib": round(memory / (1 << 30)),
@@ -50,11 +77,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def document(rows: Sequence[Row], noise: Noise, about: Mapping[str, Any], *, rounds: int, date: str) -> dict[str, Any]:
+def document(rows: Sequence[Row], noise: Noise, about: Mapping[str, Any], *, rounds: int) -> dict[str, Any]:
     """A run as JSON."""
     return {
         "schema": SCHEMA,
-        "date": date,
         "machine": dict(about),
         "rounds": rounds,
         "controls": [asdict(control) for control in noise.controls],
@@ -67,7 +93,7 @@ def document(rows: Sequence[Row], noise: Noise, about: Mapping[str, Any], *, rou
 def text(run: Mapping[str, Any]) -> str:
     """A run as a table."""
     about = ", ".join(f"{name} {value}" for name, value in run["machine"].items())
-    head = [f"{run['date']}: {about}", f"machine: {run['verdict']}", ""]
+    head = [about, f"machine: {run['verdict']}", ""]
     return "\n".join([*head, *table([row_of(row) for row in run["rows"]])]) + "\n"
 
 
@@ -147,9 +173,10 @@ def markdown(run: Mapping[str, Any]) -> str:
     """The section of the document: machine, verdict, table, plots."""
     about = run["machine"]
     lines = [
-        f"Measured {run['date'][:10]} on {about['cores']} cores ({about['processor']}) shared with other work, "
-        f"{about['memory_gib']} GiB of memory, kernel {about['kernel']}, Python {about['python']}, cryptography "
-        f"{about['cryptography']}; {run['rounds']} rounds. The machine: {run['verdict']}.",
+        f"Measured {about['date'][:10]} at commit {about['commit']} on {about['cores']} cores "
+        f"({about['processor']}) shared with other work, {about['memory_gib']} GiB of memory, "
+        f"kernel {about['kernel']}, Python {about['python']}, cryptography {about['cryptography']}; "
+        f"{run['rounds']} rounds. The machine: {run['verdict']}.",
         "",
         "| what | median | minimum | baseline: median, minimum | ratio | by minima | target | verdict |",
         "|---|---|---|---|---|---|---|---|",
@@ -222,8 +249,11 @@ def write_docs(run: Mapping[str, Any], folder: Path) -> None:
     """Write the plots beside docs/performance.md, and the section between its marks.
 
     Raises:
-        ValueError: The marks are not there, once each.
+        ValueError: The marks are not there, once each; or the run is another version's, and does not say all that the
+            section does.
     """
+    if run.get("schema") != SCHEMA:
+        raise ValueError(f"the run is no {SCHEMA}: measure again")
     page = folder / "performance.md"
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.bench import peers
-from tests.bench.__main__ import ROOT
+from tests.bench.report import ROOT
 from tests.bench.workspace import Workspace, own_folder
 
 # To spare is more than the hook's own reserve.
@@ -42,7 +42,6 @@ WANTED = {
     *(f"peers.{name}" for name in ("openssl-enc", "gpg", "age", "gocryptfs", "7z", "skopeo")),
 }
 _LACK = re.compile(r"needs ([\d.]+) GiB of (?:memory|disk) and 0\.50 to spare; ([\d.]+) free")
-NOTHING_TO_SPARE = {"memory_spare_bytes": 0, "disk_spare_bytes": 0}
 _MOST_NEEDED_GIB = 1.1  # of all that is measured here
 _PLOTS = {"sizes": ("sizes", "starts"), "crowd": ("crowd",), "memory": ("crowd-memory",), "peers": ("peers",)}
 
@@ -162,7 +161,7 @@ def test_peers_decrypt_the_same_bytes_as_ours() -> None:
     """Of a model of three shards, one: in both."""
     said: list[str] = []
     with nothing_left() as files, own_folder(files) as folder:
-        space = Workspace(folder, 1, (MIB,), (1,), 3 * MIB, MIB, said.append, file_bytes=MIB, **NOTHING_TO_SPARE)
+        space = Workspace(folder, 1, (MIB,), (1,), 3 * MIB, MIB, said.append, 0, 0, file_bytes=MIB)
         rows = peers.measure(space)
         assert [path.name for path in folder.iterdir() if path.name.startswith(("plain-", "model-"))] == []
     ours = {line for line in said if line.startswith(("packing", "comparing"))}

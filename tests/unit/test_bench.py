@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +29,16 @@ from tests.bench.workspace import Workspace, lack, own_folder
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
-ABOUT = {"cores": 2, "processor": "a <processor>", "memory_gib": 24, "kernel": "6", "python": "3", "cryptography": "50"}
+ABOUT = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789-dirty",
+    "cores": 2,
+    "processor": "a <processor>",
+    "memory_gib": 24,
+    "kernel": "6",
+    "python": "3",
+    "cryptography": "50",
+}
 QUIET = Control(gain=1.95, alone=0.99, together=1.97)
 TEXT = "{http://www.w3.org/2000/svg}text"
 
@@ -236,7 +246,7 @@ class TestPlots:
 
 def run_of(rows: list[Row]) -> dict[str, object]:
     noise = judge([QUIET], rows)
-    return report.document(rows, noise, ABOUT, rounds=5, date="2026-01-02T03:04:05+00:00")
+    return report.document(rows, noise, ABOUT, rounds=5)
 
 
 ROWS = [
@@ -260,6 +270,44 @@ class TestReport:
         assert sorted(plots) == [f"performance-{name}.svg" for name in ("crowd", "memory", "peers", "sizes")]
         for svg in plots.values():
             assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+
+    def test_when_and_of_what_it_was_measured(self) -> None:
+        run = json.loads(json.dumps(run_of(ROWS)))
+        assert (run["machine"]["date"], run["machine"]["commit"]) == (ABOUT["date"], ABOUT["commit"])
+        assert "Measured 2026-01-02 at commit 0123456789-dirty on 2 cores" in report.markdown(run)
+        assert report.text(run).startswith("date 2026-01-02T03:04:05+00:00, commit 0123456789-dirty, cores 2")
+        about = report.machine()
+        assert set(ABOUT) <= set(about)
+        assert abs(datetime.fromisoformat(about["date"]) - datetime.now(UTC)) < timedelta(hours=1)
+        assert about["commit"] == report.commit()
+
+    def test_the_commit_of_a_clone(self, tmp_path: Path) -> None:
+        def git(*words: str) -> str:
+            command = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+            command += ["-c", "commit.gpgsign=false", *words]
+            return subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout.strip()
+
+        git("init", "--quiet")
+        (tmp_path / "file").write_text("x")
+        git("add", "file")
+        git("commit", "--quiet", "--message", "x")
+        git("tag", "v1")
+        name = git("rev-parse", "--short=10", "HEAD")
+        (tmp_path / "untracked").touch()
+        if os.geteuid() == 0:
+            os.chown(tmp_path, 65534, 65534)  # another user's
+        assert report.commit(tmp_path) == name
+        (tmp_path / "file").write_text("y")
+        assert report.commit(tmp_path) == f"{name}-dirty"
+        inner = tmp_path / "an archive's, below a clone"
+        inner.mkdir()
+        assert report.commit(inner) == "unknown"
+
+    def test_a_run_of_another_version_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "performance.md").write_text(f"{report.BEGIN}{report.END}")
+        with pytest.raises(ValueError, match="measure again"):
+            report.write_docs(run_of(ROWS) | {"schema": "scz-smm/bench/v1"}, tmp_path)
+        assert (tmp_path / "performance.md").read_text() == f"{report.BEGIN}{report.END}"
 
     def test_the_section_says_what_a_start_costs_and_what_is_missed(self) -> None:
         rows = [
