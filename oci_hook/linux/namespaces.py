@@ -226,6 +226,13 @@ class Child:
         if self._status not in (0, None):
             raise self._gone(f"{self._what} failed{self._ending()}")
 
+    def dismiss(self) -> None:
+        """Kill the child without waiting for its end; `close` does that."""
+        self._channel.close()
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def close(self) -> None:
         """Kill the child if it still runs, and reap it; never raises for one that is gone.
 
@@ -234,8 +241,7 @@ class Child:
         """
         self._channel.close()
         if not self._wait(0):
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self.dismiss()
             if not self._wait(self._ending_seconds):
                 raise SystemCallFailed(f"{self._what} (pid {self._pid}) cannot be ended: it waits for a device")
 
