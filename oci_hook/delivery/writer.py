@@ -1,11 +1,12 @@
 """The writer: a process in the container's memory control group that decrypts into its memory, and ends.
 
 Whatever ends it early, the start is refused and what it wrote is dropped with the detached mounts. Nothing is made
-read-only or visible here. Sources: docs/design.md, "Delivery".
+read-only or visible here. Sources: docs/design.md, "Delivery"; mmap(2) on SIGBUS.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,7 @@ Progress = Callable[[int, int], None]
 
 _PROGRESS_SECONDS = 0.1
 _WHAT = "the process that decrypts into memory"
+_FULL = "free memory on the node (where vm.overcommit_memory is 2, raise its commit limit), then start it again"
 
 
 def run_writer(
@@ -54,10 +56,15 @@ def run_writer(
         return {"filled": fill(targets, options, _reporter(channel))}
 
     with Child(_WHAT, body, gone=WriterFailed) as writer:
-        while "done" not in (report := writer.receive(timeout_seconds)):
-            left(max(0, total - report["progress"]))
-            if progress is not None:
-                progress(report["progress"], total)
+        try:
+            while "done" not in (report := writer.receive(timeout_seconds)):
+                left(max(0, total - report["progress"]))
+                if progress is not None:
+                    progress(report["progress"], total)
+        except WriterFailed as cause:
+            if writer.killed_by == signal.SIGBUS:  # a page of a mapped file that the kernel has no memory for
+                raise WriterFailed("memory for the model ran out while it was decrypted", remedy=_FULL) from cause
+            raise
         writer.join(timeout_seconds)
     if report["done"] != {"filled": total}:
         raise WriterFailed(f"{_WHAT} did not decrypt all")

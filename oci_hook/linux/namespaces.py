@@ -165,6 +165,11 @@ class Child:
         """Its pid."""
         return self._pid
 
+    @property
+    def killed_by(self) -> int:
+        """The number of the signal that ended it; 0 while it runs, and if none did."""
+        return max(0, -(self._status or 0))
+
     def __enter__(self) -> Child:
         return self
 
