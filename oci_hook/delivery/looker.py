@@ -32,6 +32,7 @@ class Looker:
 
     def __init__(self) -> None:
         self._child = Child(_WHAT, _look, gone=HolderGone, keep=(), ending_seconds=_ENDING_SECONDS)
+        self._was_ended = False
 
     def __enter__(self) -> Looker:
         return self
@@ -40,9 +41,11 @@ class Looker:
         self.end()
 
     def end(self) -> None:
-        """Kill it; one that hangs in a holder's file system stays until that answers, and harms no start."""
-        with suppress(SczError):
-            self._child.close()
+        """Kill it; one that hangs in a holder's file system stays until that answers, and is waited for once."""
+        if not self._was_ended:
+            self._was_ended = True
+            with suppress(SczError):
+                self._child.close()
 
     def dismiss(self) -> None:
         """Kill it and do not wait; `end` does."""

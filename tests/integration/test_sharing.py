@@ -262,6 +262,7 @@ def test_no_child_that_goes_to_other_containers_has_a_key(scene: Scene) -> None:
         words += ["--volume", f"{token}:{TOKEN_PATH}:ro", scene.image, "sh"]
         process = scene.podman.spawn(words, runtime="runc")
         stack.callback(process.communicate, timeout=120)
+        stack.callback(held.close)
         hook = wait_for_hook(scene, process)
         assert hook is not None
         wait_until(lambda: copies(hook, key) > 0)
