@@ -151,6 +151,7 @@ def _deliver(state: State, invocation: Invocation, agent: Agent | None = None) -
     from oci_hook.standby import tpm_standby
 
     verify_privileges()
+    # Before any child: a runtime may ignore SIGCHLD, and then the kernel reaps what we hold by its pid.
     harden_process()
     config = load_config(invocation.config_file)
     facts = read_engine_facts(invocation.engine or config.engine, annotations)

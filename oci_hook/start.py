@@ -79,7 +79,7 @@ def deliver(
             return  # reached by two ways, hooks.d and CDI say: once is enough
         # The destinations are resolved and held by a child in the container's mount namespace before any key is here.
         delivery.prepare([request.destination for request in wanted])
-        if spec.can_share:
+        if spec.can_share:  # children that enter other containers: before any key, and before the token
             delivery.expect_copies(records.live())
         token = load_token(spec.mounts, requests.token_path or config.token_path)
         container = _container(state, facts, delivery, token)
@@ -87,13 +87,13 @@ def deliver(
             admit(request, bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)), container, host)
             for request in wanted
         ]
+        standby.end()  # the TPM has done its part: nothing of it is to be there while the models are decrypted
         shared = delivery.share([each.delivery() for each in shareable(admissions, spec)], records.live)
         delivery.fill([each.delivery() for each in admissions if each.request.destination not in shared])
         audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
         record = open_record(container, admissions, earlier, keeper=delivery.keeper, seconds=host.clock())
         records.write(record)
-        attached = delivery.attach()
-        seconds = time.monotonic() - began
+        attached, seconds = delivery.attach(), time.monotonic() - began
         records.mark_delivered(record, held_models(admissions, attached))
     audit_outcome(host, container, record, attached, seconds=seconds)
 

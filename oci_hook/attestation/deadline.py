@@ -33,6 +33,7 @@ _LENGTH_BYTES: Final = 4
 _REAP_SECONDS: Final = 2.0
 _IDLE_SECONDS: Final = 0.5
 _GOOD, _BAD = b"+", b"-"
+_SENT: Final = 85  # exit code of a child that has answered: a library that ends its process says 0 or 1
 _ENDED: Final = "the TPM's child was ended before it was done"
 
 
@@ -86,7 +87,8 @@ class Deadline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pid is not None:
-            os.kill(self._pid, signal.SIGKILL)  # not yet reaped: the pid is still ours
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)  # not yet reaped: the pid is still ours
             _reap(self._pid)
             self._pid = None
         if self._read_fd >= 0:
@@ -101,7 +103,7 @@ class Deadline:
             InternalError: The action raised something unknown, or its child was ended by somebody.
             SczError: What the action raised.
         """
-        return _result(self._read_fd, self._until, self._seconds)
+        return _open_message(_receive(self._read_fd, self._until, self._seconds))
 
 
 class Standby:
@@ -131,6 +133,7 @@ class Standby:
                 if self._pid == 0:
                     _run_standby(ready, act, request_fd, result_fd, parent, ours)
                 ours.pop_all()
+                self._ends: tuple[int, ...] = (self._request_fd, self._result_fd)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(self._request_fd, False)
@@ -141,22 +144,30 @@ class Standby:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
         if self._pid is None:
             return
         pid, self._pid = self._pid, None
-        os.close(self._request_fd)
-        os.close(self._result_fd)
         # It ends by itself when it sees the end of the requests, after what it has running, which is its child.
         if not _reap(pid, _REAP_SECONDS + 1 if self._asked else _IDLE_SECONDS):
             os.kill(pid, signal.SIGKILL)
             _reap(pid)
 
+    def end(self) -> None:
+        """There are no more requests: what runs ends by itself, which is not waited for before the block's end."""
+        ends, self._ends = self._ends, ()
+        for fd in ends:
+            os.close(fd)
+
     def ask(self, request: bytes, seconds: float) -> bytes:
         """Have a request worked on, and wait for the result.
 
+        Without a whole answer, for whatever reason, no other request can follow: the rest of the old answer would be
+        taken for the beginning of the next.
+
         Args:
             request: For `act`.
-            seconds: After so long all of it is ended; no other request can follow.
+            seconds: After so long all of it is ended.
 
         Raises:
             TpmTimeout: The deadline passed.
@@ -164,21 +175,23 @@ class Standby:
             SczError: What `act` raised.
         """
         until = time.monotonic() + seconds
-        if self._pid is None:
+        if not self._ends:
             raise InternalError(_ENDED)
+        message = None
         try:
             _send_within(self._request_fd, _framed(request), until, seconds)
             self._asked = True
-            return _result(self._result_fd, until, seconds)
-        except (BrokenPipeError, TpmTimeout) as cause:
-            self.__exit__(None, None, None)
-            if isinstance(cause, TpmTimeout):
-                raise
+            message = _receive(self._result_fd, until, seconds)
+        except BrokenPipeError as cause:
             raise InternalError(_ENDED) from cause
+        finally:  # a signal's `Terminated`, too
+            if message is None:
+                self.__exit__(None, None, None)
+        return _open_message(message)
 
 
-def _result(fd: int, until: float, seconds: float) -> bytes:
-    """Take one message from a pipe."""
+def _receive(fd: int, until: float, seconds: float) -> bytes:
+    """Take one message from a pipe, whole, without its length."""
     received = bytearray()
     while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
         _wait(fd, select.POLLIN, until, seconds)
@@ -188,7 +201,10 @@ def _result(fd: int, until: float, seconds: float) -> bytes:
         received += chunk
         if len(received) > RESULT_LIMIT_BYTES:
             raise InternalError("the TPM's child sent more than 1 MiB")
-    return _open_message(bytes(received))
+    message = bytes(received[_LENGTH_BYTES:])
+    if len(message) != _length(received) or message[:1] not in (_GOOD, _BAD):
+        raise InternalError(_ENDED)
+    return message
 
 
 def _send_within(fd: int, data: bytes, until: float, seconds: float) -> None:
@@ -207,11 +223,16 @@ def _wait(fd: int, event: int, until: float, seconds: float) -> None:
 
 def _reap(pid: int, seconds: float = _REAP_SECONDS) -> bool:
     """Wait for a child that ends, and not for one that hangs in the kernel; whether it has ended."""
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:  # where SIGCHLD is ignored the kernel reaps; a hook does not (`harden_process`)
+        return True
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         return bool(poll.poll(1000 * seconds)) and os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
     finally:
         os.close(pidfd)
 
@@ -222,7 +243,7 @@ def _run_child(action: Callable[[], bytes], write_fd: int, parent: int) -> NoRet
         if _is_alone(parent):
             lock_memory()  # mlockall is not inherited, and a secret will be here
             _send(write_fd, _framed(_outcome(action, write_fd)))
-            code = 0
+            code = _SENT
     finally:
         os._exit(code)  # nothing may unwind into the parent's code
 
@@ -232,7 +253,7 @@ def _is_alone(parent: int) -> bool:
     prctl_set_pdeathsig(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above, and no signal will come
         return False
-    for number in _SIGNALS:
+    for number in (*_SIGNALS, signal.SIGCHLD):  # where that is ignored no child can be waited for
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -282,7 +303,7 @@ def _stays(pid: int, request_fd: int) -> bool:
     poll.register(request_fd, 0)  # the other end was closed
     if pidfd in dict(poll.poll()):
         os.close(pidfd)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == _SENT
     os.kill(pid, signal.SIGKILL)
     _reap(pid)
     return False
@@ -316,14 +337,9 @@ def _send(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _open_message(received: bytes) -> bytes:
-    message = received[_LENGTH_BYTES:]
-    if len(message) != _length(received):
-        raise InternalError(_ENDED)
+def _open_message(message: bytes) -> bytes:
     if message[:1] == _GOOD:
         return message[1:]
-    if message[:1] != _BAD:
-        raise InternalError(_ENDED)
     sent = json.loads(message[1:])
     classes = {cls.__name__: cls for cls in all_errors().values()}
     raise classes.get(sent["reason"], InternalError)(sent["message"], remedy=sent["advice"])

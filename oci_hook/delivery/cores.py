@@ -24,7 +24,7 @@ def usable_cores() -> int:
     """The cores that the affinity allows, or fewer if a quota does; at least 1. What cannot be read limits nothing."""
     cores = len(os.sched_getaffinity(0))
     if cores > 1:
-        with suppress(SystemCallFailed):
+        with suppress(SystemCallFailed):  # our own group is not found
             cores = min(cores, load_quota_cores(_own_group()))
     return cores
 
@@ -40,16 +40,16 @@ def _own_group() -> Cgroup | None:
 
 
 def load_quota_cores(cgroup: Cgroup | None) -> int:
-    """The cores that a group and all above it pay for, begun ones counted whole; a large number without a quota.
+    """The cores that a group and all above it pay for, begun ones counted whole; all that there are without a quota.
 
-    Raises:
-        SystemCallFailed: A file of the group cannot be read.
+    A group whose files cannot be read limits nothing, and those above it still do.
     """
     least = os.cpu_count() or 1
     path = cgroup.path if cgroup is not None else ""
     while cgroup is not None:
         names = ("cpu.max",) if cgroup.version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        with suppress(FileNotFoundError):  # the root group, and groups without the controller, have none
+        # The root group, and groups without the controller, have no such file; others may be refused to us.
+        with suppress(OSError, SystemCallFailed):
             least = min(least, _quota([number for name in names for number in _numbers(f"{path}/{name}")], least))
         if path == cgroup.top:
             break

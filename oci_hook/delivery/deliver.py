@@ -11,7 +11,6 @@ Specification: docs/design.md, "Delivery".
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from types import TracebackType
 
 from oci_hook.delivery.attach import Attachment
 from oci_hook.delivery.attached import Attached, look_at
-from oci_hook.delivery.fill import FillOptions, Target, fill
+from oci_hook.delivery.fill import FillOptions, Target
 from oci_hook.delivery.holder import MOUNT_NAMESPACE, ContainerView, Holder, Runtime, own_mount_namespace
+from oci_hook.delivery.looker import Looker
 from oci_hook.delivery.memory import (
     Cgroup,
-    Reservation,
+    MemoryLevel,
     find_memory_cgroup,
-    join_cgroup,
     keeps_cache,
     load_available_memory,
     load_levels,
@@ -34,23 +33,18 @@ from oci_hook.delivery.memory import (
 )
 from oci_hook.delivery.recognise import hold
 from oci_hook.delivery.room import ModelDelivery, Room, model_room
-from oci_hook.delivery.share import Looker, SharedCopy, take_copies
-from oci_hook.errors import WriterFailed
+from oci_hook.delivery.share import SharedCopy, take_copies
+from oci_hook.delivery.writer import Progress, run_writer
 from oci_hook.linux import mounts
 from oci_hook.linux.mounts import MemoryFilesystem
-from oci_hook.linux.namespaces import Channel, Child, Report
-from oci_hook.linux.processes import lock_memory
 from oci_hook.linux.syscalls import failing
 from oci_hook.records import ContainerRecord
 
 __all__ = ["Attached", "ContainerView", "Delivery", "DeliverySettings", "ModelDelivery", "Progress"]
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes of plaintext done so far, and all of them."""
-
-_PROGRESS_SECONDS = 0.1
 _WRITER_BYTES = 16 << 20
 _INODE_BYTES = 2048
+_LOOKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +95,7 @@ class Delivery:
         self._targets: tuple[Target, ...] = ()
         self._shareable: frozenset[str] = frozenset()
         self._copies: tuple[SharedCopy, ...] = ()
-        self._looker: Looker | None = None
+        self._lookers: tuple[Looker, ...] = ()
         self._expected: tuple[ContainerRecord, ...] = ()
 
     def __enter__(self) -> Delivery:
@@ -169,13 +163,20 @@ class Delivery:
         )
 
     def expect_copies(self, live: Sequence[ContainerRecord]) -> None:
-        """Have a child wait for `share`, before any key exists, if a container that lives has something to give.
+        """Have children wait for `share`, before any key or token is in this process; without it nothing is looked for.
+
+        Two: one may be lost to a holder that lets it hang. Also where no container lives yet that could give something:
+        of many starts at once one decrypts, and the others look for its copy after their checks.
+
+        Args:
+            live: The records of the containers that live by now; these are tried first.
 
         Raises:
             SystemCallFailed: There is no process or descriptor left.
         """
-        if self._can_share() and any(held.shareable for record in live for held in record.held):
-            self._looker, self._expected = self._stack.enter_context(Looker()), tuple(live)
+        if self._can_share():
+            self._lookers = tuple(self._stack.enter_context(Looker()) for _ in range(_LOOKERS))
+            self._expected = tuple(live)
 
     def _can_share(self) -> bool:
         kind = self._file_system or mounts.probe_memory_filesystem()
@@ -204,7 +205,7 @@ class Delivery:
             runtime_directory=self._settings.runtime_directory,
             live=live,
             stack=self._stack,
-            looker=self._looker,
+            lookers=self._lookers,
             expected=self._expected,
         )
         return frozenset(copy.model.destination for copy in self._copies)
@@ -238,32 +239,34 @@ class Delivery:
         levels = load_levels(cgroup) if cgroup is not None else ()
         verify_limits(levels, total + kernel + _WRITER_BYTES)
         # 2. The node's reserve.
+        settings = self._settings
         with reserve_memory(
-            self._settings.runtime_directory,
+            settings.runtime_directory,
             total + kernel,
-            self._settings.memory_reserve_bytes,
-            timeout_seconds=self._settings.timeout_seconds,
+            settings.memory_reserve_bytes,
+            timeout_seconds=settings.timeout_seconds,
         ) as reservation:
             # 3. File systems without a path, each just large enough.
             self._targets = tuple(map(self._target, models, rooms))
             # 4. The writer, which is charged and then gone.
-            options = FillOptions(
-                uid=self._container.uid_offset,
-                gid=self._container.gid_offset,
-                workers=self._settings.workers,
-                drop_cache=not keeps_cache(
-                    levels,
-                    load_available_memory(),
-                    total + kernel,
-                    sum(entry.layer_size for model in models for entry in model.manifest.files),
-                    self._settings.memory_reserve_bytes,
-                ),
+            options = self._options(models, levels, total + kernel)
+            run_writer(
+                self._targets, options, cgroup, settings.timeout_seconds, left=reservation.keep, progress=progress
             )
-            self._run_writer(cgroup, options, reservation, progress)
         # 5. Read-only for whoever may mount; EBUSY would mean that a writer is left.
         for target in self._targets:
             mounts.seal_superblock(target.mount.fd)
             mounts.set_mount_flags(target.mount.fd)
+
+    def _options(self, models: Sequence[ModelDelivery], levels: Sequence[MemoryLevel], need_bytes: int) -> FillOptions:
+        sealed = sum(entry.layer_size for model in models for entry in model.manifest.files)
+        reserve = self._settings.memory_reserve_bytes
+        return FillOptions(
+            uid=self._container.uid_offset,
+            gid=self._container.gid_offset,
+            workers=self._settings.workers,
+            drop_cache=not keeps_cache(levels, load_available_memory(), need_bytes, sealed, reserve),
+        )
 
     def _target(self, model: ModelDelivery, room: Room) -> Target:
         kind = self._file_system or mounts.probe_memory_filesystem()
@@ -302,41 +305,3 @@ class Delivery:
         finally:
             os.close(proc_fd)
         return find_memory_cgroup(self._held.payer.read("cgroup"), ours)
-
-    def _run_writer(
-        self, cgroup: Cgroup | None, options: FillOptions, reservation: Reservation, progress: Progress | None
-    ) -> None:
-        total = sum(entry.size for target in self._targets for entry in target.model.manifest.files)
-        targets = self._targets
-
-        def body(channel: Channel) -> Report:
-            if cgroup is not None:
-                join_cgroup(cgroup)
-            lock_memory()
-            return {"filled": fill(targets, options, _reporter(channel))}
-
-        timeout = self._settings.timeout_seconds
-        with Child("the process that decrypts into memory", body, gone=WriterFailed) as writer:
-            while "done" not in (report := writer.receive(timeout)):
-                reservation.keep(max(0, total - report["progress"]))
-                if progress is not None:
-                    progress(report["progress"], total)
-            writer.join(timeout)
-        if report["done"] != {"filled": total}:
-            raise WriterFailed("the process that decrypts into memory did not decrypt all")
-        if progress is not None:
-            progress(total, total)
-
-
-def _reporter(channel: Channel) -> Callable[[int], None]:
-    """Report progress from the writer: often enough to show that it lives, rarely enough to cost nothing."""
-    reported = time.monotonic()
-
-    def report(done_bytes: int) -> None:
-        nonlocal reported
-        now = time.monotonic()
-        if now - reported >= _PROGRESS_SECONDS:
-            reported = now
-            channel.send_lossy({"progress": done_bytes})
-
-    return report

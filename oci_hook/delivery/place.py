@@ -208,8 +208,14 @@ class _OpenFile:
             self._descriptors = stack.pop_all()
 
     def _map(self, stack: ExitStack) -> memoryview | None:
-        """The file, mapped, if its first byte gets a huge page: what the kernel gives, not what it promises."""
-        mapping = mmap.mmap(self._file, self._entry.size)
+        """The file, mapped, if its first byte gets a huge page: what the kernel gives, not what it promises.
+
+        None also where it cannot be mapped: a limit of address space or of locked memory ends no start.
+        """
+        try:
+            mapping = mmap.mmap(self._file, self._entry.size)
+        except OSError:
+            return None
         mapping[0] = 0
         if os.fstat(self._file).st_blocks * _BLOCK_BYTES < _HUGE_PAGE_BYTES:
             mapping.close()
@@ -247,14 +253,18 @@ class _OpenFile:
 
 
 class LargeFile:
-    """A file of several segments: opened by the first thread that takes one of them, closed by the last."""
+    """A file of several segments: opened by the first thread that takes one of them, closed by the last.
 
-    __slots__ = ("_active", "_dropped", "_entry", "_left", "_lock", "_opened", "_target", "segments")
+    If it cannot be opened, that is what every thread meets that takes one: a second try would find the file there.
+    """
+
+    __slots__ = ("_active", "_dropped", "_entry", "_failure", "_left", "_lock", "_opened", "_target", "segments")
 
     def __init__(self, target: Target, entry: FileEntry) -> None:
         self._target, self._entry = target, entry
         self._lock = threading.Lock()
         self._opened: _OpenFile | None = None
+        self._failure: BaseException | None = None
         self.segments = self._left = -(-entry.layer_size // SEGMENT_BYTES)
         self._active: set[int] = set()
         self._dropped = 0
@@ -262,9 +272,7 @@ class LargeFile:
     def decrypt(self, run: range, workplace: Workplace) -> int:
         """Decrypt a run of segments; how many bytes of plaintext it had. Runs are to be taken in the file's order."""
         with self._lock:
-            if self._opened is None:
-                self._opened = _OpenFile(self._target, self._entry, workplace)
-            opened = self._opened
+            opened = self._opened or self._open(workplace)
             self._active.add(run.start)
         count = sum(opened.decrypt(index, workplace) for index in run)
         with self._lock:
@@ -276,6 +284,16 @@ class LargeFile:
             elif workplace.options.drop_cache:
                 self._drop_behind(opened, run.stop)
         return count
+
+    def _open(self, workplace: Workplace) -> _OpenFile:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._opened = _OpenFile(self._target, self._entry, workplace)
+        except BaseException as failure:
+            self._failure = failure
+            raise
+        return self._opened
 
     def _drop_behind(self, opened: _OpenFile, stop: int) -> None:
         """Drop what all threads have behind them; a run that was taken and not begun is read from the disk again."""

@@ -19,17 +19,17 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from oci_hook.bundle.manifest import MODEL_DOCUMENT
-from oci_hook.delivery.resident import find_mount, hold_namespace, open_mount, own_proc, stuck_namespaces
+from oci_hook.delivery.looker import Looker
+from oci_hook.delivery.resident import hold_namespace, stuck_namespaces
 from oci_hook.delivery.room import ModelDelivery, directories_of
 from oci_hook.documents import canonical
-from oci_hook.errors import HolderGone, SczError, SystemCallFailed
+from oci_hook.errors import SczError, SystemCallFailed
 from oci_hook.held import HeldModel
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import MemoryFilesystem
-from oci_hook.linux.namespaces import Channel, Child, Report, enter_mount_namespace
 from oci_hook.locks import lock_file
 from oci_hook.records import ContainerRecord
 from oci_hook.trusted_file import make_private_directory
@@ -38,10 +38,7 @@ _FOLDER, _STUCK = "shares", "stuck"
 # The time that `sczctl install` gives a hook: a start that waits for the lock waits for another's decryption. What
 # bounds it is the engine; whoever outlives that decrypts for itself.
 _LOCK_SECONDS = 300.0
-_ONE_SECONDS, _ALL_SECONDS, _ENDING_SECONDS = 1.5, 3.0, 0.5
-# Only CAP_SYS_ADMIN in the initial user namespace undoes the one, and the kernel takes the other from nobody else.
-_SEALED = {"ro", "noswap"}
-_WHAT = "the process that looks for a copy in another container"
+_ONE_SECONDS, _ALL_SECONDS = 1.5, 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +102,13 @@ def take_copies(
     runtime_directory: str,
     live: Callable[[], Sequence[ContainerRecord]],
     stack: ExitStack,
-    looker: Looker | None = None,
+    lookers: Sequence[Looker],
     expected: Sequence[ContainerRecord] = (),
 ) -> tuple[SharedCopy, ...]:
     """Lock the models' sharing groups, and take what live containers have of them.
 
-    Never raises for what others left: without a lock, or without a copy that fits, a model is left out.
+    Never raises for what others left: without a lock, or without a copy that fits, a model is left out. No child is
+    forked here, where keys are: when the last looker is used up the rest is left out, too.
 
     Args:
         models: Admitted, and allowed to be shared.
@@ -119,13 +117,15 @@ def take_copies(
         runtime_directory: Root's own, such as /run/scz-smm.
         live: Gives the records of the containers that live, read under the locks if need be.
         stack: Holds locks and descriptors: until its end no other start looks for, or makes, a copy of these models.
-        looker: One that waits already.
+        lookers: Those that wait, forked before there was a key; the next is taken when one has failed. All are ended.
         expected: Records that were read before; they are tried first, as reading all takes longer than a clone.
     """
     found: dict[str, SharedCopy] = {}
-    with suppress(SczError):
+    with suppress(SczError), ExitStack() as ending:
+        for looker in lookers:
+            ending.callback(looker.dismiss)
         _lock_groups(runtime_directory, {group_of(model, uid, gid).lock_name for model in models}, stack)
-        search = _Search(os.path.join(runtime_directory, _FOLDER, _STUCK), stack, looker)
+        search = _Search(os.path.join(runtime_directory, _FOLDER, _STUCK), lookers)
         for is_again in (False, True):
             missing = [model for model in models if model.destination not in found]
             if missing:
@@ -156,8 +156,8 @@ class _Search:
     while it is there, namespaces where such a child hangs still are not entered again.
     """
 
-    def __init__(self, stuck_file: str, stack: ExitStack, looker: Looker | None) -> None:
-        self._stack, self._looker = stack, looker
+    def __init__(self, stuck_file: str, lookers: Sequence[Looker]) -> None:
+        self._lookers = list(lookers)
         self._stuck_file = stuck_file
         self._records: list[ContainerRecord] = []
         self._stuck: set[tuple[int, int]] = set()
@@ -177,7 +177,7 @@ class _Search:
         """The first copy that fits; the caller closes its descriptor."""
         for record, held in self._candidates(group):
             seconds = min(_ONE_SECONDS, self._until - time.monotonic())
-            if seconds <= 0:
+            if seconds <= 0 or not self._lookers:
                 return None
             if record.namespace in self._stuck:
                 continue
@@ -199,81 +199,20 @@ class _Search:
     def _clone(self, record: ContainerRecord, held: HeldModel, seconds: float) -> int | None:
         """A detached clone of what the record names, by a child that is killed if it does not answer."""
         began = time.monotonic()
-        try:
-            with ExitStack() as held_open:
-                namespace_fd = hold_namespace(record, held_open)
-                if namespace_fd is None:
-                    return None
-                if self._looker is None:
-                    self._looker = self._stack.enter_context(Looker())
-                return self._looker.clone(namespace_fd, held, seconds)
-        except SczError:
-            if self._looker is not None:
-                self._looker.end()
-                self._looker = None
-            if time.monotonic() - began >= seconds:
+        with suppress(SczError), ExitStack() as held_open:  # the holder ended, or its namespace is another's
+            namespace_fd = hold_namespace(record, held_open)
+            if namespace_fd is None:
+                return None
+            try:
+                return self._lookers[0].clone(namespace_fd, held, seconds)
+            except SczError:
+                is_late = time.monotonic() - began >= seconds
+                self._lookers.pop(0).end()
+            if is_late:
                 self._stuck.add(record.namespace)
                 with suppress(OSError):
                     os.close(os.open(self._stuck_file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-            return None
-
-
-class Looker:
-    """A child that waits, and clones out of the mount namespaces that it is sent; ended by its `with` block.
-
-    Forked before any key exists in this process where a search is to be expected: the fork takes as long as the rest.
-    """
-
-    def __init__(self) -> None:
-        self._child = Child(_WHAT, _look, gone=HolderGone, keep=(), ending_seconds=_ENDING_SECONDS)
-
-    def __enter__(self) -> Looker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """Kill it; one that hangs in a holder's file system stays until that answers, and harms no start."""
-        with suppress(SczError):
-            self._child.close()
-
-    def clone(self, namespace_fd: int, held: HeldModel, seconds: float) -> int | None:
-        """A detached clone of a model's mount, which the caller closes; None: it is not there.
-
-        Raises:
-            HolderGone: There was no answer in time: the child is of no more use.
-            SczError: What the child met.
-        """
-        self._child.send({"held": asdict(held)}, [namespace_fd])
-        report, fds = self._child.receive_descriptors(seconds)
-        if report.get("cloned") == held.mount_id and len(fds) == 1:
-            return fds[0]
-        for fd in fds:
-            os.close(fd)
         return None
-
-
-def _look(channel: Channel) -> Report:
-    """The child: for each namespace that comes, enter it and say what was found there."""
-    proc_fd = own_proc()
-    mounts.load_mountinfo(proc_fd)  # its pages are the parent's until they are touched: now, while nobody waits
-    while (received := channel.receive()) is not None:
-        (namespace_fd,), held = received[1], HeldModel(**received[0]["held"])
-        enter_mount_namespace(namespace_fd)
-        os.close(namespace_fd)
-        mount = find_mount(proc_fd, held)
-        found = mount is not None and mount.kind == MemoryFilesystem.TMPFS.value and mount.super_options >= _SEALED
-        fd = open_mount(mount, held) if found and mount is not None else None
-        if fd is None:
-            channel.send({"cloned": 0})
-            continue
-        with syscalls.failing("the holder's mount cannot be cloned"):
-            clone = syscalls.open_tree(fd, clone=True)
-        channel.send({"cloned": held.mount_id}, [clone])
-        os.close(clone)
-        os.close(fd)
-    return {}
 
 
 def verify_copy(fd: int, model: ModelDelivery, group: SharingGroup, held: HeldModel) -> bool:

@@ -165,6 +165,11 @@ class Child:
         """Its pid."""
         return self._pid
 
+    @property
+    def killed_by(self) -> int:
+        """The number of the signal that ended it; 0 while it runs, and if none did."""
+        return max(0, -(self._status or 0))
+
     def __enter__(self) -> Child:
         return self
 
@@ -226,6 +231,13 @@ class Child:
         if self._status not in (0, None):
             raise self._gone(f"{self._what} failed{self._ending()}")
 
+    def dismiss(self) -> None:
+        """Kill the child without waiting for its end; `close` does that."""
+        self._channel.close()
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def close(self) -> None:
         """Kill the child if it still runs, and reap it; never raises for one that is gone.
 
@@ -234,8 +246,7 @@ class Child:
         """
         self._channel.close()
         if not self._wait(0):
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self.dismiss()
             if not self._wait(self._ending_seconds):
                 raise SystemCallFailed(f"{self._what} (pid {self._pid}) cannot be ended: it waits for a device")
 

@@ -21,13 +21,18 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.errors import SystemCallFailed
+from oci_hook.locks import lock_file
+from oci_hook.owner.keyring import open_content_key, open_keyring
+from oci_hook.owner.records import OwnerRecords
 from tests.integration.conftest import FILES, contents
 from tests.integration.test_endurance import lifetime_of_a_hook, start_in_background, wait_for_hook
 from tests.integration.test_release import CAN_MOUNT, USERNS, Shell, events, is_gone, ps, shell, watching
 from tests.integration.test_start import hook_processes, model_mounts
+from tests.process_memory import copies
 from tests.runtimes import Runsc, newer_runsc, own_runsc
 from tests.scene import TOKEN_PATH, Scene
-from tests.workshop import wait_until
+from tests.workshop import is_dead, wait_until
 
 MODEL = "/models/small"
 AT_ONCE, KILLS = 16, 20
@@ -229,6 +234,47 @@ def test_sixteen_at_once_make_one_copy(scene: Scene) -> None:
         pids = [Shell(scene, containers[0].process, row["pid"], row["container_id"]) for row in rows]
         assert len({copy_of(each) for each in pids}) == 1
         assert sorted(shared(scene, each) for each in pids) == [0] + [1] * (AT_ONCE - 1)
+
+
+def content_key(scene: Scene) -> bytes:
+    """The key of `small:1`, as its owner has it."""
+    keyring = open_keyring(scene.owner / "keys", lambda: "")
+    record = OwnerRecords(keyring.folder).load_content_key("small", "1")
+    sealed, digest = record.sealed_key, record.manifest_digest
+    return open_content_key(sealed, manifest_digest=digest, recovery_key=keyring.recovery_key).value
+
+
+def children(pid: int) -> list[int]:
+    """Of a process with one thread."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_no_child_that_goes_to_other_containers_has_a_key(scene: Scene) -> None:
+    """A start that has its key and waits for another's decryption: also the first of many, when no container lives."""
+    key = content_key(scene)
+    with contextlib.ExitStack() as stack:
+        with shells(scene, ("runc", PLAIN)):
+            (lock,) = [path for path in (scene.runtime_directory / "shares").iterdir() if path.name != "stuck"]
+        held = stack.enter_context(contextlib.ExitStack())
+        held.enter_context(lock_file(lock, timeout_seconds=10, error=SystemCallFailed))
+        words = ["--rm", "--interactive", "--annotation", "smm.scz/model=small:1"]
+        token = scene.token("first")
+        words += ["--volume", f"{token}:{TOKEN_PATH}:ro", scene.image, "sh"]
+        process = scene.podman.spawn(words, runtime="runc")
+        stack.callback(process.communicate, timeout=120)
+        stack.callback(held.close)
+        hook = wait_for_hook(scene, process)
+        assert hook is not None
+        wait_until(lambda: copies(hook, key) > 0)
+        # The one that holds the destinations, and two that look; what spoke with the TPM has ended.
+        wait_until(lambda: sum(not is_dead(pid) for pid in children(hook)) == 3)
+        waiting = [pid for pid in children(hook) if not is_dead(pid)]
+        assert [copies(pid, key) for pid in waiting] == [0, 0, 0]
+        secret = token.read_bytes().strip()
+        assert copies(hook, secret) > 0
+        assert [copies(pid, secret) for pid in waiting] == [0, 0, 0]
+        held.close()
+        assert reads_all(Shell(scene, process, 0, ""))
 
 
 TRICKS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,26 @@ def test_version_1(tmp_path: Path, quota: str, cores: int) -> None:
 def test_no_group_at_all(tmp_path: Path) -> None:
     assert load_quota_cores(None) == ALL
     assert load_quota_cores(Cgroup(2, str(tmp_path), str(tmp_path / "c"))) == ALL
+
+
+@pytest.mark.parametrize("kind", ["a link to itself", "a socket", "a folder"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_cannot_be_read_limits_nothing_and_hides_no_quota_above(tmp_path: Path, version: int, kind: str) -> None:
+    """ELOOP and ENXIO stand for whatever a system may say to open(2), EISDIR to read(2)."""
+    names = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}[version]
+    pod = write(tmp_path / "pod", {})
+    group = write(pod / "c", {})
+    for name in names:
+        if kind == "a socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(group / name))
+        elif kind == "a folder":
+            (group / name).mkdir()
+        else:
+            (group / name).symlink_to(name)
+    assert load_quota_cores(Cgroup(version, str(tmp_path), str(group))) == ALL
+    write(pod, {1: {"cpu.cfs_quota_us": "100", "cpu.cfs_period_us": "100"}, 2: {"cpu.max": "100 100"}}[version])
+    assert load_quota_cores(Cgroup(version, str(tmp_path), str(group))) == 1
 
 
 def test_no_more_than_the_affinity_allows() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import resource
 import select
 import struct
 import tracemalloc
@@ -15,6 +17,7 @@ import pytest
 
 from oci_hook.bundle.layout import open_layout
 from oci_hook.delivery.fill import FillOptions, Target, default_workers, fill
+from oci_hook.delivery.place import LargeFile, Workplace
 from oci_hook.delivery.room import model_room
 from oci_hook.errors import (
     BundleInvalid,
@@ -143,6 +146,21 @@ class TestContents:
             fill([target], options(workers=workers), lambda _done: None)
             assert contents(target.mount) == files
 
+    def test_a_file_that_cannot_be_mapped(self, owner: TestOwner) -> None:
+        files = {"large": noise(64 * MIB)}
+        with opened(owner, owner.pack("m", files)) as made:
+            target = Target(made.model, dataclasses.replace(made.mount, huge=True))
+
+            def body(_channel: Channel) -> Report:
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                limit = pages * os.sysconf("SC_PAGESIZE") + 32 * MIB
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                return {"filled": fill([target], options(workers=1), lambda _done: None)}
+
+            with Child("the test's writer", body, gone=WriterFailed) as writer:
+                assert writer.receive(30) == {"done": {"filled": 64 * MIB}}
+            assert contents(made.mount) == files
+
     def test_one_layer_under_two_names(self, owner: TestOwner) -> None:
         files = {"a": b"same", "b": b"same"}
         with opened(owner, owner.pack("m", files)) as target:
@@ -233,6 +251,21 @@ class TestRefused:
 
         with opened(owner, model) as target, pytest.raises(FileUnreadable, match="ends early"):
             fill([target], options(workers=1), shorten)
+
+    def test_a_large_file_that_cannot_be_opened_says_so_to_every_thread(self, owner: TestOwner) -> None:
+        with opened(owner, owner.pack("m", {"a": noise(8 * MIB)})) as target:
+
+            def body(_channel: Channel) -> Report:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+                file, said = LargeFile(target, target.model.manifest.files[0]), []
+                for start in (0, 2):
+                    with Workplace(options()) as workplace, pytest.raises(OSError) as caught:
+                        file.decrypt(range(start, start + 2), workplace)
+                    said.append(caught.value.errno)
+                return {"said": said}
+
+            with Child("the test's writer", body, gone=WriterFailed) as writer:
+                assert writer.receive(30) == {"done": {"said": [errno.EFBIG, errno.EFBIG]}}
 
     def test_a_file_system_that_is_too_small(self, owner: TestOwner) -> None:
         model = owner.pack("m", {"a": noise(MIB), "b": noise(MIB)})

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from oci_hook.nri.main import Journal, notify
 from tests.nri_engine import Engine, about, container, field, pod
+from tests.process_memory import copies
 
 ENOUGH = 60.0  # seconds, for what happens at once on a machine that has nothing else to do
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,20 +128,6 @@ def test_nothing_of_it_is_to_be_read_by_others(service: Service) -> None:
         assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
         assert "VmLck:\t       0 kB" not in Path(f"/proc/{service.process.pid}/status").read_text()
         assert service.end() == 0
-
-
-def copies(pid: int, what: bytes) -> int:
-    """How often something is in a process's memory."""
-    found = 0
-    with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb") as memory:
-        for line in maps:
-            place, permissions = line.split()[:2]
-            if "r" in permissions and "[v" not in line:  # of vvar and vsyscall nothing can be read
-                low, high = (int(number, 16) for number in place.split("-"))
-                with suppress(OSError):  # a thread's, that has ended meanwhile
-                    memory.seek(low)
-                    found += memory.read(high - low).count(what)
-    return found
 
 
 @pytest.mark.parametrize("size", [3000, 300_000])

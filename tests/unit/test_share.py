@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from oci_hook.bundle.layout import open_layout
-from oci_hook.delivery import share
+from oci_hook.delivery import looker, share
 from oci_hook.delivery.attached import look_at
 from oci_hook.delivery.fill import FillOptions, Target, fill
 from oci_hook.delivery.holder import open_directory
+from oci_hook.delivery.looker import Looker
 from oci_hook.delivery.room import ModelDelivery, model_room
 from oci_hook.delivery.share import SharedCopy, group_of, take_copies, verify_copy
 from oci_hook.errors import HolderGone, SystemCallFailed
@@ -29,6 +30,7 @@ from oci_hook.linux.processes import process_start_time
 from oci_hook.locks import lock_file
 from oci_hook.records import ContainerRecord
 from tests.models import TestOwner, noise
+from tests.process_memory import copies
 from tests.stuck import stuck_filesystem
 from tests.unshared import told
 
@@ -44,6 +46,7 @@ class House:
     record: ContainerRecord
     model: ModelDelivery
     run: Path
+    lookers: int = 2
 
     def do(self, command: str) -> str:
         return told(self.process, command)
@@ -53,7 +56,15 @@ class House:
         with contextlib.ExitStack() as stack:
             found = records or (self.record,)
             wanted = [model or self.model]
-            yield take_copies(wanted, 0, 0, runtime_directory=str(self.run), live=lambda: found, stack=stack)
+            yield take_copies(
+                wanted,
+                0,
+                0,
+                runtime_directory=str(self.run),
+                live=lambda: found,
+                stack=stack,
+                lookers=[stack.enter_context(Looker()) for _ in range(self.lookers)],
+            )
 
     def is_taken(self, *records: ContainerRecord) -> bool:
         with self.copies(*records) as found:
@@ -293,7 +304,7 @@ def test_a_holder_that_dies(house: House) -> None:
 
 def test_a_file_system_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(share, "_ONE_SECONDS", 0.3)
-    monkeypatch.setattr(share, "_ENDING_SECONDS", 0.1)
+    monkeypatch.setattr(looker, "_ENDING_SECONDS", 0.1)
     with open_house(tmp_path / "one") as house, open_house(tmp_path / "two") as other:
         assert house.is_taken()
         marker = house.run / "shares" / "stuck"
@@ -312,12 +323,83 @@ def test_a_file_system_that_never_answers(tmp_path: Path, monkeypatch: pytest.Mo
         assert not marker.exists()
 
 
+def test_no_child_is_forked_where_keys_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes where another rules, and may hang there, was made before; when all are lost nothing is taken."""
+    monkeypatch.setattr(share, "_ONE_SECONDS", 0.3)
+    monkeypatch.setattr(looker, "_ENDING_SECONDS", 0.1)
+    with contextlib.ExitStack() as stack:
+        names = ("good", "one", "two")
+        good, one, two = [stack.enter_context(open_house(tmp_path / name)) for name in names]
+        group = good.record.held[0].owner
+        bad = [
+            replace(each.record, manifests=good.record.manifests, held=(replace(each.record.held[0], owner=group),))
+            for each in (one, two)
+        ]
+        for each in (one, two):
+            stack.enter_context(stuck_filesystem(each.path.parents[1], pid=each.process.pid))
+        lookers = [stack.enter_context(Looker()) for _ in range(2)]
+        before = children()
+        key = os.urandom(32)
+        taken = take_copies(
+            [good.model],
+            0,
+            0,
+            runtime_directory=str(good.run),
+            live=lambda: [good.record, *bad],
+            stack=stack,
+            lookers=lookers,
+        )
+        assert taken == ()
+        left = children()
+        assert len(left) == 2
+        assert left == before
+        assert copies(os.getpid(), key) > 0
+        assert [copies(pid, key) for pid in left] == [0, 0]
+    for pid in left:
+        os.waitpid(pid, 0)
+
+
+def test_without_a_child_that_waits_nothing_is_looked_for(house: House) -> None:
+    assert house.is_taken()
+    house.lookers = 0
+    assert not house.is_taken()
+
+
+def test_one_that_is_lost_costs_no_copy(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share, "_ONE_SECONDS", 0.3)
+    monkeypatch.setattr(looker, "_ENDING_SECONDS", 0.1)
+    with open_house(tmp_path / "two") as other:
+        held = replace(other.record.held[0], owner=house.record.held[0].owner)
+        bad = replace(other.record, manifests=house.record.manifests, held=(held,))
+        with stuck_filesystem(other.path.parents[1], pid=other.process.pid):
+            assert house.is_taken(house.record, bad)
+            left = children()
+            assert len(left) == 1
+        os.waitpid(left[0], 0)
+
+
+def test_a_holder_that_makes_it_fail_uses_up_no_child(house: House) -> None:
+    other = house.path.parents[1] / "other"
+    assert house.do(f"mkdir {other} && mount --bind {house.path} {other} && mount --make-unbindable {house.path}") == ""
+    house.lookers = 1
+    assert house.is_taken(house.seen_at(other), house.record, house.record)
+
+
 def children() -> list[int]:
     """The forks of this process that were not reaped."""
     task = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     return [
         int(pid) for pid in task if Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
     ]
+
+
+def test_a_child_that_was_dismissed_is_reaped_at_the_end(house: House) -> None:
+    before = children()
+    with house.copies() as found:
+        assert len(found) == 1
+        for pid in set(children()) - set(before):
+            assert os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT) is not None
+    assert children() == before
 
 
 def test_a_lock_that_others_keep(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

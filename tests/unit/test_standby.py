@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hook.attestation.deadline import RESULT_LIMIT_BYTES, Standby
-from oci_hook.errors import InternalError, KeyRefused, SczError, TpmTimeout
+from oci_hook.attestation.deadline import RESULT_LIMIT_BYTES, Standby, with_deadline
+from oci_hook.errors import InternalError, KeyRefused, SczError, Terminated, TpmTimeout
 from tests.stuck import stuck_filesystem
 
 
@@ -197,6 +197,96 @@ def test_a_part_of_a_result_is_none() -> None:
         os.kill(child, signal.SIGCONT)
         with pytest.raises(InternalError):
             standby.ask(b"", 10)
+
+
+def too_much(request: bytes) -> bytes:
+    return bytes(RESULT_LIMIT_BYTES + 1) if request == b"too much" else echo(request)
+
+
+def test_after_too_much_no_other_request_gets_the_rest_of_it() -> None:
+    with Standby(nothing, too_much) as standby:
+        child = standby._pid
+        with pytest.raises(InternalError, match="more than 1 MiB"):
+            standby.ask(b"too much", 10)
+        assert child is not None
+        assert _is_gone(child)
+        with pytest.raises(InternalError, match="ended before it was done"):
+            standby.ask(b"x", 10)
+
+
+def test_a_signal_in_the_middle_of_a_result_ends_it() -> None:
+    """As the hook's handler raises; the rest of the answer stays in the pipe."""
+
+    def act(request: bytes) -> bytes:
+        os.kill(hook, signal.SIGUSR1)
+        return request * 900_000
+
+    def terminate(_number: int, _frame: object) -> None:
+        raise Terminated("a signal came")
+
+    hook, before = os.getpid(), signal.signal(signal.SIGUSR1, terminate)
+    try:
+        with Standby(nothing, act) as standby:
+            with pytest.raises(Terminated):
+                standby.ask(b"x", 10)
+            with pytest.raises(InternalError, match="ended before it was done"):
+                standby.ask(b"y", 10)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_process_that_leaves_without_an_answer_is_internal(code: int) -> None:
+    with Standby(nothing, lambda _request: os._exit(code)) as standby:
+        for _ in range(2):
+            with pytest.raises(InternalError, match="ended before it was done"):
+                standby.ask(b"", 10)
+
+
+@pytest.mark.parametrize("answer", [b"", b"?what"])
+def test_what_is_no_answer_is_none(answer: bytes) -> None:
+    """A library in the child could write anything."""
+    with Standby(lambda: time.sleep(60), echo) as standby:
+        read_fd, write_fd = os.pipe()
+        os.write(write_fd, len(answer).to_bytes(4, "big") + answer)
+        os.dup2(read_fd, standby._result_fd, inheritable=False)
+        os.close(read_fd)
+        for _ in range(2):
+            with pytest.raises(InternalError, match="ended before it was done"):
+                standby.ask(b"", 10)
+        os.close(write_fd)
+
+
+def test_the_end_of_the_requests_ends_it_before_the_block_does() -> None:
+    with Standby(nothing, echo) as standby:
+        child = standby._pid
+        assert child is not None
+        assert standby.ask(b"x", 10) == b"got x"
+        standby.end()
+        _wait(lambda: _is_gone(child))
+        standby.end()
+        with pytest.raises(InternalError, match="ended before it was done"):
+            standby.ask(b"y", 10)
+
+
+def test_where_sigchld_is_ignored() -> None:
+    """As a runtime may start a hook; a child of its own is told, and waits for its children all the same."""
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            with Standby(nothing, echo) as standby:
+                answers = standby.ask(b"x", 10) + standby.ask(b"y", 10)
+            os.write(write_fd, answers + b" and " + with_deadline(lambda: b"z", 10))
+        finally:
+            os._exit(0)
+    os.close(write_fd)
+    try:
+        assert os.read(read_fd, 100) == b"got xgot y and z"
+    finally:
+        os.close(read_fd)
+        os.waitpid(pid, 0)
 
 
 def test_when_its_parent_is_killed_all_of_it_ends() -> None:
