@@ -35,6 +35,7 @@ from oci_hook.delivery.memory import (
 from oci_hook.delivery.recognise import hold
 from oci_hook.delivery.room import ModelDelivery, Room, model_room
 from oci_hook.delivery.share import Looker, SharedCopy, take_copies
+from oci_hook.delivery.share_lock import GroupLocks
 from oci_hook.errors import WriterFailed
 from oci_hook.linux import mounts
 from oci_hook.linux.mounts import MemoryFilesystem
@@ -101,6 +102,7 @@ class Delivery:
         self._targets: tuple[Target, ...] = ()
         self._shareable: frozenset[str] = frozenset()
         self._copies: tuple[SharedCopy, ...] = ()
+        self._locks = GroupLocks()
         self._looker: Looker | None = None
         self._expected: tuple[ContainerRecord, ...] = ()
 
@@ -204,6 +206,7 @@ class Delivery:
             runtime_directory=self._settings.runtime_directory,
             live=live,
             stack=self._stack,
+            locks=self._stack.enter_context(self._locks),
             looker=self._looker,
             expected=self._expected,
         )
@@ -310,6 +313,7 @@ class Delivery:
         targets = self._targets
 
         def body(channel: Channel) -> Report:
+            self._locks.leave_to_parent()  # it may hang in the kernel, and is then left behind
             if cgroup is not None:
                 join_cgroup(cgroup)
             lock_memory()
