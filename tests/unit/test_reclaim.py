@@ -151,3 +151,11 @@ def test_a_model_at_two_places_of_a_container(tmp_path: Path) -> None:
         assert one.reclaim().state == "busy"
         one.do("exec 3<&-")
         assert one.reclaim() == Reclaimed("released", str(there), ())
+
+
+def test_a_mount_of_another_file_system_than_the_records(tmp_path: Path) -> None:
+    with container(tmp_path) as one:
+        held = one.record.held[0]
+        one.record = dataclasses.replace(one.record, held=(dataclasses.replace(held, fsid=held.fsid ^ 1),))
+        assert one.reclaim() == Reclaimed("covered", str(one.path), ())
+        assert one.do(f"cat {one.path}/file | wc -c") == "65536\n"
