@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from oci_hook.documents import Fields
@@ -20,7 +20,8 @@ class HeldModel:
         size_bytes: Of its plaintext.
         owner: The owner's id.
         released: `sczctl release` has taken it away.
-        shareable: Another container may have the same copy; never in records of an earlier version.
+        shareable: Another container may have the same copy; never in records of an earlier version. What follows is
+            kept for such models alone.
         root_inode: Of the root directory.
         uid: On the host, of its files.
         gid: The same.
@@ -39,10 +40,18 @@ class HeldModel:
     gid: int = 0
     filled_by: str = ""
 
+    def document(self) -> dict[str, object]:
+        """For JSON. What is not shareable is written as by versions that shared nothing, which refuse other keys."""
+        document = asdict(self)
+        return document if self.shareable else {key: document[key] for key in document if key not in _SHARING}
+
     def is_same_copy(self, other: HeldModel) -> bool:
         """Whether both are mounts of one file system, which both containers still have."""
         gone = self.released or other.released
         return not gone and self.fsid != 0 and (self.fsid, self.device) == (other.fsid, other.device)
+
+
+_SHARING = ("shareable", "root_inode", "uid", "gid", "filled_by")
 
 
 def parse_held(value: object, path: str) -> HeldModel:
@@ -70,7 +79,7 @@ def parse_held(value: object, path: str) -> HeldModel:
 
 
 def _parse_sharing(fields: Fields, path: str) -> dict[str, Any]:
-    """What records of versions that shared nothing have not."""
+    """What a model that is not shareable has not, nor any in records of versions that shared nothing."""
     if not fields.has("shareable"):
         return {}
     return {

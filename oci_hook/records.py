@@ -191,14 +191,17 @@ class ContainerRecords:
             self._replace(record)
 
     def _replace(self, record: ContainerRecord) -> None:
-        replace_file(self._path(record.container_id, record.bundle), canonical(asdict(record)), mode=0o600)
+        document = {**asdict(record), "held": [each.document() for each in record.held]}
+        replace_file(self._path(record.container_id, record.bundle), canonical(document), mode=0o600)
 
     def mark_delivered(self, record: ContainerRecord, held: Sequence[HeldModel] = ()) -> None:
         """The models are visible now, as these mounts."""
         self.write(replace(record, delivered=True, held=(*record.held, *held)))
 
-    def mark_released(self, record: ContainerRecord, device: str) -> None:
+    def mark_released(self, record: ContainerRecord, model: HeldModel) -> None:
         """A model was taken away from a container, unless that has ended meanwhile.
+
+        Another place of the container may have a mount of the same superblock: that stays.
 
         Raises:
             FileUnreadable: The record cannot be read or written.
@@ -208,7 +211,10 @@ class ContainerRecords:
             now = self._load(self._path(record.container_id, record.bundle))
             if now is None or (now.pid, now.start_time) != (record.pid, record.start_time):
                 return
-            held = tuple(replace(each, released=each.released or each.device == device) for each in now.held)
+            gone = (model.device, model.mount_id)
+            held = tuple(
+                replace(each, released=each.released or (each.device, each.mount_id) == gone) for each in now.held
+            )
             self._replace(replace(now, held=held))
 
     def adopt(self, container_id: str, earlier: str, bundle: str, process: tuple[int, int]) -> None:

@@ -83,7 +83,7 @@ def release(config_file: str, container: str, model: str | None, lazy: bool, dry
         results.append((index, result))
         if _is_done(result, lazy=lazy) and not dry_run:
             _audit(AuditLog(config.audit_file), record, index, result)  # first: what is marked is never looked at again
-            records.mark_released(record, record.held[index].device)
+            records.mark_released(record, record.held[index])
         if not as_json:
             _show(record, index, result)
     if as_json:

@@ -132,7 +132,7 @@ def _wait_in_namespace(
             now.verify(syscalls.statx_mount_id(fd), "/" + "/".join(each))
         # From here on the hook's death must not leave a part of the models: it is a handful of calls.
         syscalls.prctl_set_pdeathsig(0)
-    _attach_all(received[1], destinations)
+    attach_all(received[1], destinations, proc_fd)
     return {"attached": len(destinations)}
 
 
@@ -159,11 +159,16 @@ def _allowed_mounts(
     return allowed
 
 
-def _attach_all(mount_fds: Sequence[int], destinations: Sequence[int]) -> None:
-    """Attach every mount, or take back those that were attached.
+def attach_all(mount_fds: Sequence[int], destinations: Sequence[int], proc_fd: int) -> None:
+    """Attach every mount, or take back those that were attached, in the caller's mount namespace.
+
+    Args:
+        mount_fds: Detached mounts.
+        destinations: O_PATH, a directory for each.
+        proc_fd: Of the caller's own /proc directory.
 
     Raises:
-        SystemCallFailed: One could not be attached.
+        SystemCallFailed: One could not be attached, or something is mounted over or in one.
     """
     if len(mount_fds) != len(destinations):
         raise SystemCallFailed(f"{len(mount_fds)} mounts arrived for {len(destinations)} destinations")
@@ -171,4 +176,7 @@ def _attach_all(mount_fds: Sequence[int], destinations: Sequence[int]) -> None:
         for mount_fd, destination in zip(mount_fds, destinations, strict=True):
             mounts.attach(mount_fd, destination)
             attached.callback(mounts.detach, mount_fd)
+        ours = {syscalls.statx_mount_id(fd) for fd in mount_fds}
+        if any(mount.parent_id in ours for mount in mounts.load_mountinfo(proc_fd)):
+            raise SystemCallFailed("something is mounted over or in a model that was attached")
         attached.pop_all()

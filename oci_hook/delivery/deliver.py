@@ -34,6 +34,7 @@ from oci_hook.delivery.memory import (
 from oci_hook.delivery.recognise import hold
 from oci_hook.delivery.room import ModelDelivery, Room, model_room
 from oci_hook.delivery.share import SharedCopy, take_copies
+from oci_hook.delivery.share_lock import GroupLocks
 from oci_hook.delivery.writer import Progress, run_writer
 from oci_hook.linux import mounts
 from oci_hook.linux.mounts import MemoryFilesystem
@@ -95,6 +96,7 @@ class Delivery:
         self._targets: tuple[Target, ...] = ()
         self._shareable: frozenset[str] = frozenset()
         self._copies: tuple[SharedCopy, ...] = ()
+        self._locks = GroupLocks()
         self._lookers: tuple[Looker, ...] = ()
         self._expected: tuple[ContainerRecord, ...] = ()
 
@@ -205,6 +207,7 @@ class Delivery:
             runtime_directory=self._settings.runtime_directory,
             live=live,
             stack=self._stack,
+            locks=self._stack.enter_context(self._locks),
             lookers=self._lookers,
             expected=self._expected,
         )
@@ -251,7 +254,13 @@ class Delivery:
             # 4. The writer, which is charged and then gone.
             options = self._options(models, levels, total + kernel)
             run_writer(
-                self._targets, options, cgroup, settings.timeout_seconds, left=reservation.keep, progress=progress
+                self._targets,
+                options,
+                cgroup,
+                settings.timeout_seconds,
+                first=self._locks.leave_to_parent,
+                left=reservation.keep,
+                progress=progress,
             )
         # 5. Read-only for whoever may mount; EBUSY would mean that a writer is left.
         for target in self._targets:

@@ -18,7 +18,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from oci_hook.delivery.holder import open_directory
@@ -50,10 +50,10 @@ class Reclaimed:
             `busy`: it is used and stays. `covered`: another mount lies over it or in it; it stays. `absent`: it was
             not there any more, and its memory is free. `unknown`: it was not there any more, and whether its memory
             is free cannot be told. `shared`: this container has it no more, and nobody in it uses it; its memory stays,
-            as other containers have the same copy. `would-…`: of a dry run.
+            as other containers, or it itself at another place, have the same copy. `would-…`: of a dry run.
         path: Where it was, as the namespace names it; empty if it was not there.
         uses: Who keeps its memory, as far as /proc tells, but for the other containers.
-        shared_with: The ids of the other containers that have the same copy.
+        shared_with: The ids of the other containers that have the same copy; its own if it has it at another place.
     """
 
     state: State | DryRun
@@ -82,7 +82,10 @@ def reclaim(
     """
     _verify_not_on_the_host(record)
     sharers = _sharers(model, others)
-    names = tuple(each.container_id for each in sharers)
+    elsewhere = tuple(each for each in record.held if each.is_same_copy(model) and each.mount_id != model.mount_id)
+    is_elsewhere = bool(elsewhere and _sharers(model, [replace(record, held=elsewhere)]))
+    known = frozenset(each.mount_id for each in elsewhere)
+    names = (*(each.container_id for each in sharers), *([record.container_id] if is_elsewhere else []))
     with ExitStack() as stack:
         namespace_fd = hold_namespace(record, stack)
         if namespace_fd is None:
@@ -98,23 +101,23 @@ def reclaim(
             return Reclaimed("covered", path, ())
         without = frozenset({os.getpid(), child.pid, *_processes_of(sharers)})
         if seen["state"] == "absent":
-            looked = _look_for_uses_of_shared(model, names, without) if sharers else None
+            looked = _look_for_uses_of_shared(model, names, without, known) if names else None
             return looked or _look_for_remains(model, others, without)
-        uses = find_uses(model.device, model.mount_id, without=without)
+        uses = find_uses(model.device, model.mount_id, without=without, known=known)
         # gVisor keeps open what its container has opened once, and shows it whatever is mounted on the host: a lazy
         # unmount would hide nothing there, nor give anything back before the container ends.
         if uses and (not lazy or record.runtime == "runsc"):
             return Reclaimed("busy", path, uses, names)
         if dry_run:
-            free: DryRun = "would-unshare" if sharers else "would-release"
+            free: DryRun = "would-unshare" if names else "would-release"
             return Reclaimed("would-detach" if uses else free, path, uses, names)
-        child.send({"lazy": lazy, "seconds": 0 if sharers else _GONE_SECONDS})
+        child.send({"lazy": lazy, "seconds": 0 if names else _GONE_SECONDS})
         state: State = child.receive(_ANSWER_SECONDS)["done"]["state"]
         child.join(_ANSWER_SECONDS)
-    is_shared = bool(sharers) and state == "detached" and not uses
+    is_shared = bool(names) and state == "detached" and not uses
     if is_shared or state == "released":  # nobody keeps the mount: its id may be another's by now
         return Reclaimed("shared" if is_shared else state, path, (), names if is_shared else ())
-    return Reclaimed(state, path, find_uses(model.device, model.mount_id, without=without), names)
+    return Reclaimed(state, path, find_uses(model.device, model.mount_id, without=without, known=known), names)
 
 
 def _verify_not_on_the_host(record: ContainerRecord) -> None:
@@ -155,9 +158,11 @@ def _processes_of(records: Sequence[ContainerRecord]) -> Iterator[int]:
                     yield int(name)
 
 
-def _look_for_uses_of_shared(model: HeldModel, names: tuple[str, ...], without: frozenset[int]) -> Reclaimed:
-    """Who uses a copy that this container has unmounted itself, and that others have still."""
-    remains = find_remains(model.device, without=without)
+def _look_for_uses_of_shared(
+    model: HeldModel, names: tuple[str, ...], without: frozenset[int], known: frozenset[int]
+) -> Reclaimed:
+    """Who uses a copy that this container has unmounted itself, and that others, or its other places, have still."""
+    remains = find_remains(model.device, without=without, known=known)
     uses = (*remains.copies, *remains.files)
     state: State = "busy" if remains.copies else "detached" if uses else "shared"
     return Reclaimed(state, "", uses, names)

@@ -25,20 +25,16 @@ from oci_hook.bundle.manifest import MODEL_DOCUMENT
 from oci_hook.delivery.looker import Looker
 from oci_hook.delivery.resident import hold_namespace, stuck_namespaces
 from oci_hook.delivery.room import ModelDelivery, directories_of
+from oci_hook.delivery.share_lock import SHARES, GroupLocks
 from oci_hook.documents import canonical
-from oci_hook.errors import SczError, SystemCallFailed
+from oci_hook.errors import SczError
 from oci_hook.held import HeldModel
 from oci_hook.linux import mounts, syscalls
 from oci_hook.linux.mounts import MemoryFilesystem
-from oci_hook.locks import lock_file
 from oci_hook.records import ContainerRecord
-from oci_hook.trusted_file import make_private_directory
 
-_FOLDER, _STUCK = "shares", "stuck"
-# The time that `sczctl install` gives a hook: a start that waits for the lock waits for another's decryption. What
-# bounds it is the engine; whoever outlives that decrypts for itself.
-_LOCK_SECONDS = 300.0
-_ONE_SECONDS, _ALL_SECONDS = 1.5, 3.0
+_STUCK = "stuck"
+_ONE_SECONDS, _ALL_SECONDS, _EXPECTED_SECONDS = 1.5, 3.0, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +98,7 @@ def take_copies(
     runtime_directory: str,
     live: Callable[[], Sequence[ContainerRecord]],
     stack: ExitStack,
+    locks: GroupLocks,
     lookers: Sequence[Looker],
     expected: Sequence[ContainerRecord] = (),
 ) -> tuple[SharedCopy, ...]:
@@ -116,20 +113,23 @@ def take_copies(
         gid: The same for the group.
         runtime_directory: Root's own, such as /run/scz-smm.
         live: Gives the records of the containers that live, read under the locks if need be.
-        stack: Holds locks and descriptors: until its end no other start looks for, or makes, a copy of these models.
+        stack: Holds descriptors.
+        locks: Until they end, no other start looks for, or makes, a copy of these models.
         lookers: Those that wait, forked before there was a key; the next is taken when one has failed. All are ended.
-        expected: Records that were read before; they are tried first, as reading all takes longer than a clone.
+        expected: Records that were read before; one of them is tried first, as reading all takes longer than a clone.
     """
     found: dict[str, SharedCopy] = {}
     with suppress(SczError), ExitStack() as ending:
         for looker in lookers:
             ending.callback(looker.dismiss)
-        _lock_groups(runtime_directory, {group_of(model, uid, gid).lock_name for model in models}, stack)
-        search = _Search(os.path.join(runtime_directory, _FOLDER, _STUCK), lookers)
+        locks.lock(runtime_directory, {group_of(model, uid, gid).lock_name for model in models})
+        search = _Search(os.path.join(runtime_directory, SHARES, _STUCK), lookers)
         for is_again in (False, True):
             missing = [model for model in models if model.destination not in found]
-            if missing:
-                search.look_among(live() if is_again else expected)
+            if missing and is_again:
+                search.look_among(live(), _ALL_SECONDS)
+            elif missing:
+                search.look_among(expected, _EXPECTED_SECONDS, most=1)
             for model in missing:
                 copy = search.find(model, group_of(model, uid, gid))
                 if copy is not None:
@@ -138,22 +138,12 @@ def take_copies(
     return tuple(found.values())
 
 
-def _lock_groups(runtime_directory: str, names: set[str], stack: ExitStack) -> None:
-    """Lock every group, in one order for all starts: two that want the same two models do not wait for each other."""
-    folder = os.path.join(runtime_directory, _FOLDER)
-    for path in (runtime_directory, folder):
-        make_private_directory(path)
-    until = time.monotonic() + _LOCK_SECONDS
-    for name in sorted(names):
-        left = max(0.0, until - time.monotonic())
-        stack.enter_context(lock_file(os.path.join(folder, name), timeout_seconds=left, error=SystemCallFailed))
-
-
 class _Search:
-    """The search of one start through the records, with a time for all of it.
+    """The search of one start through the records, with a time for each list of them.
 
-    A child that cannot be ended hangs in a file system of a holder's. That this was seen is remembered in a file:
-    while it is there, namespaces where such a child hangs still are not entered again.
+    A namespace that had no copy to give is not asked again. A child that cannot be ended hangs in a file system of a
+    holder's. That this was seen is remembered in a file: while it is there, namespaces where such a child hangs still
+    are not entered again.
     """
 
     def __init__(self, stuck_file: str, lookers: Sequence[Looker]) -> None:
@@ -161,10 +151,13 @@ class _Search:
         self._stuck_file = stuck_file
         self._records: list[ContainerRecord] = []
         self._stuck: set[tuple[int, int]] = set()
-        self._until = time.monotonic() + _ALL_SECONDS
+        self._fruitless: set[tuple[int, int]] = set()
+        self._until = 0.0
+        self._most: int | None = None
 
-    def look_among(self, records: Sequence[ContainerRecord]) -> None:
-        """Have `find` look through these."""
+    def look_among(self, records: Sequence[ContainerRecord], seconds: float, *, most: int | None = None) -> None:
+        """Have `find` look through these, for that long in all, and ask so many for each model; None: all."""
+        self._until, self._most = time.monotonic() + seconds, most
         self._records = [record for record in records if record.delivered and record.keeper != (0, 0)]
         if records and os.path.lexists(self._stuck_file):
             stuck = stuck_namespaces({record.namespace for record in self._records})
@@ -175,18 +168,20 @@ class _Search:
 
     def find(self, model: ModelDelivery, group: SharingGroup) -> SharedCopy | None:
         """The first copy that fits; the caller closes its descriptor."""
+        asked = 0
         for record, held in self._candidates(group):
             seconds = min(_ONE_SECONDS, self._until - time.monotonic())
-            if seconds <= 0 or not self._lookers:
+            if seconds <= 0 or asked == self._most or not self._lookers:
                 return None
-            if record.namespace in self._stuck:
+            if record.namespace in self._stuck | self._fruitless:
                 continue
+            asked += 1
             fd = self._clone(record, held, seconds)
-            if fd is None:
-                continue
-            if verify_copy(fd, model, group, held):
+            if fd is not None and verify_copy(fd, model, group, held):
                 return SharedCopy(model, fd, held.filled_by or record.container_id)
-            os.close(fd)
+            self._fruitless.add(record.namespace)
+            if fd is not None:
+                os.close(fd)
         return None
 
     def _candidates(self, group: SharingGroup) -> Iterator[tuple[ContainerRecord, HeldModel]]:

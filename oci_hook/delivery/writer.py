@@ -30,6 +30,7 @@ def run_writer(
     cgroup: Cgroup | None,
     timeout_seconds: float,
     *,
+    first: Callable[[], None],
     left: Callable[[int], None],
     progress: Progress | None,
 ) -> None:
@@ -40,6 +41,7 @@ def run_writer(
         options: How.
         cgroup: The group that is charged; None: there is none.
         timeout_seconds: For each step of the writer.
+        first: Called in the child, which may hang in the kernel and is then left behind: gives up what is the parent's.
         left: Called now and then with the bytes of plaintext that are not written yet.
         progress: Called now and then, and at the end.
 
@@ -50,6 +52,7 @@ def run_writer(
     total = sum(entry.size for target in targets for entry in target.model.manifest.files)
 
     def body(channel: Channel) -> Report:
+        first()
         if cgroup is not None:
             join_cgroup(cgroup)
         lock_memory()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -26,6 +26,7 @@ SOURCE = "scz-smm"
 """What mountinfo and df show as a model's device."""
 _MOUNTINFO_LIMIT_BYTES = 16 << 20
 _MOST_NUMBERS = 500
+_MOST_OVER = 1000
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 _NUMBER = re.compile(rb"[0-9]{1,10}")
 _MODEL_ATTRIBUTES = (
@@ -323,12 +324,15 @@ def make_private(path: str) -> None:
 
 
 def detach(mount_fd: int) -> None:
-    """Undo `attach`, in the same namespace. Changes the working directory.
+    """Undo `attach`, in the same namespace, with what is mounted over it or in it. Changes the working directory.
 
     Raises:
         SystemCallFailed: The kernel refuses.
     """
     with syscalls.failing("an attached model cannot be detached"):
         os.fchdir(mount_fd)
-        syscalls.umount2(".", syscalls.MNT_DETACH)
+        syscalls.umount2(".", syscalls.MNT_DETACH)  # the uppermost: the next one is asked for until ours is gone
+        with suppress(OSError):
+            for _ in range(_MOST_OVER):
+                syscalls.umount2(".", syscalls.MNT_DETACH)
         os.chdir("/")

@@ -53,13 +53,16 @@ class Remains:
     files: tuple[Use, ...] = ()
 
 
-def find_uses(device: str, mount_id: int, *, without: frozenset[int]) -> tuple[Use, ...]:
+def find_uses(
+    device: str, mount_id: int, *, without: frozenset[int], known: frozenset[int] = frozenset()
+) -> tuple[Use, ...]:
     """Every use of a file system but the one mount that is asked about.
 
     Args:
         device: `major:minor` of its superblock, which lives.
         mount_id: Of the mount that is not a use.
         without: Pids that are left out.
+        known: Other mounts that are left out, with what is open by them; a mapping does not say by which it was made.
 
     Raises:
         SystemCallFailed: /proc cannot be read.
@@ -68,17 +71,19 @@ def find_uses(device: str, mount_id: int, *, without: frozenset[int]) -> tuple[U
     ids, copies = {mount_id}, []
     for pid, visible in _views(pids):
         theirs = [mount for mount in visible if mount.device == device and mount.source == mounts.SOURCE]
+        theirs = [mount for mount in theirs if mount.mount_id not in known]
         copies += [Use(pid, _command(pid), "mount", each.mount_point) for each in theirs if each.mount_id not in ids]
         ids |= {each.mount_id for each in theirs}
     return (*copies, *_files_of(pids, device, lambda _, found: found in ids))
 
 
-def find_remains(device: str, *, without: frozenset[int]) -> Remains:
+def find_remains(device: str, *, without: frozenset[int], known: frozenset[int] = frozenset()) -> Remains:
     """Who keeps a file system that was unmounted: it may live on without any mount that is seen (`umount -l`).
 
     Args:
         device: `major:minor` of its superblock, or what was that.
         without: Pids that are left out.
+        known: Mounts that are left out, as in `find_uses`.
 
     Raises:
         SystemCallFailed: /proc cannot be read.
@@ -90,9 +95,9 @@ def find_remains(device: str, *, without: frozenset[int]) -> Remains:
         for each in visible:
             if each.device == device and each.source != mounts.SOURCE:  # the source of a copy is the mount's own
                 return Remains(another=True)
-            if each.device == device and each.mount_id not in devices:
+            if each.device == device and each.mount_id not in (devices.keys() | known):
                 copies.append(Use(pid, _command(pid), "mount", each.mount_point))
-            devices[each.mount_id] = each.device
+            devices[each.mount_id] = "" if each.mount_id in known else each.device
 
     def is_on_it(link: str, mount_id: int) -> bool:
         return (devices[mount_id] if mount_id in devices else syscalls.statx_device(link)) == device

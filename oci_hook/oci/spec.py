@@ -78,6 +78,7 @@ class Spec:
         mount_namespace_path: The one that it joins, None if it gets a new one.
         user_namespace: Whether it is in one other than the runtime's.
         user_namespace_path: The one that it joins, None if it gets a new one; the mappings may then be absent here.
+        new_pid_namespace: Whether it gets a process namespace of its own.
         memory_limit_bytes: None: no limit in this file.
         capabilities: All five sets together, upper case; None if the file does not say.
         cgroups_path: As written; systemd's form has colons.
@@ -93,6 +94,7 @@ class Spec:
     mount_namespace_path: str | None
     user_namespace: bool
     user_namespace_path: str | None
+    new_pid_namespace: bool
     memory_limit_bytes: int | None
     capabilities: frozenset[str] | None
     cgroups_path: str | None
@@ -122,7 +124,11 @@ class Spec:
 
         That takes CAP_SYS_ADMIN in the initial user namespace. In a new one, which no process ever leaves for its
         parent, any capability is harmless to it; what a namespace that is joined by path belongs to is not known.
+        Whoever shares its process namespace and has that capability enters its mount namespace: so that is its own.
+        Who joins it later is not seen here.
         """
+        if not self.new_pid_namespace:
+            return False
         if self.user_namespace:
             return self.user_namespace_path is None and bool(self.uid_mappings and self.gid_mappings)
         return not self.has_sys_admin
@@ -210,6 +216,7 @@ def parse_spec(data: bytes, *, bundle: str) -> Spec:
         mount_namespace_path=namespaces.get("mount"),
         user_namespace=user_namespace,
         user_namespace_path=namespaces.get("user"),
+        new_pid_namespace=namespaces.get("pid", "none") is None,
         memory_limit_bytes=_memory_limit(linux),
         capabilities=_capabilities(document),
         cgroups_path=_optional_string(linux, "cgroupsPath") or None,

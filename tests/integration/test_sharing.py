@@ -106,6 +106,7 @@ OTHER_USERNS = ("--uidmap", "0:300000:65536", "--gidmap", "0:300000:65536")
 PRIVATE = ("--annotation", "smm.scz/require=private")
 PRIVILEGED = ("--privileged",)
 SYS_ADMIN = ("--cap-add", "SYS_ADMIN")
+HOST_PROCESSES = ("--pid", "host")
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
@@ -142,6 +143,8 @@ OWN = {
     "with CAP_SYS_ADMIN": (("runc", PLAIN), ("crun", SYS_ADMIN)),
     "after one with CAP_SYS_ADMIN": (("crun", SYS_ADMIN), ("runc", PLAIN)),
     "privileged": (("runc", PLAIN), ("runc", PRIVILEGED)),
+    "with the host's processes": (("runc", PLAIN), ("crun", HOST_PROCESSES)),
+    "after one with the host's processes": (("runc", HOST_PROCESSES), ("crun", PLAIN)),
     "of another map": (("runc", USERNS), ("runc", OTHER_USERNS)),
     "with a map and without": (("crun", PLAIN), ("crun", USERNS)),
 }
@@ -167,6 +170,17 @@ def test_who_gets_a_copy_of_its_own(scene: Scene, kinds: tuple[tuple[str, tuple[
         assert (shared(scene, one), shared(scene, two)) == (0, 0)
         assert copy_of(one) != copy_of(two)
         assert reads_all(one)
+        assert reads_all(two)
+
+
+def test_one_among_the_processes_of_another(scene: Scene) -> None:
+    """With CAP_SYS_ADMIN a third one there would get into its mount namespace."""
+    with (
+        shells(scene, ("runc", PLAIN)) as (one,),
+        shell(scene, "--pid", f"container:{one.id}", runtime="crun", token="token-1") as two,
+    ):
+        assert (shared(scene, one), shared(scene, two)) == (0, 0)
+        assert copy_of(one) != copy_of(two)
         assert reads_all(two)
 
 
@@ -353,7 +367,7 @@ def test_a_holder_killed_anywhere_in_the_second_start(scene: Scene) -> None:
     """The second container starts and reads everything, whether it found the copy or came too late."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
-    moments = random.Random(seed)
+    moments, seen = random.Random(seed), set()
     (scene.host / "trace").mkdir(exist_ok=True)
     lifetime = lifetime_of_a_hook(scene, scene.token("second"), "runc")
     for number in range(KILLS):
@@ -364,10 +378,17 @@ def test_a_holder_killed_anywhere_in_the_second_start(scene: Scene) -> None:
             process = scene.podman.spawn(words, runtime=("runc", "crun")[number % 2])
             try:
                 two = Shell(scene, process, 0, "")
-                assert wait_for_hook(scene, process) is not None
-                time.sleep(moments.uniform(0, lifetime))
+                hook = wait_for_hook(scene, process)
+                if number == KILLS - 1:
+                    wait_until(lambda hook=hook: not Path(f"/proc/{hook}").exists())
+                elif number:
+                    time.sleep(moments.uniform(0, lifetime))
                 end(one)
                 assert reads_all(two), f"seed {seed}"
+                (row,) = ps(scene)
+                two.id = row["container_id"]
+                seen.add(shared(scene, two))
             finally:
                 process.communicate(timeout=60)
+    assert seen == {0, 1}, f"seed {seed}"
     assert model_mounts(scene) == []

@@ -129,3 +129,33 @@ def test_all_containers_share_one_time(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(resident, "_ALL_SECONDS", 0.0)
     with container(tmp_path) as one:
         assert memory_bytes([one.record]) == (None,)
+
+
+def test_a_model_at_two_places_of_a_container(tmp_path: Path) -> None:
+    """Both are mounts of one superblock: neither is a use of the other, nor what is open there."""
+    with container(tmp_path) as one:
+        (there := one.path.parent / "there").mkdir()
+        assert one.do(f"mount --bind {one.path} {there}; exec 3< {there}/file") == ""
+        both = (one.record.held[0], held_at(one.process.pid, there))
+        one.record = dataclasses.replace(one.record, held=both, models=("m:1",) * 2)
+        assert one.reclaim(dry_run=True) == Reclaimed("would-unshare", str(one.path), (), (one.record.container_id,))
+        one.do(f"exec 4< {one.path}/file")
+        (use,) = one.reclaim().uses
+        assert (use.what, use.path) == ("open file", f"{one.path}/file")
+        one.do("exec 4<&-")
+        assert one.reclaim() == Reclaimed("shared", str(one.path), (), (one.record.container_id,))
+        # As after a container's own unmount.
+        assert one.reclaim() == Reclaimed("shared", "", (), (one.record.container_id,))
+        assert one.do(f"cat {there}/file | wc -c") == "65536\n"
+        one.record = dataclasses.replace(one.record, held=both[1:])
+        assert one.reclaim().state == "busy"
+        one.do("exec 3<&-")
+        assert one.reclaim() == Reclaimed("released", str(there), ())
+
+
+def test_a_mount_of_another_file_system_than_the_records(tmp_path: Path) -> None:
+    with container(tmp_path) as one:
+        held = one.record.held[0]
+        one.record = dataclasses.replace(one.record, held=(dataclasses.replace(held, fsid=held.fsid ^ 1),))
+        assert one.reclaim() == Reclaimed("covered", str(one.path), ())
+        assert one.do(f"cat {one.path}/file | wc -c") == "65536\n"

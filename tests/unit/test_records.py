@@ -261,3 +261,25 @@ def test_a_copy_is_known_by_number_and_fsid(record: ContainerRecord) -> None:
         assert not replace(record, held=(other,)).has_copy(HELD)
     nameless = replace(HELD, fsid=0)  # a ramfs
     assert not replace(record, held=(nameless,)).has_copy(nameless)
+
+
+def test_what_is_not_shareable_is_written_as_earlier_versions_read_it(tmp_path: Path, record: ContainerRecord) -> None:
+    """They refuse a record with a key that they do not know: poststop would leave it, and a restart be refused."""
+    records = ContainerRecords(str(tmp_path))
+    alone = replace(HELD, shareable=False, filled_by="")
+    records.mark_delivered(record, (alone, HELD))
+    (path,) = (tmp_path / "containers").iterdir()
+    first, second = json.loads(path.read_text())["held"]
+    assert set(first) == {"fsid", "device", "mount_id", "size_bytes", "owner", "released"}
+    assert set(second) - set(first) == {"shareable", "root_inode", "uid", "gid", "filled_by"}
+    assert records.live()[0].held == (HeldModel(7, "0:70", 5, 1, "o"), HELD)
+
+
+def test_a_model_at_two_places_is_released_at_one(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path))
+    there = replace(HELD, mount_id=6)
+    records.mark_delivered(record, (HELD, there, replace(HELD, device="0:71")))
+    records.mark_released(record, HELD)
+    assert [each.released for each in records.live()[0].held] == [True, False, False]
+    records.mark_released(record, there)
+    assert [each.released for each in records.live()[0].held] == [True, True, False]

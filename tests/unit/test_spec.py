@@ -191,6 +191,7 @@ MAPS = {
     "uidMappings": [{"containerID": 0, "hostID": 1, "size": 9}],
     "gidMappings": [{"containerID": 0, "hostID": 1, "size": 9}],
 }
+PID = {"type": "pid"}
 NO_CAPABILITIES = {"capabilities": {"bounding": ["CAP_CHOWN"]}}
 CAPABLE = {"capabilities": {"ambient": ["CAP_SYS_ADMIN"]}}
 
@@ -198,16 +199,23 @@ CAPABLE = {"capabilities": {"ambient": ["CAP_SYS_ADMIN"]}}
 @pytest.mark.parametrize(
     ("process", "linux", "expected"),
     [
-        (NO_CAPABILITIES, {"namespaces": []}, True),
-        (CAPABLE, {"namespaces": []}, False),
-        ({}, {"namespaces": []}, False),
-        (None, {"namespaces": []}, False),
-        (CAPABLE, {"namespaces": [{"type": "user"}], **MAPS}, True),
-        ({}, {"namespaces": [{"type": "user"}], **MAPS}, True),
-        (NO_CAPABILITIES, {"namespaces": [{"type": "user", "path": "/proc/7/ns/user"}], **MAPS}, False),
-        (NO_CAPABILITIES, {"namespaces": [{"type": "user"}]}, False),
-        (NO_CAPABILITIES, {"namespaces": [{"type": "user"}], "uidMappings": MAPS["uidMappings"]}, False),
-        (CAPABLE, {"namespaces": [{"type": "mount"}], **MAPS}, False),  # mappings without a namespace mean nothing
+        (NO_CAPABILITIES, {"namespaces": [PID]}, True),
+        (NO_CAPABILITIES, {"namespaces": [{"type": "pid", "path": ""}]}, True),
+        (CAPABLE, {"namespaces": [PID]}, False),
+        ({}, {"namespaces": [PID]}, False),
+        (None, {"namespaces": [PID]}, False),
+        (CAPABLE, {"namespaces": [PID, {"type": "user"}], **MAPS}, True),
+        ({}, {"namespaces": [PID, {"type": "user"}], **MAPS}, True),
+        (NO_CAPABILITIES, {"namespaces": [PID, {"type": "user", "path": "/proc/7/ns/user"}], **MAPS}, False),
+        (NO_CAPABILITIES, {"namespaces": [PID, {"type": "user"}]}, False),
+        (NO_CAPABILITIES, {"namespaces": [PID, {"type": "user"}], "uidMappings": MAPS["uidMappings"]}, False),
+        (CAPABLE, {"namespaces": [PID, {"type": "mount"}], **MAPS}, False),  # mappings without a namespace mean nothing
+        # Whoever has a process there, and CAP_SYS_ADMIN, gets into this one's mount namespace.
+        (NO_CAPABILITIES, {"namespaces": []}, False),
+        (NO_CAPABILITIES, {}, False),
+        (NO_CAPABILITIES, {"namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}]}, False),
+        (NO_CAPABILITIES, {"namespaces": [{"type": "user"}], **MAPS}, False),
+        (NO_CAPABILITIES, {"namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "user"}], **MAPS}, False),
     ],
 )
 def test_who_can_share(process: object, linux: dict[str, object], expected: bool) -> None:

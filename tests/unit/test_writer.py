@@ -23,7 +23,7 @@ OPTIONS = FillOptions(0, 0, 1, drop_cache=False)
 def write(target: Target, *, said: list[tuple[int, int]] | None = None) -> None:
     """As a delivery has it done."""
     progress = None if said is None else lambda done, total: said.append((done, total))
-    run_writer([target], OPTIONS, None, 30, left=lambda _left: None, progress=progress)
+    run_writer([target], OPTIONS, None, 30, first=lambda: None, left=lambda _left: None, progress=progress)
 
 
 def test_what_is_written_is_said(tmp_path: Path) -> None:
