@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from oci_hook.errors import SystemCallFailed
-from oci_hook.locks import lock_file
+from oci_hook.delivery.share import SharingGroup
+from oci_hook.delivery.share_lock import GroupLocks
 from oci_hook.owner.keyring import open_content_key, open_keyring
 from oci_hook.owner.records import OwnerRecords
 from tests.integration.conftest import FILES, contents
@@ -268,15 +268,18 @@ def test_no_child_that_goes_to_other_containers_has_a_key(scene: Scene) -> None:
     key = content_key(scene)
     with contextlib.ExitStack() as stack:
         with shells(scene, ("runc", PLAIN)):
-            (lock,) = [path for path in (scene.runtime_directory / "shares").iterdir() if path.name != "stuck"]
-        held = stack.enter_context(contextlib.ExitStack())
-        held.enter_context(lock_file(lock, timeout_seconds=10, error=SystemCallFailed))
+            (path,) = (scene.runtime_directory / "containers").glob("*.json")
+            record = json.loads(path.read_text())
+        (manifest,), (held,) = record["manifests"], record["held"]
+        locks = stack.enter_context(GroupLocks())
+        group = SharingGroup(manifest, held["owner"], held["uid"], held["gid"])
+        locks.lock(str(scene.runtime_directory), [group.lock_name])
         words = ["--rm", "--interactive", "--annotation", "smm.scz/model=small:1"]
         token = scene.token("first")
         words += ["--volume", f"{token}:{TOKEN_PATH}:ro", scene.image, "sh"]
         process = scene.podman.spawn(words, runtime="runc")
         stack.callback(process.communicate, timeout=120)
-        stack.callback(held.close)
+        stack.callback(locks.leave_to_parent)
         hook = wait_for_hook(scene, process)
         assert hook is not None
         wait_until(lambda: copies(hook, key) > 0)
@@ -287,7 +290,7 @@ def test_no_child_that_goes_to_other_containers_has_a_key(scene: Scene) -> None:
         secret = token.read_bytes().strip()
         assert copies(hook, secret) > 0
         assert [copies(pid, secret) for pid in waiting] == [0, 0, 0]
-        held.close()
+        locks.leave_to_parent()
         assert reads_all(Shell(scene, process, 0, ""))
 
 
