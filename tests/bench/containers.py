@@ -59,7 +59,7 @@ class Started:
     Attributes:
         wall_seconds: From runc's start to the workload's first word.
         hook_seconds: From the hook's exec to its end; 0 without a hook.
-        hook_bytes: The most private memory (RssAnon) that the hook and its children had at once, if it was sampled.
+        hook_bytes: The most private memory (Pss_Anon) that the hook and its children had at once, if it was sampled.
     """
 
     wall_seconds: float
@@ -101,11 +101,11 @@ class _Watch:
 
 
 def _private_bytes(pid: int) -> int:
-    """RssAnon of a process and all its descendants; what they share after a fork counts in each."""
+    """Pss_Anon of a process and all its descendants: each page once, also those that they share after a fork."""
     total = 0
     with suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Anon:"):
                 total += int(line.split()[1]) << 10
         for task in os.listdir(f"/proc/{pid}/task"):
             for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():

@@ -96,7 +96,7 @@ def measure_memory(space: Workspace, stations: Stations) -> list[Row]:
         "tiny": lambda: _once(station, tiny, sample=True).hook_bytes / _MIB,
     }
     found = take_turns(actions, min(space.rounds, 3), space.say)
-    note = "the highest sum of RssAnon of hook and children, a look each 2 ms; what a fork shares counts in each"
+    note = "the highest sum of Pss_Anon of hook and children, a look each 2 ms: each page once, also what a fork shares"
     if size != wanted:
         note += f"; not at {sized(wanted)}: {_lacking_for_start(space, wanted)}"
     name = f"private memory of the hook at {sized(size)}"
