@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = "/run/kata-containers/shared/containers"
 PYTHON = "/usr/bin/python3"
 STUB = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
-COMMAND_LINE = "console=ttyS0 quiet loglevel=1 panic=-1 nokaslr mitigations=off random.trust_cpu=on"
+COMMAND_LINE = "console=ttyS0 quiet loglevel=1 panic=-1 nokaslr no_timer_check mitigations=off random.trust_cpu=on"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 _UNUSED = {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtledemo", "test", "unittest", "distutils"}
 _UNUSED |= {"venv", "wsgiref", "xmlrpc", "curses", "dbm", "sqlite3", "asyncio", "multiprocessing", "__pycache__"}
