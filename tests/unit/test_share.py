@@ -503,8 +503,9 @@ def test_a_namespace_that_did_not_answer_is_asked_once_in_a_start(
     monkeypatch.setattr(looker, "_ENDING_SECONDS", 0.1)
     with stuck_filesystem(house.path.parents[1], pid=house.process.pid):
         assert not house.is_taken(house.record, house.record, house.record)
-        assert len(children()) == 1  # each time that it is asked leaves one
-    for pid in children():
+        left = children()
+        assert len(left) == 1  # each time that it is asked leaves one
+    for pid in left:
         os.waitpid(pid, 0)
 
 
@@ -530,7 +531,8 @@ def test_what_does_not_answer_and_was_expected(tmp_path: Path, monkeypatch: pyte
         namesake = replace(other.record, manifests=house.record.manifests, held=house.record.held)
         with stuck_filesystem(other.path.parents[1], pid=other.process.pid):
             assert house.is_taken(house.record, namesake, expected=[namesake])
-    for pid in children():
+            left = children()
+    for pid in left:
         os.waitpid(pid, 0)
 
 
