@@ -20,7 +20,10 @@ from tests.runtimes import make_bundle
 PRIVATE = "usr/lib/scz-smm"
 HOOK = ("/usr/bin/python3", "-I", "-S", "/usr/lib/scz-smm/oci_hook/launch.py", "--config", "/etc/scz-smm/config.toml")
 HOOKS = "/usr/share/containers/oci/hooks.d"
-STATE = json.dumps({"ociVersion": "1.0.2", "id": "plain", "pid": 1, "bundle": "/none", "annotations": {"other": "1"}})
+STATE, ASKING = (
+    json.dumps({"ociVersion": "1.0.2", "id": "plain", "pid": 1, "bundle": "/none", "annotations": annotations})
+    for annotations in ({"other": "1"}, {"smm.scz/model": "small:1"})
+)
 DATA = ("etc/scz-smm", "var/lib/scz-smm", "var/log/scz-smm", "run/scz-smm")
 INCOMPLETE = InstallationIncomplete.code
 SCRIPTS = "usr/local/libexec/scz-smm"
@@ -59,8 +62,8 @@ def exists(root: FreshRoot, path: str) -> bool:
     return root.call("test", "-e", f"/{path}", check=False).returncode == 0
 
 
-def hook_refuses_and_says_why(root: FreshRoot) -> None:
-    hook = root.call(*HOOK, "prestart", stdin=STATE, check=False)
+def hook_refuses_and_says_why(root: FreshRoot, state: str) -> None:
+    hook = root.call(*HOOK, "prestart", stdin=state, check=False)
     assert (hook.returncode, hook.stdout) == (INCOMPLETE, "")
     assert len(hook.stderr.splitlines()) == 1
     assert "apt install --reinstall scz-smm" in hook.stderr
@@ -175,7 +178,8 @@ def test_engines_are_told_names_that_outlive_an_upgrade_of_the_distribution(root
 
 def test_an_unpacked_package_refuses_until_it_is_configured(root: FreshRoot, debs: dict[str, str]) -> None:
     root.call("dpkg", "--unpack", debs["new"])
-    hook_refuses_and_says_why(root)
+    hook_refuses_and_says_why(root, STATE)
+    hook_refuses_and_says_why(root, ASKING)
     sczctl = root.call("sczctl", "ps", check=False)
     assert (sczctl.returncode, "apt install --reinstall scz-smm" in sczctl.stderr) == (INCOMPLETE, True)
     shim = root.call(*SHIM.split(), "create", "x", check=False)
@@ -221,7 +225,8 @@ def test_lost_modules_are_refused_and_a_reinstallation_mends_it(
     root: FreshRoot, debs: dict[str, str], lost: str
 ) -> None:
     root.sh(f"rm -r /usr/lib/scz-smm/{lost}")
-    hook_refuses_and_says_why(root)
+    hook_refuses_and_says_why(root, ASKING)
+    assert root.call(*HOOK, "prestart", stdin=STATE).stderr == ""  # it asks for nothing, so nothing of this is read
     root.apt("install", "--reinstall", debs["new"])
     works(root, __version__)
 
