@@ -294,9 +294,9 @@ def test_records_that_lie(scene: Scene) -> None:
         for changes in gone:
             assert forged(**changes).returncode == 66
         assert forged(keeper=[0, 0]).returncode == 25
-        # The mounts of another container, which it does not have.
+        # The mounts of another container, which it does not have: that one has them still.
         models = json.loads(forged(held=second["held"]).stdout)["models"]
-        assert [model["state"] for model in models] == ["busy"]
+        assert [(model["state"], model["shared_with"]) for model in models] == [("shared", [two.id])]
         # Another mount of the container's own with the right number.
         line = one.do("grep ' /proc ' /proc/self/mountinfo").split()
         other = {"mount_id": int(line[0]), "device": line[2]}
