@@ -28,7 +28,7 @@ from oci_hook.identity.binding import Bindings, verify_pod_binding
 from oci_hook.identity.sources import TokenFile
 from oci_hook.identity.token import Identity, verify_token
 from oci_hook.oci.annotations import ModelRequest
-from oci_hook.provenance import verified_manifest, verify_device
+from oci_hook.provenance import SignedBundle, verify_device
 from oci_hook.release import HostTpm, release_key
 from oci_hook.store import Store
 from oci_hook.trust import Issuer, Owner
@@ -87,12 +87,12 @@ class Admission:
         )
 
 
-def admit(request: ModelRequest, layout: Layout, container: Container, host: Host) -> Admission:
+def admit(request: ModelRequest, bundle: SignedBundle, container: Container, host: Host) -> Admission:
     """Run every check for one model.
 
     Args:
         request: What the annotations ask for.
-        layout: The model's open bundle; it stays the caller's.
+        bundle: The model's, signed by an owner whom this host trusts; it stays the caller's.
         container: Who asks.
         host: Where.
 
@@ -112,8 +112,8 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
         raise ClockRefused(
             f"the clock is {head.seconds - now:.0f} s behind the last record of {host.config.audit_file}"
         )
-    # 2. An owner whom this host trusts signed the manifest, and the bundle is what it describes.
-    manifest, owner = verified_manifest(layout, host.owners)
+    # 2. An owner whom this host trusts signed the manifest, and the bundle is what it describes: `verify_signed`.
+    layout, manifest, owner = bundle.layout, bundle.manifest, bundle.owner
     # 3. The owner allows the model at this date, under this runtime; the container's own requirements hold.
     _verify_access_window(manifest, now)
     _verify_runtime(manifest, request, container.runtime)

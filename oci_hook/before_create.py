@@ -54,6 +54,7 @@ from oci_hook.linux import mounts
 from oci_hook.oci.annotations import ModelRequest, Requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Spec
+from oci_hook.provenance import verify_signed
 from oci_hook.records import ContainerRecord, ContainerRecords
 
 __all__ = ["OPTIONS", "Asking", "BindEntry", "adopt", "discard", "known", "prepare"]
@@ -269,7 +270,7 @@ def _keep(
 
 def _admit(request: ModelRequest, bundles: ExitStack, asking: Asking, container: Container, host: Host) -> Admission:
     layout = bundles.enter_context(open_bundle(request, asking.bundle, asking.spec, host.store))
-    return admit(request, layout, container, host)
+    return admit(request, verify_signed(layout, host.owners), container, host)
 
 
 def _in_container(attached: Sequence[Attached], wanted: Sequence[ModelRequest]) -> tuple[Attached, ...]:

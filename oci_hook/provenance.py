@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.bundle.grant import Grant
@@ -38,6 +39,20 @@ def verified_manifest(layout: Layout, owners: Sequence[Owner]) -> tuple[Manifest
     manifest = verify_manifest(unverified, owner)
     verify_bundle(layout, manifest)
     return manifest, owner
+
+
+@dataclass(frozen=True, slots=True)
+class SignedBundle:
+    """An open bundle, its manifest, and the trusted owner who signed that; made by `verify_signed`."""
+
+    layout: Layout
+    manifest: Manifest
+    owner: Owner
+
+
+def verify_signed(layout: Layout, owners: Sequence[Owner]) -> SignedBundle:
+    """A bundle and who signed it; it stays the caller's to close. Raises as `verified_manifest`."""
+    return SignedBundle(layout, *verified_manifest(layout, owners))
 
 
 def verify_device(grant: Grant, device: HostDevice) -> None:

@@ -38,6 +38,7 @@ from oci_hook.oci.annotations import Requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Spec
 from oci_hook.oci.state import State
+from oci_hook.provenance import verify_signed
 from oci_hook.records import ContainerRecords
 
 
@@ -80,13 +81,14 @@ def deliver(
             return  # reached by two ways, hooks.d and CDI say: once is enough
         # The destinations are resolved and held by a child in the container's mount namespace before any key is here.
         delivery.prepare([request.destination for request in wanted])
-        layouts = [bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)) for request in wanted]
+        opened = (bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)) for request in wanted)
+        signed = [verify_signed(layout, host.owners) for layout in opened]
         # Children that enter other containers, if need be: before any key, and before the token.
-        if spec.can_share and may_share(wanted, layouts, host.owners):
+        if spec.can_share and may_share(wanted, signed):
             delivery.expect_copies(records.live())
         token = load_token(spec.mounts, requests.token_path or config.token_path)
         container = _container(state, facts, delivery, token)
-        admissions = [admit(*each, container, host) for each in zip(wanted, layouts, strict=True)]
+        admissions = [admit(*each, container, host) for each in zip(wanted, signed, strict=True)]
         standby.end()  # the TPM has done its part: nothing of it is to be there while the models are decrypted
         shared = delivery.share([each.delivery() for each in shareable(admissions, spec)], records.live)
         delivery.fill([each.delivery() for each in admissions if each.request.destination not in shared])

@@ -24,7 +24,7 @@ from oci_hook.bundle.manifest import FileEntry
 from oci_hook.bundle.segments import HEADER_BYTES, SEGMENT_BYTES, FilePlan, associated_data, plan_decryption
 from oci_hook.delivery.room import ModelDelivery
 from oci_hook.documents import shown
-from oci_hook.errors import DecryptionRefused, FileUnreadable
+from oci_hook.errors import DecryptionRefused, FileUnreadable, SczError
 from oci_hook.linux import syscalls
 from oci_hook.linux.mounts import DetachedMount
 
@@ -264,7 +264,7 @@ class LargeFile:
         self._target, self._entry = target, entry
         self._lock = threading.Lock()
         self._opened: _OpenFile | None = None
-        self._failure: BaseException | None = None
+        self._failure: SczError | OSError | None = None
         self.segments = self._left = -(-entry.layer_size // SEGMENT_BYTES)
         self._active: set[int] = set()
         self._dropped = 0
@@ -290,7 +290,7 @@ class LargeFile:
             raise self._failure
         try:
             self._opened = _OpenFile(self._target, self._entry, workplace)
-        except BaseException as failure:
+        except (SczError, OSError) as failure:
             self._failure = failure
             raise
         return self._opened

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from oci_hook.errors import FileUnreadable, SystemCallFailed
@@ -70,15 +70,13 @@ def _lock(path: str, until: float) -> int:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as cause:
             raise FileUnreadable(f"{path}: {cause.strerror}") from cause
-        try:
+        with ExitStack() as closing:
+            closing.callback(os.close, fd)
             left = max(0.0, until - time.monotonic())
             lock_descriptor(fd, what=path, timeout_seconds=left, error=SystemCallFailed)
             if _is_named(fd, path):
+                closing.pop_all()
                 return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
 
 
 def _is_named(fd: int, path: str) -> bool:

@@ -15,6 +15,7 @@ from oci_hook.oci.annotations import parse_requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import parse_spec
 from oci_hook.oci.state import State
+from oci_hook.provenance import verify_signed
 from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.store import Store
 from tests.commands import Household
@@ -59,23 +60,21 @@ def test_without_an_engine_that_vouches_for_a_pod_there_is_none() -> None:
 
 
 def test_whether_a_model_may_be_shared(tmp_path: Path) -> None:
-    for name in ("theirs", "ours"):
-        (tmp_path / name).mkdir()
-    owner, stranger = TestOwner(tmp_path / "ours"), TestOwner(tmp_path / "theirs")
+    owner = TestOwner(tmp_path)
     (source := tmp_path / "source").mkdir()
     (source / "weights").write_bytes(b"1")
     yes, no = (owner.pack_folder(f"m{share}".lower(), source, share=share).bundle for share in (True, False))
     asked, private = (
         parse_requests({"smm.scz/model": "m", **more}).models[0] for more in ({}, {"smm.scz/require": "private"})
     )
-    with open_layout(yes) as shared, open_layout(no) as alone:
-        assert may_share([asked], [shared], [owner.owner])
-        assert may_share([asked, asked], [alone, shared], [stranger.owner, owner.owner])
-        assert not may_share([asked], [alone], [owner.owner])
-        assert not may_share([private], [shared], [owner.owner])
-        assert not may_share([private, asked], [shared, alone], [owner.owner])
-        assert not may_share([asked], [shared], [stranger.owner])  # which the admission refuses
-        assert not may_share([], [], [owner.owner])
+    with open_layout(yes) as one, open_layout(no) as two:
+        shared, alone = verify_signed(one, [owner.owner]), verify_signed(two, [owner.owner])
+        assert may_share([asked], [shared])
+        assert may_share([asked, asked], [alone, shared])
+        assert not may_share([asked], [alone])
+        assert not may_share([private], [shared])
+        assert not may_share([private, asked], [shared, alone])
+        assert not may_share([], [])
 
 
 def record(*triples: tuple[str, str, str]) -> ContainerRecord:
