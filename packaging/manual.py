@@ -24,7 +24,7 @@ import click
 from oci_hook import __version__
 from oci_hook.cli import cli
 from oci_hook.config import DEFAULT_CONFIG_FILE, Config
-from oci_hook.errors import all_errors
+from oci_hook.key_errors import all_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "docs" / "man"

@@ -23,7 +23,8 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Final, NoReturn
 
-from oci_hook.errors import InternalError, SczError, TpmTimeout, all_errors
+from oci_hook.errors import InternalError, SczError, TpmTimeout
+from oci_hook.key_errors import all_errors
 from oci_hook.linux.processes import lock_memory
 from oci_hook.linux.syscalls import failing, prctl_set_pdeathsig
 

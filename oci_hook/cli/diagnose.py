@@ -12,7 +12,7 @@ from oci_hook.audit import format_time
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.completion import complete_refused
 from oci_hook.cli.options import container_of
-from oci_hook.errors import all_errors
+from oci_hook.key_errors import all_errors
 from oci_hook.report import Refusal, explain, load_refusals, reporting_config
 
 _RAISED_BY_RUNTIMES = {

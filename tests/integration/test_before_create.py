@@ -26,7 +26,8 @@ import pytest
 import oci_hook.before_create as before_create_module
 from oci_hook.before_create import Asking, adopt, discard, known, prepare
 from oci_hook.config import load_config
-from oci_hook.errors import HolderRefused, SystemCallFailed, all_errors
+from oci_hook.errors import HolderRefused, SystemCallFailed
+from oci_hook.key_errors import all_errors
 from oci_hook.linux import mounts
 from oci_hook.linux.processes import process_start_time
 from oci_hook.oci.annotations import gather_requests

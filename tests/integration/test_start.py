@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from oci_hook.audit import AuditLog
 from oci_hook.config import Config
-from oci_hook.errors import all_errors
 from oci_hook.jws import sign_token
+from oci_hook.key_errors import all_errors
 from tests.demo.__main__ import flip_bit
 from tests.integration.conftest import FIELDS, FILES, contents
 from tests.scene import AUDIENCE, ISSUER, SUBJECT, TOKEN_PATH, Scene

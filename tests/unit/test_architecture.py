@@ -24,6 +24,7 @@ MODULES = {
 FLOORS = {
     1: {
         "errors",
+        "key_errors",
         "documents",
         "trusted_file",
         "locks",
@@ -71,12 +72,12 @@ FLOORS = {
     8: {"cli/"},
 }
 
-# Each of these is imported in one module, so that what it can do wrong is dealt with once.
+# Each of these is imported here alone, so that what it can do wrong is dealt with once.
 ONLY_IN = {
-    "ctypes": "oci_hook.linux.syscalls",
-    "tpm2_pytss": "oci_hook.attestation.tpm",
-    "jose": "oci_hook.jws",
-    "google": "oci_hook.nri.schema",
+    "ctypes": {"oci_hook.linux.syscalls"},
+    "tpm2_pytss": {f"oci_hook.attestation.{name}" for name in ("esapi", "tpm", "tpm_enrolment")},
+    "jose": {"oci_hook.jws"},
+    "google": {"oci_hook.nri.schema"},
 }
 BROAD_EXCEPTS = {"oci_hook.hook", "oci_hook.launch", "oci_hook.shim", "oci_hook.cli"} | {
     "oci_hook.nri.connection"
@@ -163,9 +164,9 @@ def test_modules_at_the_top_of_the_package_do_not_import_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_a_foreign_library_is_imported_in_one_module(library: str) -> None:
+def test_a_foreign_library_is_imported_in_one_place(library: str) -> None:
     users = {module for module in MODULES if any(name.split(".")[0] == library for name in imports(module))}
-    assert users == {ONLY_IN[library]}
+    assert users == ONLY_IN[library]
 
 
 @pytest.mark.parametrize("module", MODULES)

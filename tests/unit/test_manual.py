@@ -20,8 +20,9 @@ from oci_hook import config as config_module
 from oci_hook.cli import cli
 from oci_hook.config import DEFAULT_CONFIG_FILE, Config, load_config, parse_config
 from oci_hook.documents import Fields
-from oci_hook.errors import AnnotationInvalid, ConfigInvalid, all_errors
+from oci_hook.errors import AnnotationInvalid, ConfigInvalid
 from oci_hook.invocation import STAGES, parse_invocation
+from oci_hook.key_errors import all_errors
 from oci_hook.oci import annotations
 from oci_hook.oci.annotations import CONTAINER_WIDE_KEYS, MAX_MODELS, MAX_VALUE_BYTES, PREFIX, RUNTIMES, parse_requests
 from tests.manual import ROOT, items, manual, source

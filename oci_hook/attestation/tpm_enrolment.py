@@ -1,0 +1,95 @@
+"""The TPM's commands for an enrolment: endorsement key, primary keys, NV counters.
+
+The hook never comes here. What is made, and where, is for `provisioning` to say. Specification: TPM 2.0 Library, Part
+3; TCG EK Credential Profile; docs/specification.md, "Enrolment".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from typing import Any, Final, Literal
+
+import tpm2_pytss as tss
+from tpm2_pytss import utils
+
+from oci_hook.attestation.ek_chain import without_padding
+from oci_hook.attestation.esapi import Esapi, parsed, step
+from oci_hook.attestation.key_checks import COUNTER_BYTES, counter_public
+from oci_hook.attestation.structures import Handle, NvPublic, Public, parse_nv_public
+from oci_hook.errors import DeviceInvalid, TpmFailed
+
+_EK_TEMPLATES: Final = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-ECC384")  # TCG EK Credential Profile: L-1, L-2, H-3
+_OWN: Final = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|"
+_PRIMARIES: Final[Mapping[str, tuple[Any, str, str]]] = {
+    "srk": (tss.ESYS_TR.OWNER, "ecc256:aes128cfb", _OWN + "decrypt"),
+    "ak": (tss.ESYS_TR.ENDORSEMENT, "ecc256:ecdsa-sha256:null", _OWN + "sign"),
+}
+
+
+class EnrolmentCalls(Esapi):
+    """What an enrolment does with a TPM."""
+
+    def ek(self) -> tuple[bytes, Public]:
+        """The EK certificate (DER) and the EK's public area; TpmFailed if the TPM holds no certificate."""
+        with ExitStack() as handles:
+            certificate, _, public = self._create_ek(handles)
+            return certificate, public
+
+    def _create_ek(self, handles: ExitStack) -> tuple[bytes, Handle, Public]:
+        with step("create the endorsement key"):
+            reader = utils.NVReadEK(self._esys)
+            for name in _EK_TEMPLATES:
+                with suppress(ValueError):  # no certificate of this kind
+                    certificate, template = utils.create_ek_template(name, reader)
+                    if certificate:
+                        ek, public, *_ = self._esys.create_primary(None, template, tss.ESYS_TR.ENDORSEMENT)
+                        return without_padding(certificate), self._flush_later(handles, ek), parsed(public)
+        raise TpmFailed(
+            "the TPM holds no EK certificate for RSA-2048, P-256 or P-384",
+            remedy="ask its maker; a virtual TPM gets one from `swtpm_setup --create-ek-cert`",
+        )
+
+    def _create_primary(self, kind: Literal["srk", "ak"], handles: ExitStack) -> tuple[Handle, Public]:
+        hierarchy, algorithms, attributes = _PRIMARIES[kind]
+        template = tss.TPM2B_PUBLIC.parse(algorithms, objectAttributes=attributes)
+        template.publicArea.unique.ecc.x = template.publicArea.unique.ecc.y = bytes(32)  # as TCG's SRK template
+        with step("create a primary key"):
+            primary, public, *_ = self._esys.create_primary(None, template, hierarchy)
+        return self._flush_later(handles, primary), parsed(public)
+
+    def _make_persistent(self, primary: Handle, place: int) -> None:
+        with step(f"make a key persistent at {place:#x}"):
+            self._esys.evict_control(tss.ESYS_TR.OWNER, primary, place)
+
+    def _read_public(self, handle: Handle) -> Public:
+        with step("read a public area"):
+            return parsed(self._esys.read_public(handle)[0])
+
+    def _serialise(self, handle: Handle) -> bytes:
+        with step("serialise the storage root key"):
+            return bytes(self._esys.tr_serialize(handle))
+
+    # --- counters -----------------------------------------------------------------------------------------------------
+
+    def _nv_read_public(self, index: Handle) -> NvPublic:
+        with step("read an NV public area"):
+            public, _ = self._esys.nv_read_public(index)
+        return parse_nv_public(bytes(public.marshal()), what="the TPM's NV public area", error=DeviceInvalid)
+
+    def _nv_define_counter(self, index: int) -> None:
+        public, _ = tss.TPM2B_NV_PUBLIC.unmarshal(counter_public(index))
+        with step(f"define a counter at {index:#x}"):
+            self._esys.nv_define_space(None, public)
+
+    def increment_counter(self, index: int) -> int:
+        """Add one, which revokes every grant whose maximum is now passed; returns the new value."""
+        with step(f"increment the counter at {index:#x}"):
+            self._esys.nv_increment(self._esys.tr_from_tpmpublic(index))
+        return self.read_counter(index)
+
+    def read_counter(self, index: int) -> int:
+        """A counter's value, as the bus delivers it."""
+        with step(f"read the counter at {index:#x}"):
+            data = self._esys.nv_read(self._esys.tr_from_tpmpublic(index), COUNTER_BYTES)
+        return int.from_bytes(bytes(data), "big")
