@@ -25,7 +25,10 @@ _ABSOLUTE = r"/[^\x00-\x1f]{0,511}"
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What root decided for this host. Paths are absolute, times in seconds, sizes in bytes."""
+    """What root decided for this host. Paths are absolute, times in seconds, sizes in bytes.
+
+    `boot_pcr_signature`: systemd's signature file; empty: where systemd has it (`boot_signatures`).
+    """
 
     engine: Engine = "podman"
     tpm_tcti: str = "device:/dev/tpmrm0"
@@ -40,6 +43,7 @@ class Config:
     nri_engine: Engine = "containerd"
     nri_socket: str = "/var/run/nri/nri.sock"
     nri_vm_handlers: tuple[str, ...] = ("kata*",)
+    boot_pcr_signature: str = ""
     guest_agent: str = "/usr/bin/kata-agent"
     guest_timeout_seconds: int = 7
 
@@ -76,6 +80,7 @@ def parse_config(data: bytes) -> Config:
     tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
     nri = section("nri")
     guest = section("guest")
+    boot = section("boot")
     config = Config(
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
@@ -90,10 +95,11 @@ def parse_config(data: bytes) -> Config:
         nri_engine=cast(Engine, text(nri, "engine", default.nri_engine, "containerd|cri-o")),
         nri_socket=text(nri, "socket", default.nri_socket, _ABSOLUTE),
         nri_vm_handlers=patterns(nri, "vm_handlers", default.nri_vm_handlers),
+        boot_pcr_signature=text(boot, "pcr_signature", default.boot_pcr_signature, _ABSOLUTE),
         guest_agent=text(guest, "agent", default.guest_agent, _ABSOLUTE),
         guest_timeout_seconds=number(guest, "timeout_seconds", default.guest_timeout_seconds, 1, 600),
     )
-    for fields in (tpm, token, memory, paths, nri, guest, top):
+    for fields in (tpm, token, memory, paths, nri, guest, boot, top):
         _finish(fields)
     return config
 
