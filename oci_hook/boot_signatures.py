@@ -15,7 +15,8 @@ from oci_hook.config import Config
 from oci_hook.errors import BootPolicyInvalid, SczError
 from oci_hook.trusted_file import load_root_file
 
-SIGNATURE_FILES: Final = ("/run/systemd/tpm2-pcr-signature.json", "/usr/lib/systemd/tpm2-pcr-signature.json")
+SECOND_FILE: Final = "/usr/lib/systemd/tpm2-pcr-signature.json"
+"""Where a distribution's package puts it; whose file it is does not matter, as the signatures are verified."""
 
 
 def with_signatures_of_host(boot_policy: BootPolicy, config: Config) -> BootPolicy:
@@ -23,7 +24,7 @@ def with_signatures_of_host(boot_policy: BootPolicy, config: Config) -> BootPoli
 
     Args:
         boot_policy: Verified; without a nested form nothing is read.
-        config: Names the file, or leaves it to systemd's places.
+        config: Names the file; where it is not there, `SECOND_FILE` is read.
     """
     if not any(form.signed is not None for form in boot_policy.forms):
         return boot_policy
@@ -32,7 +33,7 @@ def with_signatures_of_host(boot_policy: BootPolicy, config: Config) -> BootPoli
 
 def _load(configured: str) -> tuple[tuple[UnverifiedPcrSignature, ...], str]:
     """The entries of the first file that is there, and in words where they come from."""
-    places = (configured,) if configured else SIGNATURE_FILES
+    places = (configured, SECOND_FILE)
     path = next((place for place in places if os.path.lexists(place)), None)
     if path is None:
         return (), f"there is no {' and no '.join(places)}"

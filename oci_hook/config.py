@@ -25,10 +25,7 @@ _ABSOLUTE = r"/[^\x00-\x1f]{0,511}"
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What root decided for this host. Paths are absolute, times in seconds, sizes in bytes.
-
-    `boot_pcr_signature`: systemd's signature file; empty: where systemd has it (`boot_signatures`).
-    """
+    """What root decided for this host. Paths are absolute, times in seconds, sizes in bytes."""
 
     engine: Engine = "podman"
     tpm_tcti: str = "device:/dev/tpmrm0"
@@ -43,7 +40,7 @@ class Config:
     nri_engine: Engine = "containerd"
     nri_socket: str = "/var/run/nri/nri.sock"
     nri_vm_handlers: tuple[str, ...] = ("kata*",)
-    boot_pcr_signature: str = ""
+    boot_pcr_signature: str = "/run/systemd/tpm2-pcr-signature.json"
     guest_agent: str = "/usr/bin/kata-agent"
     guest_timeout_seconds: int = 7
 
