@@ -1,10 +1,11 @@
-"""Updates of a host's firmware and system: what locks a model, and what opens it again with the grant that is there.
+"""Updates of a host's firmware and system, and lost records: what locks a model, and what opens it again.
 
 One scene whose host boots unified kernel images, signed for systemd by systemd-measure; starts are podman's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.errors import KeyInvalid
+from tests.integration.conftest import FILES, contents
 from tests.integration.test_start import refused, start, tpm_handles
 from tests.pcr_signer import IMAGE, UPDATE, PcrSigner, boot_image
+from tests.registry import skopeo
 from tests.scene import Scene
 
 
@@ -25,6 +29,7 @@ class Machine:
         self.scene = scene
         self.signer = PcrSigner(scene.directory / "signer")
         self.file = scene.host / "tpm2-pcr-signature.json"
+        self.vault = scene.directory / "vault"
 
     def boot(
         self, image: Mapping[str, str], *, signed: Mapping[str, str] | None, changes: Mapping[int, str] | None = None
@@ -55,6 +60,8 @@ def machine(model_source: Path) -> Iterator[Machine]:
             scene.write_config(boot=f'[boot]\npcr_signature = "{made.file}"')
             made.boot(IMAGE, signed=IMAGE)
             scene.keygen()
+            scene.sczctl("keygen", "--recovery-only", "--keys", made.vault, "--name", "vault", "--no-passphrase")
+            scene.sczctl("keygen", "--keys", scene.owner / "keys", "--recovery-key", made.vault / "recovery.json")
             scene.enrol()
             out = scene.pack(model_source, name="small")
             keys = ("--keys", scene.owner / "keys", "--device", "edge-1")
@@ -71,7 +78,9 @@ def machine(model_source: Path) -> Iterator[Machine]:
 
 
 def grants(machine: Machine) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in machine.scene.store.rglob("*.grant")}
+    found = {str(path): path.read_bytes() for path in (machine.scene.store / "grants").glob("*.jwt")}
+    assert len(found) == 1
+    return found
 
 
 def test_an_update_of_the_system_needs_no_owner_and_an_unsigned_one_is_refused(machine: Machine) -> None:
@@ -109,3 +118,35 @@ def test_a_firmware_update_locks_the_model_until_the_owner_signs_the_new_state(m
     machine.boot(IMAGE, signed=IMAGE)  # back to the old firmware, whose state is still approved
     assert start(scene, scene.token()).returncode == 0
     assert grants(machine) == before
+
+
+def test_lost_records_come_back_from_a_bundle_that_travelled(machine: Machine) -> None:
+    """The owner's records of the version are gone, and the host's grant; the keys are there, and the offline one."""
+    scene, keys = machine.scene, machine.scene.owner / "keys"
+    machine.boot(IMAGE, signed=IMAGE)
+    shutil.rmtree(keys / "models")
+    (grant,) = (scene.store / "grants").glob("*.jwt")
+    grant.unlink()
+    refused(scene, "GrantMissing", scene.token())
+    out = scene.usb / "again"
+    out.mkdir()
+    skopeo("copy", f"oci:{scene.usb / 'small-1' / 'bundle'}:1", f"oci:{out}/bundle:1")
+    words = ("grant", "small:1", "--keys", keys, "--device", "edge-1", "-o", out / "grant.jwt")
+    assert scene.sczctl(*words, check=False).returncode == KeyInvalid.code
+    scene.sczctl("recover", out / "bundle", "--recovery-key", machine.vault / "recovery.key", "--keys", keys)
+    scene.sczctl(*words)
+    scene.add(out)
+    names = " ".join(f"/models/small/{name}" for name in FILES)
+    attempt = start(scene, scene.token(), command=f"sha256sum {names}")
+    assert (attempt.returncode, attempt.ran) == (0, True), attempt.stderr
+    for name, size in FILES.items():
+        assert f"{hashlib.sha256(contents(name, size)).hexdigest()}  /models/small/{name}\n" in attempt.stdout
+
+
+def test_a_lost_folder_leaves_the_files_themselves(machine: Machine) -> None:
+    scene = machine.scene
+    key, owner = machine.vault / "recovery.key", scene.owner / "keys" / "owner.json"
+    words = ("--recovery-key", key, "--owner", owner, "-o", scene.usb / "plain")
+    scene.sczctl("recover", scene.usb / "small-1" / "bundle", *words)
+    for name, size in FILES.items():
+        assert (scene.usb / "plain" / name).read_bytes() == contents(name, size)
