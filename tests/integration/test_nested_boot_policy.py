@@ -13,12 +13,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from oci_hook.attestation import tpm as tpm_module
 from oci_hook.attestation.appraisal import AttestationResult, appraise_evidence, nearest_form
 from oci_hook.attestation.boot_policy import (
     BootForm,
@@ -39,7 +41,7 @@ from oci_hook.attestation.pcr_signature import (
 )
 from oci_hook.attestation.policy import ZERO_DIGEST, policy_pcr
 from oci_hook.attestation.transactions import perform, quote_request, read_quote, unseal_request
-from oci_hook.errors import BootPolicyRefused, BootStateRefused
+from oci_hook.errors import BootPolicyRefused, BootStateRefused, TpmFailed
 from oci_hook.jws import public_jwk
 from oci_hook.owner.keyring import Keyring, create_keyring, open_keyring
 from tests.integration.test_attestation import CLASS, LOCK_SECONDS, MODEL, SECRET, Host, Sealing, wrapped
@@ -47,6 +49,7 @@ from tests.pcr_signer import IMAGE, PHASES, UPDATE, PcrSigner, boot_image
 from tests.software_tpm import SoftwareTpm
 
 FIXED = (7, 12, 14)
+tss = tpm_module.tss
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +297,40 @@ def test_the_signer_alone_opens_nothing(sealing: Sealing, nested: BootPolicy, si
         release(sealing, replace(form, signed=None))
     with sealing.host.refused(BootPolicyRefused):  # for another model line or device class
         release(replace(sealing, reference=bytes(32)), form)
+
+
+def open_while(sealing: Sealing, command: str, pcr: int, *words: bytes) -> bytes:
+    """Open while words are measured into a PCR, one before each call of a command of the walk."""
+    left = list(words)
+    with sealing.host.transaction() as tpm:
+        walk_on = getattr(tpm, command)
+
+        def measured_first(*arguments: Any) -> Any:
+            found = walk_on(*arguments) if command == "_pcr_read" else None
+            if left:
+                tpm._esys.pcr_event(tss.ESYS_TR(pcr), left.pop(0))
+            return found if command == "_pcr_read" else walk_on(*arguments)
+
+        setattr(tpm, command, measured_first)
+        opened = sealing.open_in(tpm)
+    assert left == []
+    return opened
+
+
+def test_a_phase_that_begins_inside_the_walk_lets_it_begin_again(
+    sealing: Sealing, nested: BootPolicy, signer: PcrSigner
+) -> None:
+    later = [":".join((*PHASES, *["later"] * count)) for count in range(3)]
+    form = here(nested, signer.sign(sealing.host.tpm, phases=later)).forms[0]
+    signed_here = replace(sealing, form=form)
+    assert open_while(signed_here, "_pcr_read", 11, b"later") == SECRET  # read, then changed: PolicyPCR fails
+    assert open_while(signed_here, "_policy_unseal_only", 11, b"later") == SECRET  # after both parts
+    assert open_while(signed_here, "_policy_unseal_only", 10, b"x", b"y") == SECRET  # a PCR that nobody selected
+    with sealing.host.refused(BootStateRefused, "none of them for this value"):
+        open_while(signed_here, "_pcr_read", 11, b"a phase that nobody signed")
+
+
+def test_a_walk_that_never_ends_is_given_up(sealing: Sealing, nested: BootPolicy, signer: PcrSigner) -> None:
+    form = here(nested, signer.sign(sealing.host.tpm)).forms[0]
+    with sealing.host.refused(TpmFailed, "kept changing"):
+        open_while(replace(sealing, form=form), "_policy_unseal_only", 10, *[b"x"] * 5)
