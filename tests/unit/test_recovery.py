@@ -173,6 +173,9 @@ def test_the_copy_travels_in_the_image_manifest_and_the_host_takes_the_bundle(va
     house.prepared()
     (text,) = annotations(house.usb / "out" / "bundle").values()
     thumbprint, _, sealed = text.partition(".")
+    packed = done(sczctl(*house.pack_words(house.usb / "b2", version="2"), "--json"))
+    assert packed.json["recovery_key"] == thumbprint
+    assert "with a recovery copy" in done(sczctl(*house.pack_words(house.usb / "b3", version="3"))).out
     assert done(sczctl("inspect", "--json", house.usb / "out" / "bundle")).json["recovery_key"] == thumbprint
     assert (thumbprint, len(sealed)) == (parse_recipient(vault.public.read_bytes()).key.thumbprint, 151)
     done(house.ctl("add", house.usb / "out"))
@@ -185,6 +188,8 @@ def test_the_copy_travels_in_the_image_manifest_and_the_host_takes_the_bundle(va
 def test_without_a_key_a_bundle_is_as_before(vault: Vault) -> None:
     bundle = vault.house.pack() / "bundle"
     assert annotations(bundle) == {}
+    packed = done(sczctl(*vault.house.pack_words(vault.house.usb / "b2", version="2"), "--json"))
+    assert "recovery_key" not in packed.json
     shutil.rmtree(vault.house.keys / "models")
     refused(vault.restore(bundle), KeyInvalid.code, "carries no recovery copy")
 
