@@ -17,6 +17,7 @@ from oci_hook.attestation.deadline import Standby
 from oci_hook.attestation.evidence import qualifying_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.audit import AuditLog
+from oci_hook.boot_signatures import with_signatures_of_host
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest, model_document
@@ -172,9 +173,10 @@ def _verified_grant(manifest: Manifest, owner: Owner, host: Host) -> Grant:
 
 def _verified_boot_policy(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> BootPolicy:
     data = host.store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
-    return verify_boot_policy(
+    verified = verify_boot_policy(
         parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
     )
+    return with_signatures_of_host(verified, host.config)
 
 
 def _verify_binding(identity: Identity, container: Container, host: Host) -> None:

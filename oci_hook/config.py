@@ -40,6 +40,7 @@ class Config:
     nri_engine: Engine = "containerd"
     nri_socket: str = "/var/run/nri/nri.sock"
     nri_vm_handlers: tuple[str, ...] = ("kata*",)
+    boot_pcr_signature: str = "/run/systemd/tpm2-pcr-signature.json"
     guest_agent: str = "/usr/bin/kata-agent"
     guest_timeout_seconds: int = 7
 
@@ -76,6 +77,7 @@ def parse_config(data: bytes) -> Config:
     tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
     nri = section("nri")
     guest = section("guest")
+    boot = section("boot")
     config = Config(
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
@@ -90,10 +92,11 @@ def parse_config(data: bytes) -> Config:
         nri_engine=cast(Engine, text(nri, "engine", default.nri_engine, "containerd|cri-o")),
         nri_socket=text(nri, "socket", default.nri_socket, _ABSOLUTE),
         nri_vm_handlers=patterns(nri, "vm_handlers", default.nri_vm_handlers),
+        boot_pcr_signature=text(boot, "pcr_signature", default.boot_pcr_signature, _ABSOLUTE),
         guest_agent=text(guest, "agent", default.guest_agent, _ABSOLUTE),
         guest_timeout_seconds=number(guest, "timeout_seconds", default.guest_timeout_seconds, 1, 600),
     )
-    for fields in (tpm, token, memory, paths, nri, guest, top):
+    for fields in (tpm, token, memory, paths, nri, guest, boot, top):
         _finish(fields)
     return config
 

@@ -37,6 +37,10 @@ PCR_WORDS: Final[Mapping[int, str]] = {
 }
 
 _MADE_HERE: Final = object()
+_SIGN_REMEDY: Final = (
+    "boot a unified kernel image that was built with that key (`ukify --pcr-private-key`), in a boot phase that it "
+    "signs; or send `sczctl boot-policy measure` to the owner for a new boot policy"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,11 @@ class AttestationResult:
 
 
 def differing_pcrs(form: BootForm, values: Mapping[int, bytes]) -> tuple[int, ...]:
-    """The PCRs whose values are not the form's, or are missing, in the order of their numbers."""
-    return tuple(pcr for pcr in sorted(form.pcrs) if values.get(pcr) != form.pcrs[pcr])
+    """The PCRs whose values are not the form's, not signed by its key, or missing, in the order of their numbers."""
+    differing = {pcr for pcr in form.pcrs if values.get(pcr) != form.pcrs[pcr]}
+    if form.signed is not None and form.signed.signature_for(values) is None:
+        differing.update(form.signed.pcrs)
+    return tuple(sorted(differing))
 
 
 def nearest_form(forms: Sequence[BootForm], values: Mapping[int, bytes]) -> BootForm:
@@ -74,6 +81,17 @@ def nearest_form(forms: Sequence[BootForm], values: Mapping[int, bytes]) -> Boot
 def pcrs_in_words(pcrs: tuple[int, ...]) -> str:
     """PCR numbers, each with what is measured there."""
     return ", ".join(f"PCR {pcr} ({PCR_WORDS.get(pcr, 'not assigned')})" for pcr in pcrs)
+
+
+def _state_refused(form: BootForm, differing: tuple[int, ...]) -> BootStateRefused:
+    """What an operator reads: the PCRs, and for signed ones what is missing."""
+    by_value = tuple(pcr for pcr in differing if pcr in form.pcrs)
+    parts = [f"not as in the nearest approved boot state: {pcrs_in_words(by_value)}"] if by_value else []
+    if form.signed is None or len(by_value) == len(differing):
+        return BootStateRefused("; ".join(parts))
+    words = f"nobody whom the form names signed the value of {pcrs_in_words(form.signed.pcrs)}"
+    parts.append(f"{words}; {form.signed.what_is_missing}")
+    return BootStateRefused("; ".join(parts), remedy=None if by_value else _SIGN_REMEDY)
 
 
 def appraise_evidence(
@@ -97,12 +115,13 @@ def appraise_evidence(
     # 1. A TPM made it, as a quote. 2. The enrolled attestation key signed it. 3. It was made for this start: nonce,
     #    token, container, manifest and audit log are in the extraData. 4. The signer is no other key (qualifiedSigner).
     # 5. It selects exactly one form's PCRs. 6. The values at hand are those that the TPM quoted.
-    selections = [frozenset(form.pcrs) for form in boot_policy.forms]
+    selections = [form.selection for form in boot_policy.forms]
     verify_quote(evidence, ak=ak, extra_data=expected_extra_data, selections=selections, error=EvidenceRefused)
-    # 7. The values are the reference values of a form that has this selection.
-    candidates = [form for form in boot_policy.forms if form.pcrs.keys() == evidence.pcrs.keys()]
+    # 7. The values are the reference values of a form that has this selection; those of its signed PCRs have a
+    #    signature by the form's key.
+    candidates = [form for form in boot_policy.forms if form.selection == evidence.pcrs.keys()]
     form = min(candidates, key=lambda candidate: len(differing_pcrs(candidate, evidence.pcrs)))
     differing = differing_pcrs(form, evidence.pcrs)
     if differing:
-        raise BootStateRefused(f"not as in the nearest approved boot state: {pcrs_in_words(differing)}")
+        raise _state_refused(form, differing)
     return AttestationResult(form, evidence.digest, maker=_MADE_HERE)

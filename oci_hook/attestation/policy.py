@@ -84,6 +84,16 @@ def approved_policy(values: Mapping[int, bytes]) -> bytes:
     return policy_command_code(policy_pcr(ZERO_DIGEST, values), CC_UNSEAL)
 
 
+def nested_policy(signer_name: bytes, fixed: Mapping[int, bytes]) -> bytes:
+    """The policy of a boot state of which another key approves a part, and these PCRs are the rest; for unsealing only.
+
+    Args:
+        signer_name: Name of that key as a TPM object, 34 bytes; it signs policies without a policyRef, as systemd does.
+        fixed: Values of the SHA-256 bank that are compared as they are.
+    """
+    return policy_command_code(policy_pcr(policy_authorize(signer_name, b""), fixed), CC_UNSEAL)
+
+
 def sealed_object_policy(boot_policy_key_name: bytes, reference: bytes, nv_name: bytes, maximum: int) -> bytes:
     """The policy of a sealed object: a state that the owner signed, then a counter that has not passed `maximum`.
 

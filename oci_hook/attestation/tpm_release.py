@@ -8,12 +8,13 @@ Part 3, 13.3 (Import), 20.1 (VerifySignature), 23 (policy), 12.7 (Unseal).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Final, Protocol
 
 from oci_hook.attestation.boot_policy import BootForm
 from oci_hook.attestation.host_device import HostDevice
+from oci_hook.attestation.pcr_signature import SignedPcrs, signer_name, signer_tpm_public, tpm_signature
 from oci_hook.attestation.sealed import SealedBlob
 from oci_hook.attestation.structures import (
     ALG_ECDSA,
@@ -24,7 +25,7 @@ from oci_hook.attestation.structures import (
     tpm2b,
 )
 from oci_hook.attestation.tpm_codes import PcrChangedError
-from oci_hook.errors import BootPolicyRefused, DeviceInvalid, KeyRefused, TpmFailed
+from oci_hook.errors import BootPolicyRefused, BootStateRefused, DeviceInvalid, KeyRefused, TpmFailed
 from oci_hook.jws import PublicJwk, ec_public_key
 
 _ATTEMPTS: Final = 5
@@ -45,6 +46,8 @@ class ReleaseCommands(Protocol):
     def _verify_signature(self, public: bytes, digest: bytes, signature: bytes, handles: ExitStack) -> object: ...
 
     def _pinned_session(self, srk: Handle, handles: ExitStack) -> Handle: ...
+
+    def _pcr_read(self, pcrs: Sequence[int]) -> list[bytes]: ...
 
     def _policy_pcr(self, session: Handle, pcrs: Mapping[int, bytes]) -> None: ...
 
@@ -102,6 +105,8 @@ class ReleaseCommands(Protocol):
             session = self._pinned_session(srk, handles)
             for _ in range(_ATTEMPTS):
                 try:
+                    if form.signed is not None:
+                        self._policy_signed_pcrs(session, form.signed)
                     self._policy_pcr(session, form.pcrs)
                     self._policy_unseal_only(session)
                     self._policy_authorize(session, form.policy, policy_ref, key_name, ticket)
@@ -117,6 +122,31 @@ class ReleaseCommands(Protocol):
         if self._name(srk) != device.srk.name:
             raise DeviceInvalid("device.json: the serialised SRK is another key than its public area")
         return srk
+
+    def _policy_signed_pcrs(self, session: Handle, signed: SignedPcrs) -> None:
+        """Satisfy the nested part: the signer approved the PCRs' values as they are now.
+
+        They are read here, as the boot phases of systemd extend PCR 11 while containers start already.
+
+        Raises:
+            BootStateRefused: There is no signature for them.
+            PcrChangedError: They changed in between.
+        """
+        values = dict(zip(signed.pcrs, self._pcr_read(signed.pcrs), strict=True))
+        found = signed.signature_for(values)
+        if found is None:
+            raise BootStateRefused(f"PCR {signed.pcrs[0]}: {signed.what_is_missing}")
+        with ExitStack() as handles:  # flushed at once: a TPM need not have more than three slots for objects
+            public = tpm2b(signer_tpm_public(signed.key))
+            digest = hashlib.sha256(found.policy).digest()
+            ticket = self._verify_signature(public, digest, tpm_signature(signed.key, found.signature), handles)
+        try:
+            self._policy_pcr(session, values)
+        except BootStateRefused as cause:
+            if dict(zip(signed.pcrs, self._pcr_read(signed.pcrs), strict=True)) != values:
+                raise PcrChangedError("the next boot phase began") from cause
+            raise
+        self._policy_authorize(session, found.policy, b"", signer_name(signed.key), ticket)
 
     def _ticket(
         self, form: BootForm, boot_policy_key: PublicJwk, policy_ref: bytes, handles: ExitStack

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from oci_hook.attestation.appraisal import nearest_form
 from oci_hook.attestation.boot_policy import BootForm
 from oci_hook.attestation.evidence import Evidence
 from oci_hook.attestation.host_device import HostDevice, format_host_device, parse_host_device
+from oci_hook.attestation.pcr_signature import PcrSignature, SignedPcrs, parse_signer_key
 from oci_hook.attestation.sealed import SealedBlob, WrappedSecret
 from oci_hook.documents import canonical
 from oci_hook.errors import BootPolicyRefused
@@ -85,8 +87,8 @@ def perform(request: bytes, *, tcti: str, lock_file: str, timeout_seconds: float
     forms = [_form(document) for document in asked["forms"]]
     with open_tpm(tcti, lock_file, timeout_seconds=timeout_seconds) as tpm:
         if "quote" in asked:
-            values = tpm.read_pcrs(sorted({pcr for form in forms for pcr in form.pcrs}))
-            selected = sorted(nearest_form(forms, values).pcrs)
+            values = tpm.read_pcrs(sorted({pcr for form in forms for pcr in form.selection}))
+            selected = sorted(nearest_form(forms, values).selection)
             return _quote_document(tpm.quote(device, selected, bytes.fromhex(asked["quote"])))
         return tpm.unseal(
             device,
@@ -120,10 +122,30 @@ def _device_document(device: HostDevice) -> str:
 
 def _form_document(form: BootForm) -> dict[str, object]:
     pcrs = {str(pcr): value.hex() for pcr, value in form.pcrs.items()}
-    return {"pcrs": pcrs, "policy": form.policy.hex(), "r": form.signature_r.hex(), "s": form.signature_s.hex()}
+    document: dict[str, object] = {
+        "pcrs": pcrs,
+        "policy": form.policy.hex(),
+        "r": form.signature_r.hex(),
+        "s": form.signature_s.hex(),
+    }
+    return document if form.signed is None else {**document, "signed": _signed_document(form.signed)}
+
+
+def _signed_document(signed: SignedPcrs) -> dict[str, object]:
+    signatures = [[each.policy.hex(), each.signature.hex()] for each in signed.signatures]
+    return {**signed.document(), "signatures": signatures, "source": signed.source}
+
+
+def _signed(document: Any) -> SignedPcrs | None:
+    if document is None:
+        return None
+    signatures = tuple(PcrSignature(*map(bytes.fromhex, pair)) for pair in document["signatures"])
+    key = parse_signer_key(document["key"], error=BootPolicyRefused)
+    return SignedPcrs(key, tuple(document["pcrs"]), signatures, document["source"])
 
 
 def _form(document: dict[str, object]) -> BootForm:
     pcrs = document["pcrs"]
     policy, r, s = (bytes.fromhex(str(document[name])) for name in ("policy", "r", "s"))
-    return BootForm({int(pcr): bytes.fromhex(value) for pcr, value in dict(pcrs).items()}, policy, r, s)  # type: ignore[call-overload]
+    values = {int(pcr): bytes.fromhex(value) for pcr, value in dict(pcrs).items()}  # type: ignore[call-overload]
+    return BootForm(values, policy, r, s, _signed(document.get("signed")))

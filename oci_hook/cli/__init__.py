@@ -26,6 +26,7 @@ _MODULES = {
     "grant": "owner",
     "inspect": "owner",
     "verify": "owner",
+    "recover": "recover",
     "boot-policy": "boot_policy",
     "enroll": "enroll",
     "add": "host",

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,11 +26,12 @@ from oci_hook.cli.options import (
     write_output,
 )
 from oci_hook.config import load_config
-from oci_hook.errors import BootPolicyInvalid, DeviceInvalid
+from oci_hook.errors import BootPolicyInvalid, DeviceInvalid, KeyInvalid
 from oci_hook.store import Store
 
 if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
+    from oci_hook.attestation.pcr_signature import SignedPcrs
     from oci_hook.owner.records import OwnerRecords
 
 
@@ -97,17 +98,43 @@ def _states(
     return states, {record.device_class for record in found}
 
 
-def _verify_forms(forms: list[dict[int, bytes]]) -> None:
+def _verify_forms(forms: list[dict[int, bytes]], signed: SignedPcrs | None = None) -> None:
     from oci_hook.attestation.boot_policy import verify_coverage
 
     for form in forms:
         try:
-            verify_coverage(form, BootPolicyInvalid)
+            verify_coverage(form, BootPolicyInvalid, signed=signed)
         except BootPolicyInvalid as cause:
             raise BootPolicyInvalid(
                 cause.message,
                 remedy="give --pcr 4,8,9 or 11,12 and more; measure a machine that booted what it will run",
             ) from cause
+
+
+def _forms(states: list[Mapping[int, bytes]], pcrs: set[int]) -> list[dict[int, bytes]]:
+    """The values of these PCRs in each state, each combination once."""
+    return [dict(form) for form in dict.fromkeys(tuple((pcr, state[pcr]) for pcr in sorted(pcrs)) for state in states)]
+
+
+def _signer(pcr_key: str | None) -> SignedPcrs | None:
+    from oci_hook.attestation.pcr_signature import SignedPcrs, load_signer_pem
+
+    return None if pcr_key is None else SignedPcrs(load_signer_pem(read_input(pcr_key, KeyInvalid)))
+
+
+def _report(signed: dict[str, Any], signer: SignedPcrs | None, *, as_json: bool) -> None:
+    """Say what was signed; of a signer's key what systemd calls it, for a person to compare."""
+    from oci_hook.attestation.pcr_signature import fingerprint
+
+    by_key = {} if signer is None else {"signed_pcrs": list(signer.pcrs), "pkfp": fingerprint(signer.key).hex()}
+    if as_json:
+        print_json({**signed, **by_key})
+        return
+    listed = ",".join(str(pcr) for pcr in signed["pcrs"])
+    states = f"{signed['states']} approved state(s), PCRs {listed}"
+    click.echo(f"boot policy for {signed['model']}, device class {signed['class']}: {states}")
+    if by_key:
+        click.echo(f"PCR 11 as signed by the key that systemd calls {by_key['pkfp']} (pkfp)")
 
 
 @boot_policy.command()
@@ -150,6 +177,12 @@ def _verify_forms(forms: list[dict[int, bytes]]) -> None:
     metavar="LIST",
     help="PCRs that count, for example 4,7,8,9 (GRUB) or 7,11,12 (UKI).",
 )
+@click.option(
+    "--pcr-key",
+    type=click.Path(dir_okay=False),
+    help="Approve any PCR 11 that this public key signed (PEM; as in `ukify --pcr-public-key`), not a value of it.",
+)
+@click.option("--also-measured", is_flag=True, help="With --pcr-key: approve the measured values of PCR 11, too.")
 @OUTPUT
 @PASSPHRASE_FILE
 @JSON
@@ -160,6 +193,8 @@ def sign(
     devices: tuple[str, ...],
     measured: tuple[str, ...],
     pcrs: list[int],
+    pcr_key: str | None,
+    also_measured: bool,
     output: str,
     passphrase_file: str | None,
     as_json: bool,
@@ -168,6 +203,8 @@ def sign(
 
     The policy must cover kernel, initrd and command line.
     All states that --device and --measured name stand beside each other: a host may be in any one of them.
+    With --pcr-key updates of a unified kernel image need no new policy: whoever has that key's private half decides
+    which kernels may open the model, old ones included; the other PCRs stay as measured.
     """
     from oci_hook.attestation.boot_policy import sign_boot_policy
     from oci_hook.owner.keyring import open_keyring
@@ -175,13 +212,19 @@ def sign(
 
     if not devices and not measured:
         raise click.UsageError("say which states: --device or --measured")
+    if also_measured and pcr_key is None:
+        raise click.UsageError("--also-measured needs --pcr-key")
     verify_new_output(output)
     states, classes = _states(OwnerRecords(Path(keys)), devices, measured)
     if device_class is None and len(classes) > 1:
         raise click.UsageError(f"the devices are of several classes ({', '.join(sorted(classes))}): give --class")
     signed_class = device_class or classes.pop()
-    forms = list({tuple(state[pcr] for pcr in pcrs): {pcr: state[pcr] for pcr in pcrs} for state in states}.values())
+    signer = _signer(pcr_key)
+    by_key = set(signer.pcrs if signer is not None else ())
+    forms = _forms(states, set(pcrs) | by_key) if signer is None or also_measured else []
+    nested = _forms(states, set(pcrs) - by_key) if signer is not None else []
     _verify_forms(forms)  # before a person is asked for the passphrase
+    _verify_forms(nested, signer)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     document = sign_boot_policy(
         forms,
@@ -190,13 +233,11 @@ def sign(
         device_class=signed_class,
         created=int(time.time()),
         key=keyring.boot_policy_key,
+        nested=[(form, signer) for form in nested if signer is not None],
     )
     write_output(output, document)
-    if as_json:
-        print_json({"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms)})
-        return
-    listed = ",".join(str(pcr) for pcr in pcrs)
-    click.echo(f"boot policy for {model}, device class {signed_class}: {len(forms)} approved state(s), PCRs {listed}")
+    said = {"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms) + len(nested)}
+    _report(said, signer, as_json=as_json)
 
 
 COMMANDS = {"boot-policy": boot_policy}

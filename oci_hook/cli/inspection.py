@@ -15,6 +15,7 @@ from oci_hook.bundle.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_TYP
 from oci_hook.documents import parse_object
 from oci_hook.errors import BundleInvalid, GrantInvalid
 from oci_hook.jws import parse_document
+from oci_hook.owner.recovery import load_recovery_copy
 from oci_hook.trusted_file import load_file
 
 _DOCUMENT_BYTES = 1 << 20
@@ -70,8 +71,11 @@ def describe_bundle(layout: Layout) -> dict[str, Any]:
     payload = parse_object(
         jws.unverified_payload, limit_bytes=MANIFEST_LIMIT_BYTES, what="manifest", error=BundleInvalid
     )
+    copy = load_recovery_copy(layout)
+    recoverable = {} if copy is None else {"recovery_key": copy[0]}
     return _headed(
         payload,
+        **recoverable,
         kind="bundle",
         image=layout.image_digest,
         manifest=layout.manifest_digest,

@@ -44,27 +44,51 @@ if TYPE_CHECKING:
 @click.option(
     "--name",
     metavar="NAME",
-    required=True,
     callback=name_of,
-    help="The owner's name: lower-case letters and digits, with . _ - between them.",
+    help="The owner's name, or the recovery key's: lower-case letters and digits, with . _ - between them.",
+)
+@click.option("--recovery-only", is_flag=True, help="Make an offline recovery key and no owner; keep it elsewhere.")
+@click.option(
+    "--recovery-key",
+    type=click.Path(dir_okay=False),
+    help="Name the offline recovery key (recovery.json) for what is packed; without --name: of an owner who is there.",
 )
 @PASSPHRASE_FILE
 @click.option("--no-passphrase", is_flag=True, help="Leave the private keys unencrypted, for another vault to guard.")
-def keygen(keys: str, name: str, passphrase_file: str | None, no_passphrase: bool) -> None:
+def keygen(
+    keys: str,
+    name: str | None,
+    recovery_only: bool,
+    recovery_key: str | None,
+    passphrase_file: str | None,
+    no_passphrase: bool,
+) -> None:
     """Make an owner's folder of keys, under a passphrase.
 
     The keys are for manifests, boot policies and recovery. Publish owner.json of it; guard the rest. Without this
-    folder no device can ever be granted your models again.
+    folder no device can ever be granted your models again, unless they were packed with a --recovery-key.
     """
+    from oci_hook.cli.recover import load_public_key, make_recovery_key, name_recovery_key
     from oci_hook.owner.keyring import create_keyring
 
-    if no_passphrase and passphrase_file:
-        raise click.UsageError("--passphrase-file and --no-passphrase exclude each other")
+    if (no_passphrase and passphrase_file) or (recovery_only and recovery_key):
+        raise click.UsageError("--passphrase-file and --no-passphrase, --recovery-only and -key, exclude each other")
+    recipient = load_public_key(recovery_key) if recovery_key else None
+    if recipient is not None and name is None:
+        name_recovery_key(keys, recipient, passphrase_source(passphrase_file))
+        return
+    if name is None:
+        raise click.UsageError("Missing option '--name'.")
     verify_new_output(keys)
     passphrase = None if no_passphrase else passphrase_source(passphrase_file, confirm=True)()
-    owner = create_keyring(Path(keys), name, passphrase)
     if no_passphrase:
         click.echo("the private keys are NOT encrypted", err=True)
+    if recovery_only:
+        make_recovery_key(keys, name, passphrase)
+        return
+    owner = create_keyring(Path(keys), name, passphrase)
+    if recipient is not None:
+        name_recovery_key(keys, recipient, lambda: passphrase or "")
     click.echo(f"owner {name}, id {owner.owner_id}; give {os.path.join(keys, 'owner.json')} to the hosts' operators")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,9 @@ from oci_hook.cli.options import (
 from oci_hook.documents import parse_object
 from oci_hook.errors import SourceInvalid
 from oci_hook.trusted_file import load_file
+
+if TYPE_CHECKING:
+    from oci_hook.owner.keyring import Keyring
 
 _FIELDS_BYTES = 64 << 10
 _POLICY_BYTES = 256 << 10
@@ -53,6 +56,13 @@ def _access_document(
     if keys:
         identity["keys"] = sorted(keys)
     return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": share}
+
+
+def _recoverable(keyring: Keyring) -> dict[str, str]:
+    from oci_hook.owner.recovery import load_recipient
+
+    recipient = load_recipient(keyring.folder, keyring.owner)
+    return {} if recipient is None else {"recovery_key": recipient.key.thumbprint}
 
 
 @click.command()
@@ -163,13 +173,15 @@ def pack(
             random=secrets.token_bytes,
             progress=progress,
         )
+    recoverable = _recoverable(keyring)
     if as_json:
         model = {"name": name, "version": version, "generation": generation}
         digests = {"image": packed.image_digest, "manifest": packed.manifest_digest}
-        print_json({**model, **digests, "files": packed.files, "bytes": packed.bytes})
+        print_json({**model, **digests, "files": packed.files, "bytes": packed.bytes, **recoverable})
     else:
         click.echo(
             f"packed {name}:{version}: {packed.files} files, {packed.bytes} bytes, image {packed.image_digest[:19]}…"
+            f"{', with a recovery copy' if recoverable else ''}"
         )
 
 

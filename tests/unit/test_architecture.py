@@ -40,6 +40,7 @@ FLOORS = {
     2: {"access_policy", "trust", "oci/", "linux/"},
     3: {"held", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
+        "boot_signatures",
         "provenance",
         "standby",
         "store",

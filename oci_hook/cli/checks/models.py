@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from oci_hook.attestation.appraisal import differing_pcrs
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
+from oci_hook.boot_signatures import with_signatures_of_host
 from oci_hook.bundle.files import closing
 from oci_hook.bundle.grant import parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
@@ -80,7 +82,8 @@ def check_models(
         except SczError as error:
             yield failed(what, error)
             continue
-        if pcrs and not any(all(pcrs.get(n) == v for n, v in form.pcrs.items()) for form in policy.forms if form.pcrs):
+        policy = with_signatures_of_host(policy, config)
+        if pcrs and all(differing_pcrs(form, pcrs) for form in policy.forms):
             remedy = "boot an approved state, or send `sczctl boot-policy measure` to the owner"
             yield Check(what, "fail", "the machine's boot state is none that its owner approved", remedy)
             continue
