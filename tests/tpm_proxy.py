@@ -156,6 +156,16 @@ def loaded_handles(socket_path: Path) -> list[int]:
     return found
 
 
+def power_cycle(socket_path: Path) -> None:
+    """Reset a TPM without turning swtpm off (CMD_INIT of its control channel): nothing has started it up afterwards."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+        control.connect(f"{socket_path}.ctrl")
+        control.sendall((2).to_bytes(4, "big") + bytes(4))
+        answer = control.recv(4)
+    if answer != bytes(4):
+        raise RuntimeError(f"swtpm answered {answer.hex()} to CMD_INIT")
+
+
 # --- what a response says ---------------------------------------------------------------------------------------------
 
 
