@@ -61,7 +61,6 @@ from tests.tpm_proxy import Exchange, Tap, name_of, power_cycle
 
 tss = tpm_module.tss
 AT_ONCE = 16
-CLOCK_LOSS_MS = 1 << 22  # Part 1, 36.3: the most that an unclean shutdown may cost
 SLOTS = 3  # a TPM has as many for objects, and as many for sessions (Part 1, 37.2; swtpm)
 
 
@@ -306,12 +305,11 @@ def test_an_ordinary_index_in_the_counters_place(sealing: Sealing) -> None:
 
 
 def test_an_unclean_shutdown(sealing: Sealing) -> None:
-    """Power fails, again and again: the resets are counted, the clock goes back a little, the release goes on."""
+    """Power fails, again and again: each is counted, the release goes on; the clock, which may go back, says so."""
     host = sealing.host
     host.boot()
-    assert quote(sealing).safe
-    host.tool("tpm2_setclock", str(1000 * CLOCK_LOSS_MS))
     before = quote(sealing)
+    assert before.safe
     for _ in range(4):
         os.kill(host.tpm.pid, signal.SIGKILL)
         host.tpm.stop()
@@ -319,8 +317,7 @@ def test_an_unclean_shutdown(sealing: Sealing) -> None:
         host.tpm.measure_boot()
         after = quote(sealing)
         assert not after.safe
-        assert after.clock >= before.clock - CLOCK_LOSS_MS
-        assert after.reset_count > before.reset_count
+        assert after.reset_count == before.reset_count + 1
         before = after
         assert sealing.open() == SECRET
     host.boot()
