@@ -8,6 +8,7 @@ Specification: TPM 2.0 Library, Part 1, 18 (structure of responses) and Part 3 (
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import select
 import shutil
@@ -293,3 +294,22 @@ def wrong_values(field: Field, response: bytes) -> list[bytes]:
     if field.size <= 4:
         values += [((number + step) % limit).to_bytes(field.size, "big") for step in (-1, 1)]
     return [value for value in dict.fromkeys(values) if value != good]
+
+
+def resized(code: int, response: bytes) -> list[tuple[Field, bytes]]:
+    """The response with each variable part empty, shorter, longer or far too long, and every size around it mended."""
+    fields, made = fields_of(code, response), []
+    parameters = [each for each in fields if each.name.endswith(".parameterSize")]
+    for size, content in itertools.pairwise(fields):
+        if size.name != f"{content.name}.size":
+            continue
+        good = response[content.start : content.start + content.size]
+        for value in (b"", good[:-1], good + b"\0", bytes(200), bytes(1000)):
+            lie = content.put(response, value)
+            lie = size.put(lie, len(value).to_bytes(size.size, "big")) if len(value) < 1 << 8 * size.size else lie
+            grown = len(value) - len(good)
+            for each in parameters if ".auth." not in content.name else ():
+                number = int.from_bytes(response[each.start : each.start + each.size], "big") + grown
+                lie = each.put(lie, number.to_bytes(each.size, "big"))
+            made.append((content, lie[:2] + len(lie).to_bytes(4, "big") + lie[6:]))
+    return made

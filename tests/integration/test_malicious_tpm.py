@@ -41,7 +41,7 @@ from tests.integration.test_attestation import (
     seal,
     windows,
 )
-from tests.tpm_proxy import HANG, Delivery, Field, Tap, fields_of, loaded_handles, name_of, wrong_values
+from tests.tpm_proxy import HANG, Delivery, Field, Tap, fields_of, loaded_handles, name_of, resized, wrong_values
 
 #: Bytes after which a reader may wait for more: the line is cut then, but in the tests of hanging.
 _HEADER = range(10)
@@ -184,6 +184,24 @@ def test_the_layouts_are_those_of_the_responses(scene: Scene) -> None:
     assert {"Import", "Load", "LoadExternal", "VerifySignature", "NV_ReadPublic", "StartAuthSession"} <= names
     assert {"PolicyPCR", "PolicyCommandCode", "PolicyAuthorize", "PolicyNV", "Unseal", "FlushContext"} <= names
     assert loaded_handles(scene.host.tpm.socket_path) == [] == scene.host.handles()
+
+
+@pytest.mark.parametrize("what", ["release", "quote"])
+def test_every_part_of_another_size(scene: Scene, what: str) -> None:
+    """A liar who mends the sizes around what he changes: tpm2-tss takes his response apart without a complaint."""
+    act, good = {"release": (scene.release, SECRET), "quote": (scene.quote, b"accepted")}[what]
+    refused = 0
+    for number, (code, response) in enumerate(record(scene, act)):
+        for which, (place, _) in enumerate(resized(code, response)):
+            scene.liar.prepare(number, lambda honest, code=code, which=which: resized(code, honest)[which][1])
+            outcome = ours(act)
+            assert scene.liar.told, place
+            assert isinstance(outcome, SczError) or outcome == good, (place, outcome)
+            refused += isinstance(outcome, SczError)
+            scene.nothing_is_left()
+    scene.liar.prepare(-1, lambda response: response)
+    assert act() == good
+    assert refused > 30
 
 
 def test_every_field_of_a_release(scene: Scene) -> None:
