@@ -21,6 +21,7 @@ from oci_hook.attestation.appraisal import appraise_evidence
 from oci_hook.attestation.deadline import with_deadline
 from oci_hook.attestation.enrolment import verify_answer
 from oci_hook.attestation.enrolment_documents import parse_answer
+from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.tpm import make_credential
 from oci_hook.errors import CouldNotTell, DeviceInvalid, InternalError, Refused, SczError, TpmTimeout
 from oci_hook.owner.keyring import Keyring
@@ -226,6 +227,23 @@ def test_every_field_of_an_enrolment_s_answer(scene: Scene) -> None:
 
     honest = accept()
     assert attack(scene, accept, lambda record: record == honest, each=1) > 50
+
+
+def test_every_field_of_a_provisioning(scene: Scene) -> None:
+    """On a TPM of its own, as a host that is lied to may make a key or a counter once more; what it had works on."""
+    with _machine() as host:
+        host.provision(scene.keyring.owner.owner_id)
+        sealing, owner_id = seal(host, scene.keyring), scene.keyring.owner.owner_id
+        with Tap(host.tpm.socket_path, scene.liar) as tap:
+            lied_to = Scene(host, scene.keyring, sealing, tap, scene.liar)
+
+            def provision() -> object:
+                with host.transaction(tap.tcti) as tpm:
+                    return tpm.provision(owner_id, host.device)
+
+            assert attack(lied_to, provision, lambda device: isinstance(device, HostDevice), each=1) > 5
+        assert sealing.open() == SECRET
+        assert host.handles() == []
 
 
 def replace_tcti(host: Host, tap: Tap) -> Host:
