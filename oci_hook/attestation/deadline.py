@@ -31,8 +31,7 @@ from oci_hook.linux.syscalls import failing, prctl_set_pdeathsig
 RESULT_LIMIT_BYTES: Final = 1 << 20
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LENGTH_BYTES: Final = 4
-_REAP_SECONDS: Final = 2.0
-_IDLE_SECONDS: Final = 0.5
+_REAP_SECONDS, _IDLE_SECONDS = 2.0, 0.5
 _GOOD, _BAD = b"+", b"-"
 _SENT: Final = 85  # exit code of a child that has answered: a library that ends its process says 0 or 1
 _ENDED: Final = "the TPM's child was ended before it was done"
@@ -191,21 +190,27 @@ class Standby:
         return _open_message(message)
 
 
-def _receive(fd: int, until: float, seconds: float) -> bytes:
-    """Take one message from a pipe, whole, without its length."""
-    received = bytearray()
-    while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
-        _wait(fd, select.POLLIN, until, seconds)
-        chunk = os.read(fd, 1 << 16)
-        if not chunk:
-            break
-        received += chunk
-        if len(received) > RESULT_LIMIT_BYTES:
-            raise InternalError("the TPM's child sent more than 1 MiB")
-    message = bytes(received[_LENGTH_BYTES:])
-    if len(message) != _length(received) or message[:1] not in (_GOOD, _BAD):
+def _receive(fd: int, until: float, seconds: float) -> bytearray:
+    """Take one message from a pipe, whole, without its length: into one buffer, which `_open_message` wipes."""
+    size = int.from_bytes(_take(fd, _LENGTH_BYTES, until, seconds), "big")
+    if _LENGTH_BYTES + size > RESULT_LIMIT_BYTES:
+        raise InternalError("the TPM's child sent more than 1 MiB")
+    message = _take(fd, size, until, seconds)
+    if message[:1] not in (_GOOD, _BAD):
         raise InternalError(_ENDED)
     return message
+
+
+def _take(fd: int, size: int, until: float, seconds: float) -> bytearray:
+    taken, done = bytearray(size), 0
+    while done < size:
+        _wait(fd, select.POLLIN, until, seconds)
+        with memoryview(taken) as view:
+            count = os.readv(fd, [view[done:]])
+        if not count:
+            raise InternalError(_ENDED)
+        done += count
+    return taken
 
 
 def _send_within(fd: int, data: bytes, until: float, seconds: float) -> None:
@@ -288,7 +293,7 @@ def _run_standby(
 
 def _next_request(fd: int) -> bytes:
     received = bytearray()
-    while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
+    while len(received) < _LENGTH_BYTES or len(received) < _LENGTH_BYTES + int.from_bytes(received[:_LENGTH_BYTES]):
         chunk = os.read(fd, 1 << 16)
         if not chunk:
             os._exit(1)  # there is none
@@ -329,18 +334,17 @@ def _framed(message: bytes) -> bytes:
     return len(message).to_bytes(_LENGTH_BYTES, "big") + message
 
 
-def _length(received: bytes | bytearray) -> int:
-    return int.from_bytes(received[:_LENGTH_BYTES], "big")
-
-
 def _send(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
 
 
-def _open_message(message: bytes) -> bytes:
-    if message[:1] == _GOOD:
-        return message[1:]
-    sent = json.loads(message[1:])
+def _open_message(message: bytearray) -> bytes:
+    with memoryview(message) as view:
+        kind, told = bytes(view[:1]), bytes(view[1:])
+    message[:] = bytes(len(message))  # the one copy of a secret that is ours to wipe
+    if kind == _GOOD:
+        return told
+    sent = json.loads(told)
     classes = {cls.__name__: cls for cls in all_errors().values()}
     raise classes.get(sent["reason"], InternalError)(sent["message"], remedy=sent["advice"])

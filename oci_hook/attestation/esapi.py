@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 os.environ["TSS2_LOG"] = "all+none"  # tpm2-tss writes to stderr otherwise; it reads this when it is loaded
@@ -57,14 +57,17 @@ class Esapi:
 
     def __init__(self, esys: Any) -> None:
         self._esys = esys
+        self.left_something = False  # a flush failed
 
     def _flush_later(self, handles: ExitStack, handle: Handle) -> Handle:
         handles.callback(self._flush, handle)
         return handle
 
     def _flush(self, handle: Handle) -> None:
-        with suppress(tss.TSS2_Exception):  # after a broken response nothing works here; open_tpm sweeps later
+        try:
             self._esys.flush_context(handle)
+        except tss.TSS2_Exception:  # after a broken response nothing works here; open_tpm sweeps later
+            self.left_something = True
 
     def _find(self, handle: int) -> Handle | None:
         try:

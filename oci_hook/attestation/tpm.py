@@ -75,17 +75,17 @@ def open_tpm(tcti: str, lock_file: str | os.PathLike[str], *, timeout_seconds: f
         TpmTimeout: Others held the lock for too long.
         TpmUnavailable: There is no TPM there.
     """
-    managed = tcti == "device" or tcti.startswith(_MANAGED)
+    managed, swept = tcti == "device" or tcti.startswith(_MANAGED), False
     with tpm_lock(lock_file, timeout_seconds=timeout_seconds):
         try:
             with _connected(tcti) as tpm:
                 if not managed:  # what a killed process left: three of them would block the TPM for good
                     tpm.flush_left_overs()
                 yield tpm
-        except BaseException:
-            if not managed:
+                swept = not tpm.left_something
+        finally:
+            if not managed and not swept:
                 _sweep(tcti)
-            raise
 
 
 @contextmanager

@@ -10,20 +10,16 @@ from __future__ import annotations
 import os
 import random
 import re
-import select
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -97,6 +93,7 @@ from oci_hook.linux.syscalls import prctl_set_pdeathsig
 from oci_hook.owner.keyring import Keyring, create_keyring, open_keyring
 from tests.devices import make_device
 from tests.software_tpm import SoftwareTpm
+from tests.tpm_proxy import Tap
 
 MODEL, CLASS, DEVICE = "small", "default", "edge-1"
 GRUB, UKI = (0, 2, 4, 7, 8, 9), (7, 11, 12, 14)
@@ -930,88 +927,6 @@ def _read_pcr(host: Host, tcti: str) -> bytes:
 
 
 # --- the bus ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Exchange:
-    """A command and its response, as they crossed the bus."""
-
-    code: int
-    command: bytes
-    response: bytes = b""
-
-
-class Tap:
-    """A tap on the bus: a socket before swtpm's that records every byte, and changes responses if it is told to.
-
-    Args:
-        target: swtpm's command socket; its control socket carries no TPM command and is reached directly.
-        change: From a command's code and its response to what is delivered instead.
-    """
-
-    def __init__(self, target: Path, change: Callable[[int, bytes], bytes] = lambda _, response: response) -> None:
-        self.exchanges: list[Exchange] = []
-        self._target = target
-        self._change = change
-        self._folder = Path(tempfile.mkdtemp(prefix="scz-tap-", dir="/tmp"))
-        self._stopped = threading.Event()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-
-    @property
-    def tcti(self) -> str:
-        return f"swtpm:path={self._folder}/tpm"
-
-    @property
-    def recorded(self) -> bytes:
-        return b"".join(each.command + each.response for each in self.exchanges)
-
-    def __enter__(self) -> Tap:
-        self._listener.bind(f"{self._folder}/tpm")
-        self._listener.listen()
-        (self._folder / "tpm.ctrl").symlink_to(f"{self._target}.ctrl")
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self._listener.close()
-        shutil.rmtree(self._folder)
-
-    def _serve(self) -> None:
-        while not self._stopped.is_set():
-            if select.select([self._listener], [], [], 0.05)[0]:
-                near, _ = self._listener.accept()
-                with near, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as far:
-                    far.connect(str(self._target))
-                    self._carry(near, far)
-
-    def _carry(self, near: socket.socket, far: socket.socket) -> None:
-        while not self._stopped.is_set():
-            if not select.select([near], [], [], 0.05)[0]:
-                continue
-            command = _message(near)
-            if not command:
-                return
-            exchange = Exchange(int.from_bytes(command[6:10], "big"), command)
-            self.exchanges.append(exchange)
-            far.sendall(command)
-            exchange.response = _message(far)
-            near.sendall(self._change(exchange.code, exchange.response))
-
-
-def _message(connection: socket.socket) -> bytes:
-    """One command or response: its size stands in its header."""
-    data = b""
-    while len(data) < 10 or len(data) < int.from_bytes(data[2:6], "big"):
-        part = connection.recv(4096)
-        if not part:
-            return b""
-        data += part
-    return data
 
 
 def windows(secret: bytes, size: int) -> Iterator[bytes]:
