@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.attestation.event_log import parse_event_log, replay
+from oci_hook.attestation.event_words import section_name
 from tests.engines import unpack_busybox
-from tests.event_log import parse_event_log, replay
 from tests.guest_image import COMMAND_LINE, MeasuredGuest, write_image, write_root
 from tests.guests import Kernel, Machine, Share
 from tests.scene import TOKEN_PATH, Scene
@@ -166,12 +167,12 @@ def pcrs(lines: list[str]) -> dict[int, bytes]:
 def test_the_event_log_says_what_the_tpm_has(world: World) -> None:
     log, values = told(world.boots[0], "log"), pcrs(world.boots[0])
     # Linux itself measures after the firmware's log ended: IMA's first entry, into 10.
-    assert {pcr: value for pcr, value in replay(log).items() if pcr != 10} == {
+    assert {pcr: value for pcr, value in replay(parse_event_log(log)).items() if pcr != 10} == {
         pcr: value for pcr, value in values.items() if pcr != 10 and any(value)
     }
-    stub = {event.data.decode("utf-16-le").rstrip("\0") for event in parse_event_log(log) if event.pcr == 11}
+    stub = {section_name(event) for event in parse_event_log(log).events if event.pcr == 11}
     assert stub >= {".linux", ".initrd", ".cmdline"}
-    digests = {event.digest for event in parse_event_log(log) if event.pcr == 11}
+    digests = {event.digest for event in parse_event_log(log).events if event.pcr == 11}
     assert hashlib.sha256(COMMAND_LINE.encode() + b"\0").digest() in digests
 
 
