@@ -3,7 +3,7 @@
 Pure. The TPM vouches for an event's digest alone. So each event's data is believed only where the digest is computed
 anew from it; what merely stands beside a digest (a file's name beside the file's digest) is said to be a claim.
 Sources: TCG PC Client Platform Firmware Profile 1.06, 10.4.1 (event types, and what their digests are of); GRUB's
-manual, "Measured Boot"; systemd-stub(7); UAPI group, "Linux TPM PCR registry"; UEFI 2.10, 3.1.3 and 10.3 (device paths).
+manual, "Measured Boot"; systemd-stub(7); UAPI, "Linux TPM PCR registry"; UEFI 2.10, 3.1.3 and 10.3 (device paths).
 """
 
 from __future__ import annotations
