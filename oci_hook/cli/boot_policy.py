@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from oci_hook.cli import print_json
-from oci_hook.cli.completion import complete_devices, complete_model_lines
+from oci_hook.cli import boot_diff, boot_predict, boot_state, print_json
+from oci_hook.cli.completion import complete_devices, complete_files, complete_model_lines
 from oci_hook.cli.options import (
     JSON,
     KEYS,
@@ -27,6 +27,7 @@ from oci_hook.cli.options import (
 )
 from oci_hook.config import load_config
 from oci_hook.errors import BootPolicyInvalid, DeviceInvalid
+from oci_hook.key_errors import EventLogInvalid
 from oci_hook.store import Store
 
 if TYPE_CHECKING:
@@ -44,9 +45,19 @@ def boot_policy() -> None:
     "--device", metavar="NAME", required=True, callback=name_of, help="This device's name, as it was enrolled."
 )
 @OUTPUT
+@click.option(
+    "--event-log",
+    "log_output",
+    metavar="FILE",
+    shell_complete=complete_files,
+    help="Also write the log of what this boot measured there, for `boot-policy log`, `predict` and `diff`.",
+)
 @click.pass_obj
-def measure(config_file: str, device: str, output: str) -> None:
-    """HOST: let the TPM quote PCRs 0 to 15 for the owner."""
+def measure(config_file: str, device: str, output: str, log_output: str | None) -> None:
+    """HOST: let the TPM quote PCRs 0 to 15 for the owner.
+
+    A copy of the boot's event log, where there is one, stays in the store: it tells later what was measured otherwise.
+    """
     from oci_hook.attestation.measurement import (
         MEASURED_PCRS,
         Measurement,
@@ -57,12 +68,15 @@ def measure(config_file: str, device: str, output: str) -> None:
     from oci_hook.trusted_file import make_private_directory
 
     verify_new_output(output)
+    if log_output is not None:
+        verify_new_output(log_output)
     config = load_config(config_file)
     host, now = Store(config.store_directory).load_device(), int(time.time())
     make_private_directory(config.runtime_directory)
     lock_file = os.path.join(config.runtime_directory, "tpm.lock")
     with open_tpm(config.tpm_tcti, lock_file=lock_file, timeout_seconds=config.tpm_timeout_seconds) as tpm:
         evidence = tpm.quote(host, sorted(MEASURED_PCRS), measurement_qualifying_data(device, now))
+    boot_state.keep_log(config, log_output)
     write_output(output, format_measurement(Measurement(device, now, evidence)))
     click.echo(f"measurement of {device} in {output}")
 
@@ -83,10 +97,11 @@ def _device(records: OwnerRecords, name: str) -> DeviceRecord:
 
 
 def _states(
-    records: OwnerRecords, devices: tuple[str, ...], measured: tuple[str, ...]
+    records: OwnerRecords, devices: tuple[str, ...], measured: tuple[str, ...], predicted: tuple[str, ...]
 ) -> tuple[list[Mapping[int, bytes]], set[str]]:
     """The PCR values to approve, and the classes of the devices that have them."""
     from oci_hook.attestation.measurement import parse_measurement, verify_measurement
+    from oci_hook.attestation.prediction import parse_prediction
 
     found = [_device(records, name) for name in devices]
     states = [record.pcrs for record in found]
@@ -94,6 +109,10 @@ def _states(
         measurement = parse_measurement(read_input(path, DeviceInvalid))
         found.append(_device(records, measurement.device))
         states.append(verify_measurement(measurement, ak=found[-1].ak).pcrs)
+    for path in predicted:
+        prediction = parse_prediction(read_input(path, EventLogInvalid))
+        found.append(_device(records, prediction.device))
+        states.append(prediction.pcrs)
     return states, {record.device_class for record in found}
 
 
@@ -143,6 +162,12 @@ def _verify_forms(forms: list[dict[int, bytes]]) -> None:
     help="Approve the state of a measurement (`sczctl boot-policy measure`) by an enrolled device; repeat it for more.",
 )
 @click.option(
+    "--predicted",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="Approve a state that you predicted yourself (`sczctl boot-policy predict -o`): nobody signed it; repeat it.",
+)
+@click.option(
     "--pcr",
     "pcrs",
     required=True,
@@ -159,6 +184,7 @@ def sign(
     device_class: str | None,
     devices: tuple[str, ...],
     measured: tuple[str, ...],
+    predicted: tuple[str, ...],
     pcrs: list[int],
     output: str,
     passphrase_file: str | None,
@@ -167,19 +193,22 @@ def sign(
     """OWNER: sign the boot states that may open a model.
 
     The policy must cover kernel, initrd and command line.
-    All states that --device and --measured name stand beside each other: a host may be in any one of them.
+    All states that --device, --measured and --predicted name stand beside each other: a host may be in any one of them.
     """
     from oci_hook.attestation.boot_policy import sign_boot_policy
     from oci_hook.owner.keyring import open_keyring
+    from oci_hook.owner.policies import save_boot_policy
     from oci_hook.owner.records import OwnerRecords
 
-    if not devices and not measured:
-        raise click.UsageError("say which states: --device or --measured")
+    if not devices and not measured and not predicted:
+        raise click.UsageError("say which states: --device or --measured, or --predicted")
     verify_new_output(output)
-    states, classes = _states(OwnerRecords(Path(keys)), devices, measured)
+    states, classes = _states(OwnerRecords(Path(keys)), devices, measured, predicted)
     if device_class is None and len(classes) > 1:
         raise click.UsageError(f"the devices are of several classes ({', '.join(sorted(classes))}): give --class")
     signed_class = device_class or classes.pop()
+    if untold := {pcr for pcr in pcrs for state in states if pcr not in state}:
+        raise BootPolicyInvalid(f"a prediction does not tell PCR {min(untold)}", remedy="boot it, and give --measured")
     forms = list({tuple(state[pcr] for pcr in pcrs): {pcr: state[pcr] for pcr in pcrs} for state in states}.values())
     _verify_forms(forms)  # before a person is asked for the passphrase
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
@@ -192,6 +221,7 @@ def sign(
         key=keyring.boot_policy_key,
     )
     write_output(output, document)
+    save_boot_policy(Path(keys), model, signed_class, document)
     if as_json:
         print_json({"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms)})
         return
@@ -199,4 +229,7 @@ def sign(
     click.echo(f"boot policy for {model}, device class {signed_class}: {len(forms)} approved state(s), PCRs {listed}")
 
 
+for _module in (boot_state, boot_predict, boot_diff):
+    for _command in _module.COMMANDS.values():
+        boot_policy.add_command(_command)
 COMMANDS = {"boot-policy": boot_policy}
