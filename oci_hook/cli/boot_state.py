@@ -63,7 +63,8 @@ def keep_log(config: Config, output: str | None) -> None:
     with contextlib.nullcontext() if output else contextlib.suppress(SczError):
         data = load_event_log(config.tpm_event_log)
         parse_event_log(data)
-        keep_event_log(config.store_directory, data)
+        with contextlib.suppress(SczError):  # a guest's store may be read-only
+            keep_event_log(config.store_directory, data)
         if output:
             write_output(output, data)
 
