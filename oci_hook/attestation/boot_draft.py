@@ -8,6 +8,7 @@ Sources: as `reference_values`, and Linux's EFI stub (drivers/firmware/efi/libst
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,6 +29,7 @@ from oci_hook.attestation.event_words import (
 )
 from oci_hook.attestation.pe_image import authenticode_digest, parse_pe_image, unified_sections
 from oci_hook.attestation.reference_values import COMMANDS_PCR, FILES_PCR, OVERRIDE_PCR, boot_chain, section_digests
+from oci_hook.documents import shown
 from oci_hook.key_errors import EventLogInvalid
 
 _ATTRIBUTES_BYTES: Final = 4  # before a variable's value in efivarfs
@@ -61,6 +63,7 @@ class Draft:
     _digests: dict[int, bytes | None] = field(default_factory=dict)
     _inserted: dict[int, list[tuple[str, bytes]]] = field(default_factory=dict)
     _unknown: dict[int, str] = field(default_factory=dict)
+    _texts: dict[int, bytes] = field(default_factory=dict)
 
     # --- what an owner replaces ---
 
@@ -118,10 +121,10 @@ class Draft:
         """
         grub = [e for e in self.log.events if e.data.startswith(COMMAND_LINE_PREFIXES) and prove(e) is Proof.TEXT]
         if grub:
-            _path, _, old = (measured_text(grub[-1]) or b"").decode("utf-8", "replace").partition(" ")
+            path, _, old = (measured_text(grub[-1]) or b"").decode("utf-8", "replace").partition(" ")
             if not old:
-                raise EventLogInvalid("GRUB's command line in the log is empty", remedy="give --text OLD=NEW")
-            self.replace_text(old, text)
+                raise EventLogInvalid("GRUB's command line in the log is empty", remedy="give --text OLD NEW")
+            self._replace_with_path(path, old, text)
             return
         given = [
             event
@@ -136,19 +139,18 @@ class Draft:
     def replace_text(self, old: str, new: str) -> None:
         """A text in every command and command line of GRUB's, PCR 8: a version in kernels' names, for example.
 
+        Args:
+            old: Not empty.
+            new: What takes its place; in texts that were replaced before, in what they are by then.
+
         Raises:
             EventLogInvalid: It is in none of them.
         """
-        count = 0
-        for event in self.log.events:
-            text = measured_text(event)
-            if event.pcr != COMMANDS_PCR or text is None or old.encode() not in text or prove(event) is not Proof.TEXT:
-                continue
-            end = b"" if _sha256(text) == event.digest else b"\0"
-            self._set((event,), _sha256(text.replace(old.encode(), new.encode()) + end))
-            count += 1
-        if not count:
-            raise EventLogInvalid(f"no command of GRUB's in the log has the text {old!a}")
+        texts = [(event, text) for event, text in self._commands() if old.encode() in text]
+        if not texts or not old:
+            raise EventLogInvalid(f"no command of GRUB's in the log has the text {shown(old)}")
+        for event, text in texts:
+            self._set_text(event, text.replace(old.encode(), new.encode()))
 
     def replace_unified_image(self, program: bytes) -> None:
         """The unified kernel image as the file: its sections in PCR 11, itself and its kernel in PCR 4, Linux's in 9.
@@ -201,7 +203,7 @@ class Draft:
             )
             digest = _sha256(value if proof is Proof.VALUE else head + value)
         elif section_name(event) is not None or proof is Proof.TEXT:
-            raise EventLogInvalid(f"event {number} is not a file's", remedy="give --uki FILE, or --text OLD=NEW")
+            raise EventLogInvalid(f"event {number} is not a file's", remedy="give --uki FILE, or --text OLD NEW")
         else:
             digest = _sha256(contents)
         same = [e for e in self.log.events if e.is_measured and (e.pcr, e.kind) == (event.pcr, event.kind)]
@@ -242,6 +244,28 @@ class Draft:
     def _set(self, events: tuple[Event, ...], digest: bytes) -> None:
         for event in events:
             self._digests[event.number] = digest
+
+    def _commands(self) -> list[tuple[Event, bytes]]:
+        """GRUB's proven commands and command lines, with their text as it was replaced so far."""
+        return [
+            (event, self._texts.get(event.number) or measured_text(event) or b"")
+            for event in self.log.events
+            if event.pcr == COMMANDS_PCR and measured_text(event) is not None and prove(event) is Proof.TEXT
+        ]
+
+    def _set_text(self, event: Event, text: bytes) -> None:
+        end = b"" if _sha256(measured_text(event) or b"") == event.digest else b"\0"
+        self._texts[event.number] = text
+        self._set((event,), _sha256(text + end))
+
+    def _replace_with_path(self, path: str, old: str, new: str) -> None:
+        """The arguments after the kernel's path; what is generated with them in menu entries' bodies cannot be told."""
+        before, after = f"{path} {old}".encode(), f"{path} {new}".encode()
+        for event, text in self._commands():
+            if text.endswith(before):
+                self._set_text(event, text.removesuffix(before) + after)
+            elif re.search(rb"\n\s*linux", text) or path.encode() in text:
+                self._unknown[event.pcr] = "menu entries have command lines, too: give --text OLD NEW for all of them"
 
     def _read_by_grub(self, command: str, fixed_name: str) -> tuple[Event, ...]:
         """The events in PCR 9 of the files that GRUB's last such command names."""

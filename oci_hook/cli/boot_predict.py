@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
 _COMPONENT_BYTES: Final = 1 << 30
 
 
-def _pairs(_context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
-    pairs = [tuple(value.split("=", 1)) for value in values]
-    numbered = parameter.name != "replaced" or all(len(p) == 2 and p[0].isdecimal() and len(p[0]) < 7 for p in pairs)
-    if not numbered or any(len(pair) != 2 or not pair[0] for pair in pairs):
-        raise click.BadParameter(f"give it as {parameter.metavar}")
-    return [(pair[0], pair[1]) for pair in pairs]
+def _numbered(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, str]]:
+    pairs = [value.partition("=") for value in values]
+    if not all(re.fullmatch("[0-9]{1,6}", number) and path for number, _, path in pairs):
+        raise click.BadParameter("give it as EVENT=FILE, the event by its number in `boot-policy log`")
+    return [(int(number), path) for number, _, path in pairs]
 
 
 def _component(name: str, words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -59,9 +59,9 @@ def _component(name: str, words: str) -> Callable[[Callable[..., Any]], Callable
 @click.option(
     "--text",
     "texts",
-    metavar="OLD=NEW",
+    metavar="OLD NEW",
+    nargs=2,
     multiple=True,
-    callback=_pairs,
     help="A text in all of GRUB's commands, such as a kernel's version: PCR 8; repeat it for more.",
 )
 @click.option(
@@ -69,7 +69,7 @@ def _component(name: str, words: str) -> Callable[[Callable[..., Any]], Callable
     "replaced",
     metavar="EVENT=FILE",
     multiple=True,
-    callback=_pairs,
+    callback=_numbered,
     help="Any event of `boot-policy log`, by its number: a program, a file that GRUB reads, or a variable of Secure "
     "Boot as efivarfs has it; repeat it for more.",
 )
@@ -132,7 +132,7 @@ def _apply(draft: Draft, components: dict[str, Any]) -> None:
     for old, new in components["texts"]:
         draft.replace_text(old, new)
     for number, path in components["replaced"]:
-        draft.replace_event(int(number), contents(path))
+        draft.replace_event(number, contents(path))
 
 
 def _show_prediction(prediction: Prediction, device: str | None, as_json: bool) -> None:

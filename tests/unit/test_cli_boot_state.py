@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -135,18 +136,20 @@ def test_every_component_can_be_named(house: Household, tmp_path: Path) -> None:
     loader.write_bytes(LOADER)
     initrd.write_bytes(b"initrd")
     words = ["--shim", loader, "--boot-loader", loader, "--kernel", loader, "--initrd", initrd, "--cmdline", "quiet"]
-    words += ["--text", "set timeout=5=set timeout=1", "--replace", f"39={initrd}"]
+    words += ["--text", "set timeout=5", "set timeout=1", "--replace", f"39={initrd}"]
     found = done(house.ctl("boot-policy", "predict", GRUB, *words, "--json")).json
     assert found["changed"] == [4, 8, 9]
-    assert {25, 32, 39, 88, 89, 90, 91, 92, 94} <= {each["event"] for each in found["replaced"]}
+    assert [each["event"] for each in found["replaced"]] == [25, 32, 39, 55, 88, 89, 90, 91, 92, 94]
+    (timeout,) = [each for each in found["replaced"] if each["event"] == 55]
+    assert timeout["after"] == hashlib.sha256(b"set timeout=1").hexdigest()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "say what will be replaced"),
-        (["--text", "x"], "OLD=NEW"),
-        (["--text", "=x"], "OLD=NEW"),
+        (["--text", "x"], "2 arguments"),
+        (["--replace", "5="], "EVENT=FILE"),
         (["--replace", "x=y"], "EVENT=FILE"),
         (["--replace", "1234567=y"], "EVENT=FILE"),
         (["--replace", "²=y"], "EVENT=FILE"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -9,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 
 from oci_hook.attestation.boot_draft import Draft
 from oci_hook.attestation.event_log import EventLog, extend, parse_event_log, replay
@@ -18,7 +19,7 @@ from oci_hook.attestation.pe_image import authenticode_digest, parse_pe_image
 from oci_hook.attestation.prediction import format_prediction, parse_prediction, predict
 from oci_hook.attestation.reference_values import boot_chain, reference_values
 from oci_hook.key_errors import EventLogInvalid
-from tests.attestation_vectors import hostile, value_or_ours
+from tests.attestation_vectors import changed_bytes, hostile, value_or_ours
 from tests.boot_images import SECTIONS, write_unified_image
 from tests.boot_logs import Firmware, boot_unified, log_bytes, measured_alone
 from tests.guest_image import COMMAND_LINE, STUB
@@ -262,6 +263,67 @@ def test_nothing_replaced_is_no_prediction() -> None:
     draft.replace_text("quiet", "quiet") if b"quiet" in log_bytes(draft.log.events) else draft.replace_text("xy", "xy")
     with pytest.raises(EventLogInvalid, match="nothing would be measured otherwise"):
         predict(draft, None)
+
+
+def test_a_menu_entry_that_spells_the_command_line_in_another_way_makes_pcr_8_unknown() -> None:
+    draft = Draft(real("ubuntu2104-no-secure-boot"))
+    draft.replace_command_line("root=/dev/sda1 quiet")
+    prediction = predict(draft, None)
+    assert "menu entries have command lines" in prediction.unknown[8]
+    assert 8 not in prediction.pcrs
+
+
+def test_a_short_command_line_is_not_taken_for_a_part_of_other_commands() -> None:
+    firmware = Firmware()
+    for text in (b"grub_cmd: error rode", b"grub_cmd: linux /vmlinuz ro", b"kernel_cmdline: /vmlinuz ro"):
+        firmware.measure(8, 0xD, text + b"\0", digest_of=text.partition(b": ")[2])
+    draft = Draft(parse_event_log(firmware.bytes))
+    draft.replace_command_line("rw")
+    assert [each.event for each in draft.replacements()] == [2, 3]
+    draft.replace_text("rw", "rw quiet")  # on top of it
+    assert [each.after for each in draft.replacements()] == [
+        sha256(b"linux /vmlinuz rw quiet"),
+        sha256(b"/vmlinuz rw quiet"),
+    ]
+
+
+def everything(log: EventLog, unified: bytes) -> None:
+    """Whatever can be replaced in a log; what cannot is our error."""
+    for change in (
+        lambda draft: draft.replace_unified_image(unified),
+        lambda draft: draft.replace_boot_loader(LOADER),
+        lambda draft: draft.replace_boot_loader(LOADER, is_shim=True),
+        lambda draft: draft.replace_kernel(KERNEL),
+        lambda draft: draft.replace_initrd(b"x"),
+        lambda draft: draft.replace_command_line("x"),
+        lambda draft: draft.replace_text("linux", "x"),
+        lambda draft: draft.replace_event(5, b"x"),
+        lambda draft: draft.replace_event(21, LOADER),
+    ):
+        with contextlib.suppress(EventLogInvalid):
+            draft = Draft(log)
+            change(draft)
+            predict(draft, None)
+            predict(draft, dict.fromkeys(range(16), bytes(32)))
+
+
+@given(data=changed_bytes(log_bytes(GUEST.events)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzzed_logs_of_a_unified_image_give_predictions_or_our_error(images: tuple[bytes, bytes], data: bytes) -> None:
+    with contextlib.suppress(EventLogInvalid):
+        log = parse_event_log(data)
+        everything(log, images[1])
+        assert all(name.startswith(".") for name in reference_values(log).sections)
+
+
+@given(data=changed_bytes(log_bytes(real("rhel9-shim-grub").events)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzzed_logs_of_grub_give_predictions_or_our_error(images: tuple[bytes, bytes], data: bytes) -> None:
+    log = None
+    with contextlib.suppress(EventLogInvalid):
+        log = parse_event_log(data)
+        everything(log, images[1])
+    assert log is None or len(differing_events(log, real("rhel9-shim-grub"), range(16))) <= 13
 
 
 # --- beside a quote ---------------------------------------------------------------------------------------------------
