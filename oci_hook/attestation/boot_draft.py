@@ -17,6 +17,7 @@ from oci_hook.attestation.event_words import (
     COMMAND_LINE_PREFIXES,
     EV_IPL,
     IMAGES,
+    VARIABLES,
     Proof,
     describe,
     event_text,
@@ -33,6 +34,7 @@ from oci_hook.documents import shown
 from oci_hook.key_errors import EventLogInvalid
 
 _ATTRIBUTES_BYTES: Final = 4  # before a variable's value in efivarfs
+_ATTRIBUTES_LIMIT: Final = 0xFF  # UEFI 2.10, 8.2: the attributes that there are
 _LOOK: Final = "`sczctl boot-policy log` numbers the events; give --replace NUMBER=FILE"
 
 
@@ -190,19 +192,11 @@ class Draft:
         (event,) = [event for event in self.log.events if event.number == number and event.is_measured] or (None,)
         if event is None:
             raise EventLogInvalid(f"the log has no event {number} that was measured", remedy=_LOOK)
-        proof = prove(event)
-        variable = parse_variable(event.data)
         if event.kind in IMAGES:
             digest = authenticode_digest(parse_pe_image(contents))
-        elif variable is not None and proof in (Proof.DATA, Proof.VALUE):
-            value = contents[_ATTRIBUTES_BYTES:]
-            head = (
-                event.data[:24]
-                + len(value).to_bytes(8, "little")
-                + event.data[32 : len(event.data) - len(variable.value)]
-            )
-            digest = _sha256(value if proof is Proof.VALUE else head + value)
-        elif section_name(event) is not None or proof is Proof.TEXT:
+        elif event.kind in VARIABLES:
+            digest = _variable_digest(event, contents)
+        elif section_name(event) is not None or prove(event) is Proof.TEXT:
             raise EventLogInvalid(f"event {number} is not a file's", remedy="give --uki FILE, or --text OLD NEW")
         else:
             digest = _sha256(contents)
@@ -300,6 +294,21 @@ class Draft:
                     self._unknown[event.pcr] = "the stub changes the command line before Linux measures it"
                 else:
                     self._set((event,), _sha256(_utf16(text)))
+
+
+def _variable_digest(event: Event, contents: bytes) -> bytes:
+    """The digest of a variable's event with another value, as efivarfs shows it: four bytes of attributes before it."""
+    variable, proof = parse_variable(event.data), prove(event)
+    if variable is None or proof not in (Proof.DATA, Proof.VALUE):
+        raise EventLogInvalid(f"the log does not prove what variable event {event.number} is")
+    value = contents[_ATTRIBUTES_BYTES:]
+    attributes = int.from_bytes(contents[:_ATTRIBUTES_BYTES], "little")
+    if len(contents) < _ATTRIBUTES_BYTES or not 0 < attributes <= _ATTRIBUTES_LIMIT:
+        raise EventLogInvalid("it is no variable of the firmware", remedy="give a file of /sys/firmware/efi/efivars")
+    if proof is Proof.VALUE:
+        return _sha256(value)
+    name = event.data[32 : len(event.data) - len(variable.value)]
+    return _sha256(event.data[:24] + len(value).to_bytes(8, "little") + name + value)
 
 
 def _names(event: Event, paths: list[str], fixed_name: str) -> bool:

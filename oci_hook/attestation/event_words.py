@@ -23,7 +23,7 @@ EV_EFI_VARIABLE_DRIVER_CONFIG: Final = 0x80000001
 EV_EFI_BOOT_SERVICES_APPLICATION: Final = 0x80000003
 EV_EFI_VARIABLE_AUTHORITY: Final = 0x800000E0
 IMAGES: Final = frozenset({EV_EFI_BOOT_SERVICES_APPLICATION, 0x80000004, 0x80000005})  # digests are Authenticode's
-_VARIABLES: Final = frozenset({EV_EFI_VARIABLE_DRIVER_CONFIG, 0x80000002, 0x8000000C, EV_EFI_VARIABLE_AUTHORITY})
+VARIABLES: Final = frozenset({EV_EFI_VARIABLE_DRIVER_CONFIG, 0x80000002, 0x8000000C, EV_EFI_VARIABLE_AUTHORITY})
 
 # Type: its name in the standard, in words, and what its digest is of, as the standard or its writer says.
 EVENT_TYPES: Final = {
@@ -150,7 +150,7 @@ def _candidates(event: Event) -> Iterator[tuple[Proof, bytes]]:
     section = section_name(event)
     if section is not None:
         yield Proof.NAME, section.encode() + b"\0"
-    variable = parse_variable(data) if event.kind in _VARIABLES else None
+    variable = parse_variable(data) if event.kind in VARIABLES else None
     if variable is not None:
         yield Proof.VALUE, variable.value
 
@@ -166,7 +166,7 @@ def describe(event: Event) -> str:
     if event.kind in IMAGES:
         path = image_path(event.data)
         return f"{words} {path}" if path else words
-    variable = parse_variable(event.data) if event.kind in _VARIABLES else None
+    variable = parse_variable(event.data) if event.kind in VARIABLES else None
     if variable is not None:
         return f"{words}: {variable.name}, {len(variable.value)} bytes"
     section = section_name(event)

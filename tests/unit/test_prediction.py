@@ -146,6 +146,22 @@ def test_a_boot_loader_and_a_variable_give_the_values_of_their_boot(images: tupl
     assert prediction.changed == (4, 7)
 
 
+@pytest.mark.parametrize("contents", [b"", b"\x27\0\0", b"\0\0\0\0value", bytes.fromhex("a159c0a5") + b"raw list"])
+def test_what_is_no_variable_of_efivarfs_is_refused(images: tuple[bytes, bytes], contents: bytes) -> None:
+    draft = Draft(logs(images)[0])
+    (number,) = [e.number for e in draft.log.events if "dbx".encode("utf-16-le") in e.data]
+    with pytest.raises(EventLogInvalid, match="no variable of the firmware"):
+        draft.replace_event(number, contents)
+    assert draft.replacements() == ()
+
+
+def test_a_boot_variable_whose_value_alone_was_measured() -> None:
+    draft = Draft(real("rhel9-shim-grub"))
+    boot = next(e for e in draft.log.events if e.kind == 0x80000002)
+    draft.replace_event(boot.number, b"\x07\0\0\0other")
+    assert [each.after for each in draft.replacements()] == [sha256(b"other")]
+
+
 # --- GRUB, shim, systemd-boot: real logs ------------------------------------------------------------------------------
 
 
