@@ -63,7 +63,7 @@ class Event:
         """
         if SHA256 not in self.digests:
             raise EventLogInvalid(
-                "the log has no SHA-256 digests",
+                "the log has no SHA-256 digests (one of the older form has SHA-1 alone)",
                 remedy="turn the SHA-256 bank on in the firmware's settings (not SHA-1 alone), and boot anew",
             )
         return self.digests[SHA256]

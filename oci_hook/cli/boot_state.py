@@ -108,6 +108,7 @@ def log(config_file: str, log_file: str | None, measurement: str | None, keys: s
         mark = "" if event["proven_by"] else " (claimed)"
         click.echo(printable(f"PCR {event['pcr']:<2} {event['event']:>4}  {event['words']}{mark}"))
         click.echo(f"             sha256:{event['digest']}")
+    reference["unified_image"] = (reference["unified_image"],) if reference["unified_image"] else None
     for name, value in reference.items():
         click.echo(printable(f"{name.replace('_', ' ')}: {_shown(value)}"))
     for each in told:
