@@ -15,7 +15,7 @@ from typing import Final
 
 from oci_hook.attestation.event_log import Event, EventLog, extend, initial_value, replay
 from oci_hook.attestation.event_words import describe
-from oci_hook.attestation.reference_values import UNIFIED_PCR
+from oci_hook.attestation.reference_values import UNIFIED_PCR, boot_chain
 
 PHASES: Final = ("enter-initrd", "leave-initrd", "sysinit", "ready", "shutdown", "final")
 _LINES_LIMIT: Final = 12
@@ -80,6 +80,7 @@ def differing_events(approved: EventLog, current: EventLog, pcrs: Iterable[int])
         EventLogInvalid: A log has no SHA-256 digests.
     """
     lines: list[str] = []
+    roles = (_roles(approved), _roles(current))
     for pcr in pcrs:
         before, after = (
             [event for event in log.events if event.pcr == pcr and event.is_measured][:_COMPARED]
@@ -88,17 +89,32 @@ def differing_events(approved: EventLog, current: EventLog, pcrs: Iterable[int])
         matcher = difflib.SequenceMatcher(None, [e.digest for e in before], [e.digest for e in after], autojunk=False)
         for kind, low, high, start, end in matcher.get_opcodes():
             if kind != "equal":
-                lines += _changes(pcr, before[low:high], after[start:end])
+                old = [(event, _words(event, roles[0])) for event in before[low:high]]
+                new = [(event, _words(event, roles[1])) for event in after[start:end]]
+                lines += _changes(pcr, old, new)
     left = len(lines) - _LINES_LIMIT
     return [*lines[:_LINES_LIMIT], f"and {left} more"] if left > 0 else lines
 
 
-def _changes(pcr: int, before: list[Event], after: list[Event]) -> list[str]:
+def _roles(log: EventLog) -> dict[int, str]:
+    """What a program in PCR 4 is, by the number of its event."""
+    chain = boot_chain(log)
+    roles = {event.number: "boot loader" for each in chain.loaders for event in each}
+    roles |= {event.number: "unified kernel image" for event in chain.unified}
+    return roles | {event.number: "kernel" for event in chain.kernel}
+
+
+def _words(event: Event, roles: Mapping[int, str]) -> str:
+    role = roles.get(event.number)
+    return f"{role}, {describe(event)}" if role else describe(event)
+
+
+def _changes(pcr: int, before: list[tuple[Event, str]], after: list[tuple[Event, str]]) -> list[str]:
     changed = [
-        f"PCR {pcr}: {describe(new)}: sha256:{new.digest.hex()}, approved is sha256:{old.digest.hex()}"
-        + (f" ({describe(old)})" if describe(old) != describe(new) else "")
-        for old, new in zip(before, after, strict=False)
+        f"PCR {pcr}: {now}: sha256:{new.digest.hex()}, approved is sha256:{old.digest.hex()}"
+        + (f" ({was})" if was != now else "")
+        for (old, was), (new, now) in zip(before, after, strict=False)
     ]
-    missing = [f"PCR {pcr}: {describe(old)}: sha256:{old.digest.hex()} is missing" for old in before[len(after) :]]
-    added = [f"PCR {pcr}: {describe(new)}: sha256:{new.digest.hex()} is new" for new in after[len(before) :]]
+    missing = [f"PCR {pcr}: {was}: sha256:{old.digest.hex()} is missing" for old, was in before[len(after) :]]
+    added = [f"PCR {pcr}: {now}: sha256:{new.digest.hex()} is new" for new, now in after[len(before) :]]
     return changed + missing + added

@@ -150,7 +150,7 @@ def test_a_predicted_boot_opens_the_model_and_another_is_refused_and_explained(m
     assert opens(scene) == BootStateRefused.code
     said = scene.sczctl("doctor", check=False).stdout
     assert "PCR 11: unified kernel image: contents of section .cmdline: sha256:" in said
-    assert "PCR 4: boot program \\EFI\\Linux\\image.efi: sha256:" in said
+    assert "PCR 4: unified kernel image, boot program \\EFI\\Linux\\image.efi: sha256:" in said
 
 
 def test_the_next_state_unseals_in_a_container_and_why_explains_the_one_that_does_not(machine: Machine) -> None:

@@ -337,7 +337,7 @@ def test_what_differs_needs_a_kept_log_that_leads_to_the_approved_value(
     keep_event_log(config.store_directory, boots["old log"].read_bytes())
     lines = what_differs(config, approved, new)
     assert [line.split(": sha256")[0] for line in lines] == [
-        "PCR 4: boot program \\EFI\\Linux\\image.efi",
+        "PCR 4: unified kernel image, boot program \\EFI\\Linux\\image.efi",
         "PCR 11: unified kernel image: contents of section .cmdline",
     ]
     assert what_differs(config, approved, new | {11: b"\x0b" * 32}) == lines[:1]  # this boot's log is not the TPM's

@@ -381,8 +381,8 @@ def test_what_differs_in_words(images: tuple[bytes, bytes]) -> None:
     old, new = logs(images)
     lines = differing_events(old, new, [4, 7, 11])
     assert [line.split(": sha256")[0] for line in lines] == [
-        "PCR 4: boot program \\EFI\\Linux\\image.efi",
-        "PCR 4: boot program",
+        "PCR 4: unified kernel image, boot program \\EFI\\Linux\\image.efi",
+        "PCR 4: kernel, boot program",
         *(f"PCR 11: unified kernel image: contents of section {name}" for name in list(NEW)[:4]),
     ]
     digest = hashlib.sha256(OLD[".cmdline"]).hexdigest()
