@@ -30,6 +30,7 @@ class Config:
     engine: Engine = "podman"
     tpm_tcti: str = "device:/dev/tpmrm0"
     tpm_timeout_seconds: int = 60
+    tpm_event_log: str = "/sys/kernel/security/tpm0/binary_bios_measurements"
     token_path: str = "/var/run/secrets/scz-smm/token"  # noqa: S105 - a path in the container, not a secret
     token_leeway_seconds: int = 5
     memory_reserve_bytes: int = 256 << 20
@@ -82,6 +83,7 @@ def parse_config(data: bytes) -> Config:
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
         tpm_timeout_seconds=number(tpm, "timeout_seconds", default.tpm_timeout_seconds, 1, 600),
+        tpm_event_log=text(tpm, "event_log", default.tpm_event_log, _ABSOLUTE),
         token_path=text(token, "path", default.token_path, _ABSOLUTE),
         token_leeway_seconds=number(token, "leeway_seconds", default.token_leeway_seconds, 0, 60),
         memory_reserve_bytes=number(memory, "reserve_bytes", default.memory_reserve_bytes, 0, 1 << 50),

@@ -11,7 +11,7 @@ from oci_hook.errors import CouldNotTell, InputError, Refused, SczError
 
 
 class EventLogInvalid(InputError):
-    code, summary = 28, "the measured-boot event log cannot be used"
+    code, summary = 28, "the measured-boot event log, or what a prediction is made of, cannot be used"
     remedy = "read it anew as root from /sys/kernel/security/tpm0/binary_bios_measurements"
 
 

@@ -154,7 +154,7 @@ def write_image(path: Path, folder: Path, kernel: Kernel, *, command_line: str =
     (parts / "cmdline").write_bytes(command_line.encode() + b"\0")
     (parts / "osrel").write_text("ID=scz-smm-tests\nVERSION_ID=1\n")
     shutil.copy(kernel.image, parts / "linux")
-    words, place = ["objcopy"], _end_of(STUB.read_bytes())
+    words, place = ["objcopy"], image_end(STUB.read_bytes())
     for name in ("osrel", "cmdline", "linux", "initrd"):
         words += ["--add-section", f".{name}={parts / name}", "--set-section-flags", f".{name}=data,readonly"]
         words += ["--change-section-vma", f".{name}={place:#x}"]
@@ -168,7 +168,7 @@ def _aligned(size: int) -> int:
     return -(-size // 0x10000) * 0x10000
 
 
-def _end_of(image: bytes) -> int:
+def image_end(image: bytes) -> int:
     """The address behind the last section of a PE32+ image (Microsoft, "PE Format")."""
     (start,) = struct.unpack_from("<I", image, 0x3C)
     sections, optional_bytes = struct.unpack_from("<H12xH", image, start + 6)

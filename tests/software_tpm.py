@@ -93,7 +93,10 @@ class SoftwareTpm:
 
     def extend(self, pcr: int, data: bytes | str) -> bytes:
         """Measure `data` into a PCR of the SHA-256 bank; returns the digest that was extended."""
-        digest = hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
+        return self.extend_digest(pcr, hashlib.sha256(data.encode() if isinstance(data, str) else data).digest())
+
+    def extend_digest(self, pcr: int, digest: bytes) -> bytes:
+        """Extend a PCR of the SHA-256 bank with a digest that an event log has; returns it."""
         password = bytes.fromhex("400000090000010000")  # empty password, continueSession
         body = pcr.to_bytes(4, "big") + len(password).to_bytes(4, "big") + password
         body += (1).to_bytes(4, "big") + bytes.fromhex("000b") + digest

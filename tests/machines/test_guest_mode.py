@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.attestation.event_log import parse_event_log, replay
+from oci_hook.attestation.event_words import section_name
 from tests.engines import unpack_busybox
-from tests.event_log import parse_event_log, replay
 from tests.guest_image import COMMAND_LINE, MeasuredGuest, write_image, write_root
 from tests.guests import Kernel, Machine, Share
 from tests.scene import TOKEN_PATH, Scene
@@ -61,18 +62,18 @@ class World:
     boots: list[list[str]] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def boot(self, command_line: str | None = None) -> Iterator[MeasuredGuest]:
-        """Boot the image, wait until it takes verbs, and end it."""
+    def boot(self, command_line: str | None = None, *, image: Path | None = None) -> Iterator[MeasuredGuest]:
+        """Boot the image, or another one, wait until it takes verbs, and end it."""
         with self.scene.tpm.lent() as control:
             machine = Machine(
                 self.machine.kernel,
-                self.image,
+                image or self.image,
                 memory_mib=512,
                 shares=self.machine.shares,
                 firmware=True,
                 tpm=control,
             )
-            with MeasuredGuest(machine, self.image, command_line=command_line) as guest:
+            with MeasuredGuest(machine, image or self.image, command_line=command_line) as guest:
                 guest.wait_for("guest: ready$")  # behind what the firmware wrote on that line
                 yield guest
                 guest.say("end")
@@ -166,13 +167,33 @@ def pcrs(lines: list[str]) -> dict[int, bytes]:
 def test_the_event_log_says_what_the_tpm_has(world: World) -> None:
     log, values = told(world.boots[0], "log"), pcrs(world.boots[0])
     # Linux itself measures after the firmware's log ended: IMA's first entry, into 10.
-    assert {pcr: value for pcr, value in replay(log).items() if pcr != 10} == {
+    assert {pcr: value for pcr, value in replay(parse_event_log(log)).items() if pcr != 10} == {
         pcr: value for pcr, value in values.items() if pcr != 10 and any(value)
     }
-    stub = {event.data.decode("utf-16-le").rstrip("\0") for event in parse_event_log(log) if event.pcr == 11}
+    stub = {section_name(event) for event in parse_event_log(log).events if event.pcr == 11}
     assert stub >= {".linux", ".initrd", ".cmdline"}
-    digests = {event.digest for event in parse_event_log(log) if event.pcr == 11}
+    digests = {event.digest for event in parse_event_log(log).events if event.pcr == 11}
     assert hashlib.sha256(COMMAND_LINE.encode() + b"\0").digest() in digests
+
+
+def test_the_boot_of_the_next_image_has_the_predicted_values(world: World) -> None:
+    usb, image = world.scene.usb, world.image.read_bytes()
+    command_line = COMMAND_LINE.replace("loglevel=1", "loglevel=2").encode()
+    assert image.count(COMMAND_LINE.encode()) == 1
+    following = usb / "next.efi"
+    following.write_bytes(image.replace(COMMAND_LINE.encode(), command_line))
+    (usb / "event-log.bin").write_bytes(told(world.boots[0], "log"))
+    (usb / "measured.json").write_bytes(told(world.boots[0], "measurement"))
+    words = ["--measurement", usb / "measured.json", "--keys", world.scene.owner / "keys", "--uki", following]
+    shown = world.scene.sczctl("boot-policy", "predict", usb / "event-log.bin", *words, "--json")
+    predicted = json.loads(shown.stdout)
+    assert (predicted["changed"], predicted["unknown"]) == ([4, 9, 11], {})
+    with world.boot(image=following) as guest:
+        guest.say("log")
+        guest.wait_for("^guest: done log")
+    assert {str(pcr): value.hex() for pcr, value in pcrs(world.boots[-1]).items() if pcr != 10} == {
+        pcr: value for pcr, value in predicted["pcrs"].items() if pcr != "10"
+    }
 
 
 def test_a_container_in_the_guest_reads_the_model_and_the_host_has_no_byte_of_it(world: World) -> None:

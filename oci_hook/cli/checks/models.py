@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from oci_hook.attestation.appraisal import differing_pcrs
+from oci_hook.attestation.appraisal import differing_pcrs, nearest_form, pcrs_in_words
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.boot_signatures import with_signatures_of_host
@@ -13,6 +13,7 @@ from oci_hook.bundle.files import closing
 from oci_hook.bundle.grant import parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest
+from oci_hook.cli.checks.boot import what_differs
 from oci_hook.cli.checks.check import Check, failed, mib
 from oci_hook.config import Config
 from oci_hook.delivery.memory import load_available_memory
@@ -85,10 +86,19 @@ def check_models(
         policy = with_signatures_of_host(policy, config)
         if pcrs and all(differing_pcrs(form, pcrs) for form in policy.forms):
             remedy = "boot an approved state, or send `sczctl boot-policy measure` to the owner"
-            yield Check(what, "fail", "the machine's boot state is none that its owner approved", remedy)
+            message = f"the machine's boot state is none that its owner approved: {_difference(config, policy, pcrs)}"
+            yield Check(what, "fail", message, remedy)
             continue
         whole = "every file hashed" if deep else "its files have their sizes"
         yield Check(what, "ok", f"{whole}; granted, with a boot policy{' that this boot state meets' if pcrs else ''}")
+
+
+def _difference(config: Config, policy: BootPolicy, pcrs: dict[int, bytes]) -> str:
+    """What differs from the nearest approved state: events, if a kept log shows them, else the PCRs."""
+    form = nearest_form(policy.forms, pcrs)
+    differing = differing_pcrs(form, pcrs)
+    lines = what_differs(config, {pcr: {form.pcrs[pcr]} for pcr in differing}, pcrs)
+    return "; ".join([pcrs_in_words(differing), *lines])
 
 
 def _damaged(what: str, name: str, version: str, error: SczError) -> Check:

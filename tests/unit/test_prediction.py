@@ -1,0 +1,456 @@
+"""The next boot's values: a changed log leads where the other boot's own log does, and what cannot be told is said."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from oci_hook.attestation.boot_draft import Draft
+from oci_hook.attestation.event_log import EventLog, extend, parse_event_log, replay
+from oci_hook.attestation.explanation import differing_events, explain_values, with_phases
+from oci_hook.attestation.pe_image import authenticode_digest, parse_pe_image
+from oci_hook.attestation.prediction import format_prediction, parse_prediction, predict
+from oci_hook.attestation.reference_values import boot_chain, reference_values
+from oci_hook.key_errors import EventLogInvalid
+from tests.attestation_vectors import changed_bytes, hostile, value_or_ours
+from tests.boot_images import SECTIONS, write_unified_image
+from tests.boot_logs import Firmware, boot_unified, log_bytes, measured_alone
+from tests.guest_image import COMMAND_LINE, STUB
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+GUEST = parse_event_log((FIXTURES / "guest_boot/event-log.bin").read_bytes())
+GUEST_PCRS = {int(p): bytes.fromhex(v) for p, v in json.loads((FIXTURES / "guest_boot/pcrs.json").read_text()).items()}
+KERNEL = STUB.read_bytes()  # a program for UEFI, as a kernel is
+LOADER = STUB.with_name("systemd-bootx64.efi").read_bytes()
+OLD = SECTIONS | {".linux": KERNEL}
+NEW = SECTIONS | {
+    ".linux": KERNEL + b"newer",
+    ".initrd": b"another initrd",
+    ".cmdline": b"root=/dev/vda2 rw\0",
+    ".osrel": b"ID=next\n",
+}
+MEASURE = "/usr/lib/systemd/systemd-measure"
+
+
+def real(name: str) -> EventLog:
+    return parse_event_log((FIXTURES / f"event_logs/{name}.bin").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    folder = tmp_path_factory.mktemp("images")
+    return tuple(  # type: ignore[return-value]
+        write_unified_image(folder / f"{number}.efi", sections).read_bytes()
+        for number, sections in enumerate((OLD, NEW))
+    )
+
+
+def logs(images: tuple[bytes, bytes]) -> tuple[EventLog, EventLog]:
+    return tuple(  # type: ignore[return-value]
+        parse_event_log(boot_unified(image, sections, loader=LOADER))
+        for image, sections in zip(images, (OLD, NEW), strict=True)
+    )
+
+
+# --- a unified kernel image -------------------------------------------------------------------------------------------
+
+
+def test_a_new_unified_image_gives_the_values_of_its_boot(images: tuple[bytes, bytes]) -> None:
+    old, new = logs(images)
+    draft = Draft(old)
+    draft.replace_unified_image(images[1])
+    prediction = predict(draft, None)
+    assert prediction.pcrs == replay(new)
+    assert (prediction.changed, prediction.unknown) == ((4, 9, 11), {})
+    assert {each.pcr for each in prediction.replacements} == {4, 9, 11}
+
+
+def test_the_value_of_pcr_11_is_systemd_measures(images: tuple[bytes, bytes], tmp_path: Path) -> None:
+    old, _new = logs(images)
+    quoted = replay(old)
+    quoted[11] = with_phases(quoted[11], 4)
+    draft = Draft(old)
+    draft.replace_unified_image(images[1])
+    words = [MEASURE, "calculate", "--bank=sha256", "--phase=enter-initrd:leave-initrd:sysinit:ready"]
+    for name, contents in NEW.items():
+        (tmp_path / name).write_bytes(contents)
+        words.append(f"--{name[1:]}={tmp_path / name}")
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert re.findall(r"11:sha256=([0-9a-f]{64})", said) == [predict(draft, quoted).pcrs[11].hex()]
+
+
+def test_the_measured_guest_measures_as_the_model_of_a_boot_does() -> None:
+    """What the predictions rest on, in a boot of real firmware, stub and Linux: whose digests are which."""
+    options, initrd = (event for event in GUEST.events if event.kind == 6)
+    assert options.digest == hashlib.sha256(f"{COMMAND_LINE}\0".encode("utf-16-le")).digest()
+    values = reference_values(GUEST)
+    assert initrd.digest.hex() == values.sections[".initrd"]
+    assert list(values.sections) == [".linux", ".osrel", ".cmdline", ".initrd"]
+    chain = boot_chain(GUEST)
+    assert ([e.number for e in chain.unified], [e.number for e in chain.kernel], chain.loaders) == ([10], [29], ())
+
+
+def test_an_image_that_is_not_known_to_have_run_cannot_be_replaced(images: tuple[bytes, bytes]) -> None:
+    for name in ("arch-linux", "rhel9-shim-grub", "fedora37-systemd-boot"):
+        with pytest.raises(EventLogInvalid, match="no unified kernel image"):
+            Draft(real(name)).replace_unified_image(images[1])
+    with pytest.raises(EventLogInvalid, match="shows a unified kernel image"):
+        Draft(GUEST).replace_kernel(KERNEL)
+
+
+def test_a_section_that_was_measured_under_another_name_is_not_believed(images: tuple[bytes, bytes]) -> None:
+    events = list(logs(images)[0].events)
+    place = next(number for number, event in enumerate(events) if event.pcr == 11)
+    del events[place]  # a name is missing: contents would be taken for names
+    with pytest.raises(EventLogInvalid, match="measured in another way"):
+        Draft(parse_event_log(log_bytes(events))).replace_unified_image(images[1])
+
+
+def test_what_linux_got_besides_makes_pcr_9_unknown(images: tuple[bytes, bytes]) -> None:
+    events = list(logs(images)[0].events)
+    firmware = Firmware(events)
+    firmware.events = events[:-1]
+    firmware.measure(9, 6, events[-1].data, digest_of=OLD[".initrd"] + b"credentials")
+    draft = Draft(parse_event_log(firmware.bytes))
+    draft.replace_unified_image(images[1])
+    prediction = predict(draft, None)
+    assert 9 not in prediction.pcrs
+    assert "more into its initial RAM disk" in prediction.unknown[9]
+    assert prediction.changed == (4, 11)
+
+
+def test_a_command_line_from_outside_stays(images: tuple[bytes, bytes]) -> None:
+    old = parse_event_log(boot_unified(images[0], OLD, loader=LOADER, extra="single"))
+    new = parse_event_log(boot_unified(images[1], NEW, loader=LOADER, extra="single"))
+    draft = Draft(old)
+    draft.replace_unified_image(images[1])
+    assert predict(draft, None).pcrs == replay(new)
+
+
+def test_a_boot_loader_and_a_variable_give_the_values_of_their_boot(images: tuple[bytes, bytes]) -> None:
+    loader = LOADER + b"newer"
+    new = parse_event_log(boot_unified(images[0], OLD, loader=loader, dbx=b"longer than before"))
+    draft = Draft(logs(images)[0])
+    draft.replace_boot_loader(loader)
+    (number,) = [e.number for e in draft.log.events if "dbx".encode("utf-16-le") in e.data]
+    draft.replace_event(number, b"\x27\0\0\0longer than before")  # efivarfs has the attributes before it
+    prediction = predict(draft, None)
+    assert prediction.pcrs == replay(new)
+    assert prediction.changed == (4, 7)
+
+
+@pytest.mark.parametrize("contents", [b"", b"\x27\0\0", b"\0\0\0\0value", bytes.fromhex("a159c0a5") + b"raw list"])
+def test_what_is_no_variable_of_efivarfs_is_refused(images: tuple[bytes, bytes], contents: bytes) -> None:
+    draft = Draft(logs(images)[0])
+    (number,) = [e.number for e in draft.log.events if "dbx".encode("utf-16-le") in e.data]
+    with pytest.raises(EventLogInvalid, match="no variable of the firmware"):
+        draft.replace_event(number, contents)
+    assert draft.replacements() == ()
+
+
+def test_a_boot_variable_whose_value_alone_was_measured() -> None:
+    draft = Draft(real("rhel9-shim-grub"))
+    boot = next(e for e in draft.log.events if e.kind == 0x80000002)
+    draft.replace_event(boot.number, b"\x07\0\0\0other")
+    assert [each.after for each in draft.replacements()] == [sha256(b"other")]
+
+
+# --- GRUB, shim, systemd-boot: real logs ------------------------------------------------------------------------------
+
+
+def by_tpm2_eventlog(data: bytes, path: Path) -> dict[int, str]:
+    path.write_bytes(data)
+    said = subprocess.run(["tpm2_eventlog", path], capture_output=True, text=True, check=True).stdout
+    return {int(pcr): value for pcr, value in re.findall(r"(\d+) *: 0x([0-9a-f]{64})", said.partition("\npcrs:\n")[2])}
+
+
+def changed_log(log: EventLog, changes: dict[int, bytes]) -> bytes:
+    """A log with other digests at some events."""
+    firmware = Firmware()
+    for event in measured_alone(log):
+        firmware.measure(event.pcr, event.kind, event.data, digest=changes.get(event.number, event.digest))
+    return firmware.bytes
+
+
+def sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def test_a_kernel_an_initrd_and_a_version_under_shim_and_grub(tmp_path: Path) -> None:
+    log = real("rhel9-shim-grub")
+    draft = Draft(log)
+    draft.replace_kernel(KERNEL)
+    draft.replace_initrd(b"initrd")
+    draft.replace_text("5.14.0-130.el9", "5.14.0-131.el9")
+    image = authenticode_digest(parse_pe_image(KERNEL))
+    changes = {89: sha256(KERNEL), 90: image, 91: image, 94: sha256(b"initrd")}
+    for event in log.events:
+        text = event.data.rstrip(b"\0").partition(b": ")[2]
+        if event.pcr == 8 and b"5.14.0-130.el9" in text:
+            changes[event.number] = sha256(text.replace(b"130.el9", b"131.el9"))
+    assert len(changes) == 8
+    expected = by_tpm2_eventlog(changed_log(log, changes), tmp_path / "log")
+    prediction = predict(draft, None)
+    assert {pcr: value.hex() for pcr, value in prediction.pcrs.items()} == expected
+    assert prediction.changed == (4, 8, 9)
+
+
+def test_the_older_words_of_grub(tmp_path: Path) -> None:
+    log = real("rhel8-secure-boot")
+    draft = Draft(log)
+    draft.replace_kernel(KERNEL)
+    draft.replace_initrd(b"initrd")
+    changes = {76: sha256(KERNEL), 77: authenticode_digest(parse_pe_image(KERNEL)), 80: sha256(b"initrd")}
+    expected = by_tpm2_eventlog(changed_log(log, changes), tmp_path / "log")
+    assert {pcr: value.hex() for pcr, value in predict(draft, None).pcrs.items()} == expected
+
+
+def test_another_command_line_of_grubs(tmp_path: Path) -> None:
+    log = real("rhel9-shim-grub")
+    (line,) = reference_values(log).command_lines
+    draft = Draft(log)
+    draft.replace_command_line("root=/dev/sda1 quiet")
+    touched = [each.event for each in draft.replacements()]
+    assert {88, 92} <= set(touched)
+    events = {event.number: event for event in log.events}
+    old = line.partition(" ")[2].encode()
+    changes = {
+        number: sha256(events[number].data.rstrip(b"\0").partition(b": ")[2].replace(old, b"root=/dev/sda1 quiet"))
+        for number in touched
+    }
+    expected = by_tpm2_eventlog(changed_log(log, changes), tmp_path / "log")
+    assert {pcr: value.hex() for pcr, value in predict(draft, None).pcrs.items()} == expected
+
+
+def test_another_command_line_of_systemd_boots(tmp_path: Path) -> None:
+    log = real("fedora37-systemd-boot")
+    draft = Draft(log)
+    draft.replace_command_line("root=/dev/sda1")
+    other = sha256("root=/dev/sda1\0".encode("utf-16-le"))
+    expected = by_tpm2_eventlog(changed_log(log, {23: other, 24: other}), tmp_path / "log")
+    assert {pcr: value.hex() for pcr, value in predict(draft, None).pcrs.items()} == expected
+
+
+def test_shim_and_boot_loader_are_told_apart() -> None:
+    chain = boot_chain(real("rhel9-shim-grub"))
+    assert [[event.number for event in each] for each in chain.loaders] == [[25], [32]]
+    assert [event.number for event in chain.kernel] == [90, 91]
+    for is_shim, number in ((True, 25), (False, 32)):
+        draft = Draft(real("rhel9-shim-grub"))
+        draft.replace_boot_loader(LOADER, is_shim=is_shim)
+        assert [(each.event, each.after) for each in draft.replacements()] == [
+            (number, authenticode_digest(parse_pe_image(LOADER)))
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("fedora37-systemd-boot", lambda draft: draft.replace_boot_loader(LOADER), "no boot loader"),
+        ("startup-locality", lambda draft: draft.replace_boot_loader(LOADER, is_shim=True), "no shim"),
+        ("fedora37-systemd-boot", lambda draft: draft.replace_kernel(KERNEL), "no kernel"),
+        ("arch-linux", lambda draft: draft.replace_initrd(b"x"), "no initial RAM disk"),
+        ("arch-linux", lambda draft: draft.replace_command_line("x"), "no command line"),
+        ("rhel9-shim-grub", lambda draft: draft.replace_text("nowhere there", "x"), "no command of GRUB's"),
+        ("rhel9-shim-grub", lambda draft: draft.replace_event(0, b"x"), "no event 0"),
+        ("rhel9-shim-grub", lambda draft: draft.replace_event(97, b"x"), "no event 97"),
+        ("rhel9-shim-grub", lambda draft: draft.replace_event(88, b"x"), "not a file's"),
+        ("rhel9-shim-grub", lambda draft: draft.replace_event(90, b"x"), "program for UEFI"),
+        ("rhel9-shim-grub", lambda draft: draft.replace_kernel(b"x"), "program for UEFI"),
+        ("sha1-only", lambda draft: draft.replace_boot_loader(LOADER), "no SHA-256"),
+    ],
+)
+def test_what_the_log_does_not_show_is_not_replaced(name: str, change: object, why: str) -> None:
+    with pytest.raises(EventLogInvalid, match=why):
+        change(Draft(real(name)))  # type: ignore[operator]
+
+
+def test_nothing_replaced_is_no_prediction() -> None:
+    draft = Draft(real("rhel9-shim-grub"))
+    with pytest.raises(EventLogInvalid, match="nothing would be measured otherwise"):
+        predict(draft, None)
+    draft.replace_text("quiet", "quiet") if b"quiet" in log_bytes(draft.log.events) else draft.replace_text("xy", "xy")
+    with pytest.raises(EventLogInvalid, match="nothing would be measured otherwise"):
+        predict(draft, None)
+
+
+def test_a_menu_entry_that_spells_the_command_line_in_another_way_makes_pcr_8_unknown() -> None:
+    draft = Draft(real("ubuntu2104-no-secure-boot"))
+    draft.replace_command_line("root=/dev/sda1 quiet")
+    prediction = predict(draft, None)
+    assert "menu entries have command lines" in prediction.unknown[8]
+    assert 8 not in prediction.pcrs
+
+
+def test_a_short_command_line_is_not_taken_for_a_part_of_other_commands() -> None:
+    firmware = Firmware()
+    for text in (b"grub_cmd: error rode", b"grub_cmd: linux /vmlinuz ro", b"kernel_cmdline: /vmlinuz ro"):
+        firmware.measure(8, 0xD, text + b"\0", digest_of=text.partition(b": ")[2])
+    draft = Draft(parse_event_log(firmware.bytes))
+    draft.replace_command_line("rw")
+    assert [each.event for each in draft.replacements()] == [2, 3]
+    draft.replace_text("rw", "rw quiet")  # on top of it
+    assert [each.after for each in draft.replacements()] == [
+        sha256(b"linux /vmlinuz rw quiet"),
+        sha256(b"/vmlinuz rw quiet"),
+    ]
+
+
+def everything(log: EventLog, unified: bytes) -> None:
+    """Whatever can be replaced in a log; what cannot is our error."""
+    for change in (
+        lambda draft: draft.replace_unified_image(unified),
+        lambda draft: draft.replace_boot_loader(LOADER),
+        lambda draft: draft.replace_boot_loader(LOADER, is_shim=True),
+        lambda draft: draft.replace_kernel(KERNEL),
+        lambda draft: draft.replace_initrd(b"x"),
+        lambda draft: draft.replace_command_line("x"),
+        lambda draft: draft.replace_text("linux", "x"),
+        lambda draft: draft.replace_event(5, b"x"),
+        lambda draft: draft.replace_event(21, LOADER),
+    ):
+        with contextlib.suppress(EventLogInvalid):
+            draft = Draft(log)
+            change(draft)
+            predict(draft, None)
+            predict(draft, dict.fromkeys(range(16), bytes(32)))
+
+
+@given(data=changed_bytes(log_bytes(GUEST.events)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzzed_logs_of_a_unified_image_give_predictions_or_our_error(images: tuple[bytes, bytes], data: bytes) -> None:
+    with contextlib.suppress(EventLogInvalid):
+        log = parse_event_log(data)
+        everything(log, images[1])
+        assert all(name.startswith(".") for name in reference_values(log).sections)
+
+
+@given(data=changed_bytes(log_bytes(real("rhel9-shim-grub").events)))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzzed_logs_of_grub_give_predictions_or_our_error(images: tuple[bytes, bytes], data: bytes) -> None:
+    log = None
+    with contextlib.suppress(EventLogInvalid):
+        log = parse_event_log(data)
+        everything(log, images[1])
+    assert log is None or len(differing_events(log, real("rhel9-shim-grub"), range(16))) <= 13
+
+
+# --- beside a quote ---------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_does_not_explain_the_quote_predicts_only_what_stays(images: tuple[bytes, bytes]) -> None:
+    old, _new = logs(images)
+    draft = Draft(old)
+    draft.replace_unified_image(images[1])
+    quoted = {pcr: replay(old).get(pcr, bytes(32)) for pcr in range(16)}
+    quoted |= {4: sha256(b"other"), 10: sha256(b"IMA"), 11: with_phases(quoted[11], 3)}
+    prediction = predict(draft, quoted)
+    assert prediction.unknown == {4: "the log does not lead to the value that the TPM quoted"}
+    assert prediction.pcrs[10] == quoted[10]
+    assert prediction.pcrs[7] == quoted[7]
+    assert prediction.changed == (9, 11)
+    assert set(prediction.pcrs) == set(range(16)) - {4}
+
+
+def test_the_log_explains_the_guests_values_but_for_ima() -> None:
+    told = explain_values(GUEST, {pcr: value for pcr, value in GUEST_PCRS.items() if pcr < 16})
+    assert [each.pcr for each in told if not each.is_explained] == [10]
+    assert "NOT EXPLAINED" in told[10].words
+    assert told[11].words == "explained"
+
+
+def test_each_of_systemds_phases_is_recognised_and_no_other_word() -> None:
+    value = GUEST_PCRS[11]
+    for count, phase in enumerate(("enter-initrd", "leave-initrd", "sysinit", "ready", "shutdown", "final"), 1):
+        value = extend(value, sha256(phase.encode()))
+        (told,) = explain_values(GUEST, {11: value})
+        assert (told.is_explained, told.phases) == (True, count)
+        assert phase in told.words
+    (told,) = explain_values(GUEST, {11: extend(value, sha256(b"another"))})
+    assert not told.is_explained
+
+
+def test_what_differs_in_words(images: tuple[bytes, bytes]) -> None:
+    old, new = logs(images)
+    lines = differing_events(old, new, [4, 7, 11])
+    assert [line.split(": sha256")[0] for line in lines] == [
+        "PCR 4: unified kernel image, boot program \\EFI\\Linux\\image.efi",
+        "PCR 4: kernel, boot program",
+        *(f"PCR 11: unified kernel image: contents of section {name}" for name in list(NEW)[:4]),
+    ]
+    digest = hashlib.sha256(OLD[".cmdline"]).hexdigest()
+    assert lines[4].endswith(f"sha256:{hashlib.sha256(NEW['.cmdline']).hexdigest()}, approved is sha256:{digest}")
+
+
+def test_what_is_new_or_missing_in_words_and_not_without_end(images: tuple[bytes, bytes]) -> None:
+    old, _new = logs(images)
+    more = parse_event_log(boot_unified(images[0], OLD, loader=LOADER, extra="single"))
+    digest = sha256("single\0".encode("utf-16-le")).hex()
+    assert differing_events(old, more, [12]) == [f"PCR 12: boot loader's measurement: single: sha256:{digest} is new"]
+    (line,) = differing_events(more, old, [12])
+    assert line.endswith("is missing")
+    many = differing_events(real("rhel8-secure-boot"), real("rhel9-shim-grub"), range(16))
+    assert len(many) == 13
+    assert re.fullmatch(r"and \d+ more", many[-1])
+
+
+# --- reference values -------------------------------------------------------------------------------------------------
+
+
+def test_reference_values_of_a_machine_with_shim_and_grub() -> None:
+    values = reference_values(real("rhel9-shim-grub"))
+    assert values.secure_boot is True
+    assert values.sbat_level == "sbat,1,2021030218\n"
+    assert [path for path, _digest in values.boot_loaders] == [
+        "\\EFI\\redhat\\shimx64.efi",
+        "\\EFI\\redhat\\grubx64.efi",
+    ]
+    assert values.kernel == "55ca5219d41971e1dcdb75b3624e63f96f8bafd4edf57007f60343b9dec3a4da"
+    assert values.command_lines[0].startswith("(hd0,gpt2)/vmlinuz-5.14.0-130.el9.x86_64 root=UUID=")
+    assert [authority.split(":")[0] for authority in values.authorities] == ["db", "MokListTrusted", "Shim"]
+    assert sorted(values.keys) == ["KEK", "PK", "db", "dbx"]
+    assert len(values.files) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "secure_boot"),
+    [("arch-linux", False), ("ubuntu2104-no-secure-boot", False), ("rhel8-secure-boot", True)],
+)
+def test_secure_boot_is_told(name: str, secure_boot: bool) -> None:
+    assert reference_values(real(name)).secure_boot is secure_boot
+
+
+def test_a_variable_whose_data_is_not_what_was_measured_is_not_told() -> None:
+    firmware = Firmware()
+    firmware.variable("SecureBoot", b"\0")
+    lying = firmware.events[0]
+    firmware.events.clear()
+    firmware.measure(7, lying.kind, lying.data[:-1] + b"\1", digest=lying.digest)  # "on", but "off" was measured
+    assert reference_values(parse_event_log(firmware.bytes)).secure_boot is None
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_is_read_as_it_was_written(images: tuple[bytes, bytes]) -> None:
+    draft = Draft(logs(images)[0])
+    draft.replace_unified_image(images[1])
+    prediction = predict(draft, None)
+    state = parse_prediction(format_prediction("edge-1", 5, prediction))
+    assert (state.device, state.created, state.pcrs) == ("edge-1", 5, prediction.pcrs)
+
+
+@given(
+    hostile(
+        json.dumps({"schema": "scz-smm/prediction/v1", "device": "a", "created": 1, "pcrs": {"4": "00" * 32}}).encode()
+    )
+)
+def test_a_hostile_prediction_is_a_value_or_our_error(data: bytes) -> None:
+    value_or_ours(parse_prediction, data)
