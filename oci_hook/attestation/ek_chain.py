@@ -29,6 +29,7 @@ _E = TypeVar("_E", bound=x509.ExtensionType)
 DEPTH_LIMIT: Final = 8
 CERTIFICATE_LIMIT_BYTES: Final = 16 * 1024
 CA_LIMIT: Final = 1000
+_SEQUENCE: Final = b"\x30\x82"  # X.690: with a length of two bytes
 _SIGNATURE_LIMIT: Final = 2000  # what a folder of authorities of one name could cost otherwise
 _HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _EK_CERTIFICATE: Final = x509.ObjectIdentifier("2.23.133.8.1")  # tcg-kp-EKCertificate
@@ -99,8 +100,10 @@ def parse_ca_certificates(files: Sequence[bytes]) -> CaCertificates:
     count = 0
     try:
         for data in files:
-            is_der = data[:2] == b"\x30\x82"
-            found = [x509.load_der_x509_certificate(data)] if is_der else x509.load_pem_x509_certificates(data)
+            if is_certificate(data):
+                found = [x509.load_der_x509_certificate(data)]
+            else:
+                found = x509.load_pem_x509_certificates(data)
             count += len(found)
             if count > CA_LIMIT:
                 raise KeyInvalid("the EK roots' folder holds more than 1000 certificates")
@@ -131,13 +134,18 @@ def _is_self_signed(certificate: x509.Certificate) -> bool:
     return True
 
 
+def is_certificate(data: bytes) -> bool:
+    """Whether the contents of an NV index begin as a certificate of 256 bytes or more does."""
+    return data[:2] == _SEQUENCE
+
+
 def without_padding(certificate: bytes) -> bytes:
     """A certificate without what fills it up to the size of its NV index (X.690, 8.1.3: definite length).
 
     Args:
         certificate: As read from the TPM. What does not begin like a certificate is returned as it is.
     """
-    if len(certificate) < 4 or certificate[:2] != b"\x30\x82":
+    if len(certificate) < 4 or not is_certificate(certificate):
         return certificate
     return certificate[: 4 + int.from_bytes(certificate[2:4], "big")]
 

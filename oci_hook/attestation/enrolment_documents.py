@@ -31,7 +31,7 @@ class Request:
 
     device: str
     owner_id: str
-    ek_certificate: bytes
+    ek_certificate: bytes | None
     ek: Public
     ak: Public
     srk: Public
@@ -112,25 +112,26 @@ def _owner(fields: Fields) -> str:
 
 
 def format_request(
-    *, device: str, owner_id: str, ek_certificate: bytes, ek: Public, ak: Public, srk: Public, counter: NvPublic
+    *, device: str, owner_id: str, ek_certificate: bytes | None, ek: Public, ak: Public, srk: Public, counter: NvPublic
 ) -> bytes:
     """The request's bytes.
 
     Args:
         device: The name that the device shall have.
         owner_id: To whom it goes.
-        ek_certificate: DER.
+        ek_certificate: DER; None: the TPM has none, and the owner's list has to vouch for the EK.
         ek: The endorsement key's public area.
         ak: The attestation key's.
         srk: The storage root key's.
         counter: The public area of the NV counter for this owner.
     """
+    certificate = {} if ek_certificate is None else {"ek_certificate": encode_base64url(ek_certificate)}
     return canonical(
         {
             "schema": "scz-smm/enroll-request/v1",
             "device": device,
             "owner": owner_id,
-            "ek_certificate": encode_base64url(ek_certificate),
+            **certificate,
             "ek_public": encode_base64url(ek.marshalled),
             "ak_public": encode_base64url(ak.marshalled),
             "srk_public": encode_base64url(srk.marshalled),
@@ -147,10 +148,13 @@ def parse_request(data: bytes) -> Request:
     """
     fields = _open(data, "scz-smm/enroll-request/v1", "enrolment request")
     counter = fields.fields("counter")
+    certificate = None
+    if fields.has("ek_certificate"):
+        certificate = fields.base64url("ek_certificate", low=1, high=CERTIFICATE_LIMIT_BYTES)
     request = Request(
         device=_device(fields),
         owner_id=_owner(fields),
-        ek_certificate=fields.base64url("ek_certificate", low=1, high=CERTIFICATE_LIMIT_BYTES),
+        ek_certificate=certificate,
         ek=take_public(fields, "ek_public"),
         ak=take_public(fields, "ak_public"),
         srk=take_public(fields, "srk_public"),
