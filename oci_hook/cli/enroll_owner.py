@@ -27,7 +27,7 @@ from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, Key
 
 if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
-    from oci_hook.attestation.enrolment_documents import Request
+    from oci_hook.attestation.enrolment_documents import Answer, Request
     from oci_hook.owner.enrolling import Challenged, Enroller
 
 EK_ROOTS = click.option(
@@ -135,11 +135,12 @@ def challenge(
     """
     from oci_hook.attestation.enrolment_documents import parse_request
 
-    enroller = enroller_of(keys, ek_roots, ek_list, replace)
     if os.path.isdir(request_file):
-        _challenge_folder(request_file, output, enroller, as_json)
+        _challenge_folder(request_file, output, enroller_of(keys, ek_roots, ek_list, replace), as_json)
         return
-    row = _challenge_one(parse_request(read_input(request_file, DeviceInvalid)), output, enroller)
+    verify_new_output(output)  # before the waiting challenge is replaced, which an older file may still answer
+    found = parse_request(read_input(request_file, DeviceInvalid))
+    row = _challenge_one(found, output, enroller_of(keys, ek_roots, ek_list, replace))
     if as_json:
         print_json({"file": request_file, **row})
         return
@@ -150,7 +151,7 @@ def challenge(
 
 
 def _challenge_one(request: Request, output: str, enroller: Enroller) -> dict[str, Any]:
-    verify_new_output(output)  # before the waiting challenge is replaced, which an older file may still answer
+    verify_new_output(output)
     challenged = enroller.challenge(request, now=datetime.now(UTC))
     enroller.keep(challenged)
     write_output(output, challenged.document)
@@ -226,16 +227,19 @@ def accept(
     """
     from oci_hook.attestation.enrolment_documents import parse_answer
 
-    enroller = enroller_of(keys, ek_roots, ek_list, replace)
+    def load(path: str) -> Answer:
+        return parse_answer(read_input(path, DeviceInvalid))
 
-    def step(path: str) -> dict[str, Any]:
-        found = parse_answer(read_input(path, DeviceInvalid))
-        return record_row(*enroller.accept(found, now=datetime.now(UTC), device_class=device_class))
+    def accepted(enroller: Enroller, answer: Answer) -> dict[str, Any]:
+        return record_row(*enroller.accept(answer, now=datetime.now(UTC), device_class=device_class))
 
     if os.path.isdir(answer_file):
-        run_batch("accepting", documents_in(answer_file, DeviceInvalid), step, record_line, as_json=as_json)
+        paths = documents_in(answer_file, DeviceInvalid)
+        enroller = enroller_of(keys, ek_roots, ek_list, replace)
+        run_batch("accepting", paths, lambda path: accepted(enroller, load(path)), record_line, as_json=as_json)
         return
-    row = step(answer_file)
+    found = load(answer_file)
+    row = accepted(enroller_of(keys, ek_roots, ek_list, replace), found)
     if as_json:
         print_json({"file": answer_file, **row})
     else:

@@ -2,88 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from oci_hook.attestation.device_record import DeviceRecord, parse_device_record
 from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, KeyInvalid
 from oci_hook.owner.records import OwnerRecords
-from tests.commands import Done, Household, done, flip_bit, sczctl, snapshot
-from tests.software_tpm import SoftwareTpm
-
-
-class Enrolment:
-    """An owner, and hosts with software TPMs whose CAs the owner accepts."""
-
-    def __init__(self, directory: Path) -> None:
-        self.house = Household(directory / "house")
-        self.directory = directory
-        self.roots = directory / "roots"
-        self.roots.mkdir()
-        self.stack = contextlib.ExitStack()
-
-    def host(self, name: str, *, certified: bool = True) -> tuple[Path, SoftwareTpm]:
-        """A host's configuration, and its TPM, accepted by the owner if it has a certificate."""
-        folder = self.directory / name
-        folder.mkdir()
-        tpm = self.stack.enter_context(SoftwareTpm(folder / "tpm", certified=certified))
-        tpm.measure_boot()
-        for number, certificate in enumerate(tpm.ca_certificates if certified else ()):
-            shutil.copy(certificate, self.roots / f"{name}-{number}.pem")
-        config = folder / "config.toml"
-        paths = "\n".join(f'{key} = "{folder}/{key}"' for key in ("store", "trust", "runtime"))
-        config.write_text(f'[tpm]\ntcti = "{tpm.tcti}"\n[paths]\n{paths}\naudit = "{folder}/log/audit.jsonl"\n')
-        return config, tpm
-
-    def request(self, config: Path, device: str, *more: str) -> Path:
-        output = config.with_name("request.json")
-        output.unlink(missing_ok=True)
-        words = ("--owner", self.house.keys / "owner.json", "--device", device, "-o", output, *more)
-        done(sczctl("--config", config, "enroll", "request", *words))
-        return output
-
-    def vouched(self, ek_list: Path | None) -> list[str | Path]:
-        return ["--ek-roots", self.roots] if ek_list is None else ["--ek-list", ek_list]
-
-    def challenge(self, request: Path, *more: str, ek_list: Path | None = None) -> tuple[Done, Path]:
-        output = request.with_name("challenge.json")
-        output.unlink(missing_ok=True)
-        words = ("enroll", "challenge", request, "--keys", self.house.keys, "-o", output, *self.vouched(ek_list))
-        return sczctl(*words, *more), output
-
-    def answer(self, config: Path, challenge: Path, output: Path) -> Path:
-        output.unlink(missing_ok=True)
-        done(sczctl("--config", config, "enroll", "answer", challenge, "-o", output))
-        return output
-
-    def finish(self, config: Path, challenge: Path, *more: str, ek_list: Path | None = None) -> Done:
-        answer = self.answer(config, challenge, config.with_name("answer.json"))
-        return sczctl("enroll", "accept", answer, "--keys", self.house.keys, *self.vouched(ek_list), *more)
-
-    def ek_line(self, config: Path, device: str) -> str:
-        return done(sczctl("--config", config, "enroll", "ek", "--device", device)).out
-
-    def record(self, device: str) -> DeviceRecord:
-        return parse_device_record(OwnerRecords(self.house.keys).load_device(device))
+from tests.commands import done, flip_bit, sczctl, snapshot
+from tests.enrolments import Enrolment, enrolment_in_a_folder, listed
 
 
 @pytest.fixture
 def enrolment() -> Iterator[Enrolment]:
-    folder = Path(tempfile.mkdtemp(prefix="scz-enroll.", dir="/var/tmp"))
-    made = Enrolment(folder)
-    try:
-        with made.stack:
-            yield made
-    finally:
-        shutil.rmtree(folder)
+    with enrolment_in_a_folder() as made:
+        yield made
 
 
 def test_another_tpm_cannot_take_a_name(enrolment: Enrolment) -> None:
@@ -133,12 +70,6 @@ def test_the_same_tpm_enrols_again_and_keeps_its_class(enrolment: Enrolment) -> 
 
 
 # --- without a certificate --------------------------------------------------------------------------------------------
-
-
-def listed(folder: Path, *lines: str) -> Path:
-    path = folder / "eks.txt"
-    path.write_text("# read off the machines\n\n" + "".join(lines))
-    return path
 
 
 def test_a_tpm_without_a_certificate_is_enrolled_by_the_list_alone(enrolment: Enrolment) -> None:
