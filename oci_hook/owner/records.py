@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
@@ -18,6 +19,7 @@ from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
 from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists, SczError
+from oci_hook.owner.parallel import map_chunks
 from oci_hook.owner.staged import save_together
 from oci_hook.trust import NAME, NAME_LIMIT, Owner, parse_owner
 from oci_hook.trusted_file import replace_file
@@ -213,13 +215,14 @@ class OwnerRecords:
             GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
             KeyInvalid: Not an owner's folder.
         """
-        owner = self._owner()
-        return tuple(
-            self._grant(owner, name, version, device)
+        self._owner()
+        places = [
+            (name, version, device)
             for name in self._names(("grants",), suffix="", pattern=NAME)
             for version in self._names(("grants", name), suffix="", pattern=VERSION)
             for device in self._names(("grants", name, version), suffix=".grant", pattern=NAME)
-        )
+        ]
+        return tuple(map_chunks(partial(_verified_grants, self._folder), places))
 
     def _owner(self) -> Owner:
         return parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
@@ -265,6 +268,13 @@ class OwnerRecords:
             raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
         names = (entry.removesuffix(suffix) for entry in found if entry.endswith(suffix))
         return tuple(sorted(name for name in names if re.fullmatch(pattern, name)))
+
+
+def _verified_grants(folder: Path, places: Sequence[tuple[str, str, str]]) -> list[Grant]:
+    """The grants by model, version and device; also in a worker (`parallel`)."""
+    records = OwnerRecords(folder)
+    owner = records._owner()
+    return [records._grant(owner, *place) for place in places]
 
 
 def _parse_content_key(data: bytes) -> ContentKeyRecord:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from oci_hook.attestation.device_record import format_device_record
 from oci_hook.bundle.grant import parse_grant, unwrap_content_key, verify_grant_signature
-from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists
+from oci_hook.errors import DeviceInvalid, FileUnreadable, GrantInvalid, KeyInvalid, OutputExists
 from oci_hook.owner.keyring import open_content_key, open_keyring
 from oci_hook.owner.records import OwnerRecords
 from tests.commands import Done, Household, crashed, done, misused, refused, sczctl, snapshot
@@ -260,3 +261,20 @@ def test_the_passphrase_is_asked_once(tmp_path: Path, house: Household) -> None:
     refused(sczctl(*words), KeyInvalid.code, "no terminal")
     assert snapshot(keys) == before
     assert len(done(sczctl(*words, "--passphrase-file", path, "--json")).json) == len(DEVICES)
+
+
+# --- a list of very many ----------------------------------------------------------------------------------------------
+
+
+def test_more_grants_than_one_process_reads(house: Household) -> None:
+    """One signed file under many names: it is the list that counts here. A bad one among them is found, too."""
+    done(grant(house, "--all-devices"))
+    kept = house.keys / "grants" / "minilm" / "1"
+    for number in range(1200):
+        os.link(kept / "edge-1.grant", kept / f"more-{number}.grant")
+    rows = done(sczctl("list", "--grants", "--keys", house.keys, "--json")).json
+    assert len(rows) == 1204
+    assert [row["device"] for row in rows] == [*DEVICES[:3], *["edge-1"] * 1200, "till-1"]
+    (kept / "more-700.grant").unlink()
+    (kept / "more-700.grant").write_bytes(b"x.y.z")
+    refused(sczctl("list", "--grants", "--keys", house.keys), GrantInvalid.code)
