@@ -1,4 +1,4 @@
-"""The owner's list of endorsement keys: who vouches for a TPM that has no certificate.
+"""The owner's list of endorsement keys: which TPM has which name; it vouches for TPMs that have no certificate.
 
 Pure. One line a device: the SHA-256 of its EK's SubjectPublicKeyInfo in DER, as `openssl pkey -pubin -outform DER |
 sha256sum` has it too, and the name that this TPM shall have. The list is worth what the way is worth on which the
@@ -95,9 +95,23 @@ def verify_listed(ek: Public, device: str, ek_list: EkList, *, error: type[SczEr
     if ek.public_key is None:
         raise error("the EK is not an asymmetric key")
     digest = ek_digest(ek)
-    name = ek_list.names.get(digest)
-    if name is None:
+    if digest not in ek_list.names:
         raise error(f"the EK {digest} is not in the owner's list, and the TPM has no certificate")
-    if name != device:
-        raise error(f"the EK {digest} is in the owner's list as {name}, not as {shown(device)}")
+    verify_not_listed_otherwise(ek, device, ek_list, error=error)
     return digest
+
+
+def verify_not_listed_otherwise(ek: Public, device: str, ek_list: EkList, *, error: type[SczError]) -> None:
+    """Check that neither another device has this EK in the list, nor this device another EK.
+
+    A certificate says that an EK is a TPM's, not whose: an owner who lists certified TPMs, too, knows which is which.
+
+    Raises:
+        SczError: The class `error`, with what the list says.
+    """
+    digest = ek_digest(ek)
+    name = ek_list.names.get(digest)
+    if name is not None and name != device:
+        raise error(f"the EK {digest} is in the owner's list as {name}, not as {shown(device)}")
+    if name is None and device in ek_list.names.values():
+        raise error(f"the EK {digest} is not the one that the owner's list has for {shown(device)}")

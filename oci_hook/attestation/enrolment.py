@@ -21,7 +21,7 @@ from typing import Final
 from oci_hook.attestation.attest import verify_attest
 from oci_hook.attestation.device_record import COUNTER_LIMIT, DeviceRecord, Vouched
 from oci_hook.attestation.ek_chain import CaCertificates, verify_ek_certificate
-from oci_hook.attestation.ek_list import EkList, verify_listed
+from oci_hook.attestation.ek_list import EkList, verify_listed, verify_not_listed_otherwise
 from oci_hook.attestation.enrolment_documents import (
     Answer,
     Certification,
@@ -92,13 +92,13 @@ def verify_request(
 ) -> VerifiedRequest:
     """Checks 1 to 5: who vouches for the EK, and every attribute of the keys and the counter.
 
-    A request that has a certificate is judged by the certificate, and by nothing else.
+    A request that has a certificate needs a root for it; the list then says only which TPM has which name.
 
     Args:
         request: From `parse_request`.
         authorities: The owner's folder of EK roots; None: no certificate is accepted.
         now: With a time zone.
-        ek_list: The owner's list of TPMs without certificate; None: none of those is accepted.
+        ek_list: The owner's list of TPMs and their names; None: no TPM without certificate is accepted.
 
     Raises:
         EnrolmentRefused: The first check that failed.
@@ -106,7 +106,7 @@ def verify_request(
     # 1. The EK certificate chains to a root in the owner's folder, all in their dates, issuers CAs; or, where there is
     #    no certificate, the owner's list has the EK under this device's name.
     # 2. The EK is the certified key, of the default template's kind.
-    vouched = _verify_ek_listed(request, ek_list) or _verify_ek_certified(request, authorities, now)
+    vouched = _verify_ek_listed(request, ek_list) or _verify_ek_certified(request, authorities, now, ek_list)
     # 3. The AK can sign nothing but what its own TPM says.
     with _check(3):
         verify_ak(request.ak, error=EnrolmentRefused)
@@ -132,11 +132,15 @@ def _verify_ek_listed(request: Request, ek_list: EkList | None) -> VouchedEk | N
     return VouchedEk("list", digest, "no certificate: in the owner's list")
 
 
-def _verify_ek_certified(request: Request, authorities: CaCertificates | None, now: datetime) -> VouchedEk:
+def _verify_ek_certified(
+    request: Request, authorities: CaCertificates | None, now: datetime, ek_list: EkList | None
+) -> VouchedEk:
     with _check(1):
         if request.ek_certificate is None or authorities is None:
             raise EnrolmentRefused("the TPM has an EK certificate, and no folder of EK roots was given")
         certificate = verify_ek_certificate(request.ek_certificate, authorities, now=now)
+        if ek_list is not None:
+            verify_not_listed_otherwise(request.ek, request.device, ek_list, error=EnrolmentRefused)
     with _check(2):
         verify_ek(request.ek, certificate.public_key, error=EnrolmentRefused)
     return VouchedEk("certificate", certificate.sha256, certificate.subject)
@@ -184,7 +188,7 @@ def verify_answer(
         authorities: The owner's folder of EK roots, as for `verify_request`.
         now: With a time zone; becomes the record's date.
         device_class: The class that the owner gives the device.
-        ek_list: The owner's list of TPMs without certificate, as for `verify_request`.
+        ek_list: The owner's list of TPMs and their names, as for `verify_request`.
 
     Returns:
         The record of the enrolled device.

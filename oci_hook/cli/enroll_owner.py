@@ -38,7 +38,7 @@ EK_ROOTS = click.option(
 EK_LIST = click.option(
     "--ek-list",
     type=click.Path(dir_okay=False),
-    help="File with the EKs of TPMs that have no certificate: a line each, as `sczctl enroll ek` prints it.",
+    help="File with TPMs' EKs and names, as `sczctl enroll ek` prints them: needed for TPMs without certificate.",
 )
 REPLACE = click.option("--replace", is_flag=True, help="The device of this name has a new TPM: forget the old one.")
 DEVICE_CLASS = click.option(

@@ -64,7 +64,8 @@ def run(
 
     The host's commands `sczctl enroll request` and `sczctl enroll answer` are run behind the words of COMMAND (`ssh
     edge-1 sudo`), which is executed without a shell; their files go through standard input and output. Every check is
-    the same as by hand: the way to the host need not be trusted. Nothing is kept of an enrolment that fails.
+    the same as by hand. A certificate says that it is a TPM, not whose: where the way to the host is not trusted, have
+    the device in a list (--ek-list), too. Nothing is kept of an enrolment that fails.
     """
     from oci_hook.attestation.enrolment_documents import parse_answer, parse_request
     from oci_hook.owner.keyring import OWNER_FILE

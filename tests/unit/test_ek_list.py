@@ -158,6 +158,16 @@ def test_a_listed_certificate_s_chain_counts_all_the_same() -> None:
         verify_request(request, authorities=roots, now=NOW, ek_list=EkList({ek_digest(request.ek): request.device}))
 
 
+def test_a_list_says_of_a_certified_tpm_whose_it_is() -> None:
+    request = parse_request(GOOD["request"].encode())
+    mine = ek_digest(request.ek)
+    for names in ({A: "edge-2"}, {mine: "edge-1"}, {mine: "edge-1", A: "edge-2"}):
+        assert verify_request(request, authorities=ROOTS, now=NOW, ek_list=EkList(names)).ek.vouched == "certificate"
+    for names, word in (({mine: "edge-2"}, "as edge-2, not as"), ({A: "edge-1"}, "not the one")):
+        with pytest.raises(EnrolmentRefused, match=f"enrolment check 1: .*{word}"):
+            verify_request(request, authorities=ROOTS, now=NOW, ek_list=EkList(names))
+
+
 @pytest.mark.parametrize("number", [2, 3, 4, 5])
 def test_the_other_checks_are_the_same(number: int) -> None:
     said = []
