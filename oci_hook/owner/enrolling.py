@@ -24,6 +24,7 @@ from oci_hook.attestation.enrolment import (
 from oci_hook.attestation.enrolment_documents import Answer, Pending, Request, format_pending, parse_pending
 from oci_hook.attestation.tpm import make_credential
 from oci_hook.errors import DeviceInvalid, EnrolmentRefused
+from oci_hook.owner.grant_batch import load_devices
 from oci_hook.owner.records import OwnerRecords
 
 DEFAULT_CLASS = "default"
@@ -129,8 +130,7 @@ class Enroller:
         )
         state = self._verify_name(record.device, VouchedEk(record.vouched, record.ek_sha256, record.ek_subject))
         self._records.save_device(record.device, format_device_record(record))
-        if record.vouched == "list":
-            self._listed_devices()[record.ek_sha256] = record.device
+        self._remember(record)
         self._records.remove_pending(record.device)
         return record, state
 
@@ -159,6 +159,12 @@ class Enroller:
     def _listed_devices(self) -> dict[str, str]:
         """The devices for which a list vouched, by their EK's SHA-256; read once."""
         if self._listed is None:
-            records = [parse_device_record(self._records.load_device(name)) for name in self._records.devices()]
+            records = load_devices(self._records, self._records.devices())
             self._listed = {each.ek_sha256: each.device for each in records if each.vouched == "list"}
         return self._listed
+
+    def _remember(self, record: DeviceRecord) -> None:
+        if self._listed is not None:
+            self._listed = {sha256: device for sha256, device in self._listed.items() if device != record.device}
+            if record.vouched == "list":
+                self._listed[record.ek_sha256] = record.device

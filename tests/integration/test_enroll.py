@@ -167,6 +167,24 @@ def test_an_index_that_the_maker_left_empty_is_no_certificate(enrolment: Enrolme
     assert enrolment.ek_line(config, "edge-1") == line
 
 
+def test_a_listed_device_that_was_given_a_new_tpm_frees_the_old_one(enrolment: Enrolment) -> None:
+    first, _ = enrolment.host("first", certified=False)
+    second, _ = enrolment.host("second", certified=False)
+    one, other = enrolment.ek_line(first, "edge-1"), enrolment.ek_line(second, "edge-2")
+    ek_list = listed(enrolment.directory, one)
+    _, challenge = enrolment.challenge(enrolment.request(first, "edge-1"), ek_list=ek_list)
+    done(enrolment.finish(first, challenge, ek_list=ek_list))
+    ek_list = listed(enrolment.directory, other.replace("edge-2", "edge-1"), one.replace("edge-1", "edge-2"))
+    request = enrolment.request(second, "edge-1")
+    refused, _ = enrolment.challenge(request, ek_list=ek_list)
+    assert refused.code == EnrolmentRefused.code
+    _, challenge = enrolment.challenge(request, "--replace", ek_list=ek_list)
+    done(enrolment.finish(second, challenge, "--replace", ek_list=ek_list))
+    _, challenge = enrolment.challenge(enrolment.request(first, "edge-2"), ek_list=ek_list)
+    done(enrolment.finish(first, challenge, ek_list=ek_list))
+    assert [enrolment.record(name).ek_sha256 for name in ("edge-1", "edge-2")] == [other.split()[0], one.split()[0]]
+
+
 # --- a folder of them -------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -134,15 +135,25 @@ def test_a_maker_s_change_of_keys_is_no_root() -> None:
         verify_ek_certificate(renewed.ek_certificate(EK_KEY), folder(t.Authority("x"), renewed), now=NOW)
 
 
-@pytest.mark.parametrize("options", [["-sha1"], ["-sha256", "-sigopt", "rsa_padding_mode:pss"]])
-def test_roots_of_real_makers(tmp_path: Path, options: list[str]) -> None:
-    """Roots of 2012 are signed with SHA-1: nobody relies on a root's own signature. Others are signed with RSA-PSS."""
-    key, pem = tmp_path / "key", tmp_path / "pem"
-    command = ["/usr/bin/openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", pem]
-    words = ["-subj", "/CN=old root", "-days", "9000", "-addext", "keyUsage=critical,keyCertSign", *options]
-    subprocess.run([*command, *words], check=True, capture_output=True, timeout=60)
-    found = parse_ca_certificates([pem.read_bytes()])
-    assert len(found.roots) == 1
+def openssl(folder: Path, *words: str) -> None:
+    subprocess.run(["/usr/bin/openssl", *words], cwd=folder, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("rsa:2048", ["-sha1"]), ("rsa:2048", ["-sha256", "-sigopt", "rsa_padding_mode:pss"]), ("rsa-pss", ["-sha256"])],
+)
+def test_roots_of_real_makers(tmp_path: Path, kind: str, options: list[str]) -> None:
+    """Roots of 2012 are signed with SHA-1: nobody relies on a root's own signature. Others are for RSA-PSS."""
+    root = ["req", "-x509", "-newkey", kind, "-nodes", "-keyout", "key", "-out", "root", "-subj", "/CN=old root"]
+    openssl(tmp_path, *root, "-days", "9000", "-addext", "keyUsage=critical,keyCertSign", *options)
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    openssl(tmp_path, "req", "-new", *curve, "-nodes", "-keyout", "ek", "-out", "asked", "-subj", "/CN=EK of a TPM")
+    issue = ["x509", "-req", "-in", "asked", "-CA", "root", "-CAkey", "key", "-CAcreateserial", "-sha256"]
+    openssl(tmp_path, *issue, "-days", "900", "-outform", "DER", "-out", "der")
+    found = parse_ca_certificates([(tmp_path / "root").read_bytes()])
+    now = found.roots[0].not_valid_before_utc + timedelta(days=1)
+    assert verify_ek_certificate((tmp_path / "der").read_bytes(), found, now=now).subject == "CN=EK of a TPM"
 
 
 def test_an_ek_certificate_signed_with_rsa_pss() -> None:
