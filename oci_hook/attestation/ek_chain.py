@@ -27,6 +27,7 @@ from oci_hook.errors import EnrolmentRefused, KeyInvalid, SczError
 _E = TypeVar("_E", bound=x509.ExtensionType)
 
 DEPTH_LIMIT: Final = 8
+LINK_LIMIT: Final = DEPTH_LIMIT
 CERTIFICATE_LIMIT_BYTES: Final = 16 * 1024
 CA_LIMIT: Final = 1000
 _SEQUENCE: Final = b"\x30\x82"  # X.690: with a length of two bytes
@@ -150,8 +151,30 @@ def without_padding(certificate: bytes) -> bytes:
     return certificate[: 4 + int.from_bytes(certificate[2:4], "big")]
 
 
+def split_certificates(data: bytes) -> tuple[bytes, ...]:
+    """The certificates that lie one behind the other in a TPM's NV, at most `LINK_LIMIT`; what follows is padding."""
+    found: list[bytes] = []
+    while is_certificate(data) and len(found) < LINK_LIMIT:
+        found.append(without_padding(data))
+        data = data[len(found[-1]) :]
+    return tuple(found)
+
+
+def _with_links(authorities: CaCertificates, links: Sequence[bytes]) -> CaCertificates:
+    """The owner's folder and what came from the TPM: links, whatever they say of themselves."""
+    if not links:
+        return authorities
+    more = tuple(x509.load_der_x509_certificate(der) for der in links)
+    return CaCertificates(authorities.roots, authorities.intermediates + more)
+
+
 def verify_ek_certificate(
-    der: bytes, authorities: CaCertificates, *, now: datetime, error: type[SczError] = EnrolmentRefused
+    der: bytes,
+    authorities: CaCertificates,
+    *,
+    now: datetime,
+    links: Sequence[bytes] = (),
+    error: type[SczError] = EnrolmentRefused,
 ) -> EkCertificate:
     """Check 1: an EK certificate chains to a root; all are in their dates; issuers are CAs.
 
@@ -159,6 +182,7 @@ def verify_ek_certificate(
         der: The certificate, as it lies in the TPM.
         authorities: The owner's folder.
         now: With a time zone.
+        links: Authorities' certificates that the TPM holds beside it, DER; none of them becomes a root.
         error: What to raise.
 
     Raises:
@@ -174,7 +198,7 @@ def verify_ek_certificate(
         if _is_ca(certificate, 0):
             raise error("the EK certificate is a certificate authority's")
         _verify_purpose(certificate, error)
-        if not _chains_to_root(certificate, authorities, now):
+        if not _chains_to_root(certificate, _with_links(authorities, links), now):
             raise error("the EK certificate does not chain to a root in the owner's folder by valid links")
         if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
             raise error("the EK certificate's key is neither RSA nor ECC")

@@ -138,7 +138,7 @@ def _verify_ek_certified(
     with _check(1):
         if request.ek_certificate is None or authorities is None:
             raise EnrolmentRefused("the TPM has an EK certificate, and no folder of EK roots was given")
-        certificate = verify_ek_certificate(request.ek_certificate, authorities, now=now)
+        certificate = verify_ek_certificate(request.ek_certificate, authorities, now=now, links=request.ek_chain)
         if ek_list is not None:
             verify_not_listed_otherwise(request.ek, request.device, ek_list, error=EnrolmentRefused)
     with _check(2):

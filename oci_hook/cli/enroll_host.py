@@ -22,6 +22,7 @@ from oci_hook.trusted_file import make_private_directory
 if TYPE_CHECKING:
     from oci_hook.attestation.enrolment_documents import Answer, Challenge, Request
     from oci_hook.attestation.host_device import HostDevice
+    from oci_hook.attestation.structures import Public
     from oci_hook.attestation.tpm import Tpm
 
 T = TypeVar("T")
@@ -111,9 +112,13 @@ def request(
         known = store.load_device()
     except DeviceNotEnrolled:
         known = None
-    host, (certificate, public) = _with_tpm(config, lambda tpm: (tpm.provision(owner.owner_id, known), tpm.ek()))
-    if without_certificate:
-        certificate = None
+
+    def transact(tpm: Tpm) -> tuple[HostDevice, tuple[bytes | None, Public], tuple[bytes, ...]]:
+        return tpm.provision(owner.owner_id, known), tpm.ek(), tpm.ek_chain()
+
+    host, (certificate, public), chain = _with_tpm(config, transact)
+    if without_certificate or certificate is None:
+        certificate, chain = None, ()
     document = format_request(
         device=name,
         owner_id=owner.owner_id,
@@ -122,6 +127,7 @@ def request(
         ak=host.ak,
         srk=host.srk,
         counter=host.counters[owner.owner_id],
+        ek_chain=chain,
     )
     store.save_device(format_host_device(host))
     store.save_request(owner.owner_id, document)

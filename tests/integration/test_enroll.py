@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from oci_hook.attestation.enrolment_documents import parse_request
 from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, KeyInvalid
 from oci_hook.owner.records import OwnerRecords
 from tests.commands import done, flip_bit, sczctl, snapshot
@@ -183,6 +186,27 @@ def test_a_listed_device_that_was_given_a_new_tpm_frees_the_old_one(enrolment: E
     _, challenge = enrolment.challenge(enrolment.request(first, "edge-2"), ek_list=ek_list)
     done(enrolment.finish(first, challenge, ek_list=ek_list))
     assert [enrolment.record(name).ek_sha256 for name in ("edge-1", "edge-2")] == [other.split()[0], one.split()[0]]
+
+
+def test_the_issuer_s_certificate_lies_in_the_tpm_alone(enrolment: Enrolment) -> None:
+    """As on platforms whose own authority issues EKs; here over two indices, with an empty one between."""
+    config, tpm = enrolment.host("own")
+    (enrolment.roots / "own-1.pem").unlink()
+    refused, _ = enrolment.challenge(enrolment.request(config, "edge-1"))
+    assert (refused.code, "does not chain" in refused.err) == (EnrolmentRefused.code, True)
+    issuer = x509.load_pem_x509_certificate(tpm.ca_certificates[1].read_bytes()).public_bytes(Encoding.DER)
+    attributes = "ppread|ppwrite|ownerread|authread|platformcreate"
+    for index, piece in ((0x01C00100, issuer[:500]), (0x01C00101, None), (0x01C00102, issuer[500:] + bytes(20))):
+        words = ["-T", tpm.tcti, "-C", "p", "-s", str(len(piece or b"x")), "-a", attributes, hex(index)]
+        subprocess.run(["/usr/bin/tpm2_nvdefine", *words], check=True, capture_output=True, timeout=60)
+        if piece is not None:
+            write = ["/usr/bin/tpm2_nvwrite", "-T", tpm.tcti, "-C", "p", "-i", "-", hex(index)]
+            subprocess.run(write, input=piece, check=True, capture_output=True, timeout=60)
+    request = enrolment.request(config, "edge-1")
+    assert parse_request(request.read_bytes()).ek_chain == (issuer,)
+    _, challenge = enrolment.challenge(request)
+    done(enrolment.finish(config, challenge))
+    assert enrolment.record("edge-1").vouched == "certificate"
 
 
 # --- a folder of them -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from oci_hook.attestation.ek_chain import (
     CERTIFICATE_LIMIT_BYTES,
     CaCertificates,
     parse_ca_certificates,
+    split_certificates,
     verify_ek_certificate,
     without_padding,
 )
@@ -277,3 +278,39 @@ def test_fuzz_changed_authorities(root: bytes, link: bytes) -> None:
 def test_fuzz_folder(data: bytes) -> None:
     found = value_or_ours(lambda pem: parse_ca_certificates([pem]), data)
     assert found is None or found.roots
+
+
+# --- authorities' certificates that the TPM holds ---------------------------------------------------------------------
+
+
+def test_links_from_the_tpm_complete_a_chain_and_are_no_roots() -> None:
+    upper, own = t.Authority("upper", ROOT), t.Authority("own root")
+    lower = t.Authority("lower", upper)
+    der, links = lower.ek_certificate(EK_KEY), [der_of(each.certificate) for each in (lower, upper)]
+    verify_ek_certificate(der, folder(ROOT), now=NOW, links=links)
+    verify_ek_certificate(der, folder(ROOT), now=NOW, links=[*links, der_of(ROOT.certificate)])
+    for few in ([], links[:1], links[1:]):
+        with pytest.raises(EnrolmentRefused, match="does not chain"):
+            verify_ek_certificate(der, folder(ROOT), now=NOW, links=few)
+    forged = own.ek_certificate(EK_KEY)
+    for more in ([der_of(own.certificate)], [der_of(t.Authority("root", key=own.key).certificate)]):
+        with pytest.raises(EnrolmentRefused, match="does not chain"):
+            verify_ek_certificate(forged, folder(ROOT), now=NOW, links=more)
+    with pytest.raises(EnrolmentRefused, match="malformed"):
+        verify_ek_certificate(der, folder(ROOT), now=NOW, links=[b"\x30\x82", *links])
+
+
+@pytest.mark.parametrize("filler", [b"", b"\xff" * 90, bytes(900)])
+def test_certificates_one_behind_the_other(filler: bytes) -> None:
+    ders = [der_of(each.certificate) for each in (ROOT, LINK)]
+    assert split_certificates(b"".join(ders) + filler) == tuple(ders)
+    assert split_certificates(filler) == ()
+    assert len(split_certificates(ders[0] * 20)) == 8
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | changed_bytes(DER * 2))
+def test_fuzz_certificates_one_behind_the_other(data: bytes) -> None:
+    found = split_certificates(data)
+    assert data.startswith(b"".join(found))
+    value_or_ours(lambda _: verify_ek_certificate(DER, FOLDER, now=NOW, links=found), data)

@@ -129,6 +129,17 @@ def test_a_request_without_a_certificate_is_written_as_it_is_read() -> None:
     assert format_request(**{name: getattr(REQUEST, name) for name in fields}) == REQUEST.document
 
 
+def test_a_request_may_carry_the_authorities_that_its_tpm_holds() -> None:
+    document = json.loads(GOOD["request"])
+    for chain in ([], ["AAEC"] * 9, [""], ["!"], "AAEC", [1], [None], ["A" * 30_000]):
+        with pytest.raises(DeviceInvalid):
+            parse_request(canonical({**document, "ek_chain": chain}))
+    request = parse_request(canonical({**document, "ek_chain": ["AAEC", "AwQF"]}))
+    assert request.ek_chain == (b"\0\1\2", b"\3\4\5")
+    fields = ("device", "owner_id", "ek_certificate", "ek", "ak", "srk", "counter", "ek_chain")
+    assert format_request(**{name: getattr(request, name) for name in fields}) == request.document
+
+
 def test_the_list_vouches_where_there_is_no_certificate() -> None:
     verified = verify_request(REQUEST, authorities=None, now=NOW, ek_list=LISTED)
     assert (verified.ek.vouched, verified.ek.sha256) == ("list", ek_digest(REQUEST.ek))
