@@ -56,9 +56,11 @@ class SoftwareTpm:
     Args:
         directory: Where state and CA live; made with mode 0700 if absent. A directory that this class made before is
             used again: the same TPM, restarted (a copy of such a directory is a TPM with the same keys).
+        certified: Whether a new TPM has EK certificates.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, certified: bool = True) -> None:
+        self._certified = certified
         self.directory = Path(directory).resolve()
         self._state = self.directory / "state"
         self._ca = self.directory / "ca"
@@ -189,7 +191,8 @@ class SoftwareTpm:
             f"create_certs_tool_options = {self.directory}/localca.options\n"
             "active_pcr_banks = sha256\n"
         )
-        command = ["/usr/bin/swtpm_setup", "--tpm2", "--tpm-state", str(self._state), "--create-ek-cert"]
+        command = ["/usr/bin/swtpm_setup", "--tpm2", "--tpm-state", str(self._state)]
+        command += ["--create-ek-cert"] if self._certified else []
         command += ["--config", str(self.directory / "setup.conf"), "--pcr-banks", "sha256", "--overwrite"]
         if os.geteuid() == 0:
             command += ["--runas", "root"]  # as root it would turn into user tss, who may not enter this directory

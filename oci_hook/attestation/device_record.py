@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from oci_hook.attestation.boot_policy import parse_pcrs, pcrs_document
 from oci_hook.attestation.structures import (
@@ -27,10 +27,16 @@ LIMIT_BYTES: Final = 1 << 20
 COUNTER_LIMIT: Final = (1 << 63) - 1
 _TIME_LIMIT: Final = 1 << 40
 
+Vouched = Literal["certificate", "list"]
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceRecord:
-    """An enrolled device: its keys, its counter with the value at the enrolment, and its PCRs then."""
+    """An enrolled device: its keys, its counter with the value at the enrolment, and its PCRs then.
+
+    `vouched` says by what the EK is a TPM's. `ek_sha256` is then of the certificate (DER), or of the EK itself as the
+    owner's list has it (SubjectPublicKeyInfo).
+    """
 
     device: str
     device_class: str
@@ -42,10 +48,12 @@ class DeviceRecord:
     counter: NvPublic
     counter_value: int
     pcrs: Mapping[int, bytes]
+    vouched: Vouched = "certificate"
 
 
 def format_device_record(record: DeviceRecord) -> bytes:
     """The record's bytes."""
+    vouched = {} if record.vouched == "certificate" else {"vouched": record.vouched}
     return canonical(
         {
             "schema": SCHEMA,
@@ -58,6 +66,7 @@ def format_device_record(record: DeviceRecord) -> bytes:
             "srk_public": encode_base64url(record.srk.marshalled),
             "counter": {**counter_document(record.counter), "value": record.counter_value},
             "pcrs": pcrs_document(record.pcrs),
+            **vouched,
         }
     )
 
@@ -83,10 +92,19 @@ def parse_device_record(data: bytes) -> DeviceRecord:
         counter=take_counter(counter),
         counter_value=counter.integer("value", low=0, high=COUNTER_LIMIT),
         pcrs=parse_pcrs(fields, "pcrs", error=DeviceInvalid),
+        vouched=_take_vouched(fields),
     )
     counter.finish()
     fields.finish()
     return record
+
+
+def _take_vouched(fields: Fields) -> Vouched:
+    """Absent in the records of those that have a certificate, which earlier versions read."""
+    if not fields.has("vouched"):
+        return "certificate"
+    fields.literal("vouched", "list")
+    return "list"
 
 
 def take_public(fields: Fields, name: str) -> Public:

@@ -13,13 +13,16 @@ from typing import Any, Final, Literal
 import tpm2_pytss as tss
 from tpm2_pytss import utils
 
-from oci_hook.attestation.ek_chain import without_padding
+from oci_hook.attestation.ek_chain import is_certificate, split_certificates, without_padding
 from oci_hook.attestation.esapi import Esapi, parsed, step
 from oci_hook.attestation.key_checks import COUNTER_BYTES, counter_public
 from oci_hook.attestation.structures import Handle, NvPublic, Public, parse_nv_public
 from oci_hook.errors import DeviceInvalid, TpmFailed
 
 _EK_TEMPLATES: Final = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-ECC384")  # TCG EK Credential Profile: L-1, L-2, H-3
+_WITHOUT_CERTIFICATE: Final = ((tss.TPM2_ALG.RSA, "EK-RSA2048"), (tss.TPM2_ALG.ECC, "EK-ECC256"))
+_EK_CHAIN: Final = range(0x01C00100, 0x01C00200)  # TCG EK Credential Profile 2.5, 2.2.1.5
+_NV_UNINITIALIZED: Final = 0x14A
 _OWN: Final = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|"
 _PRIMARIES: Final[Mapping[str, tuple[Any, str, str]]] = {
     "srk": (tss.ESYS_TR.OWNER, "ecc256:aes128cfb", _OWN + "decrypt"),
@@ -30,25 +33,55 @@ _PRIMARIES: Final[Mapping[str, tuple[Any, str, str]]] = {
 class EnrolmentCalls(Esapi):
     """What an enrolment does with a TPM."""
 
-    def ek(self) -> tuple[bytes, Public]:
-        """The EK certificate (DER) and the EK's public area; TpmFailed if the TPM holds no certificate."""
+    def ek(self) -> tuple[bytes | None, Public]:
+        """The EK certificate (DER; None: the TPM holds none) and the EK's public area.
+
+        Raises:
+            TpmFailed: No certificate, and neither RSA nor ECC; or a command failed.
+        """
         with ExitStack() as handles:
             certificate, _, public = self._create_ek(handles)
             return certificate, public
 
-    def _create_ek(self, handles: ExitStack) -> tuple[bytes, Handle, Public]:
+    def ek_chain(self) -> tuple[bytes, ...]:
+        """The certificates of the EK's authorities that the TPM holds (DER), of platforms that are authorities' own."""
+        data = b""
+        with step("read the EK certificate's chain"):
+            _, found = self._esys.get_capability(tss.TPM2_CAP.HANDLES, _EK_CHAIN[0], len(_EK_CHAIN))
+            for index in sorted(int(each) for each in found.data.handles if int(each) in _EK_CHAIN):
+                with suppress(utils.NoSuchIndex):
+                    data += self._read_reserved(index)
+        return split_certificates(data)
+
+    def _read_reserved(self, index: int) -> bytes:
+        try:
+            return bytes(utils.NVReadEK(self._esys)(index))
+        except tss.TSS2_Exception as cause:
+            if int(cause.rc) != _NV_UNINITIALIZED:
+                raise
+            raise utils.NoSuchIndex(index) from cause  # reserved by the maker, and never written
+
+    def _create_ek(self, handles: ExitStack) -> tuple[bytes | None, Handle, Public]:
+        """The EK that has a certificate, or else the one by TCG's template in the low range: always the same one."""
         with step("create the endorsement key"):
-            reader = utils.NVReadEK(self._esys)
-            for name in _EK_TEMPLATES:
-                with suppress(ValueError):  # no certificate of this kind
-                    certificate, template = utils.create_ek_template(name, reader)
-                    if certificate:
-                        ek, public, *_ = self._esys.create_primary(None, template, tss.ESYS_TR.ENDORSEMENT)
-                        return without_padding(certificate), self._flush_later(handles, ek), parsed(public)
-        raise TpmFailed(
-            "the TPM holds no EK certificate for RSA-2048, P-256 or P-384",
-            remedy="ask its maker; a virtual TPM gets one from `swtpm_setup --create-ek-cert`",
-        )
+            certificate, template = self._ek_template()
+            ek, public, *_ = self._esys.create_primary(None, template, tss.ESYS_TR.ENDORSEMENT)
+            return certificate, self._flush_later(handles, ek), parsed(public)
+
+    def _ek_template(self) -> tuple[bytes | None, Any]:
+        for name in _EK_TEMPLATES:
+            with suppress(ValueError):  # no certificate of this kind
+                certificate, template = utils.create_ek_template(name, self._read_reserved)
+                if certificate and is_certificate(certificate):  # some makers fill an index that they leave empty
+                    return without_padding(certificate), template
+        for algorithm, name in _WITHOUT_CERTIFICATE:
+            if self._implements(algorithm):
+                return None, utils.create_ek_template(name, self._read_reserved)[1]
+        raise TpmFailed("the TPM makes neither RSA nor ECC keys", remedy="use another TPM")
+
+    def _implements(self, algorithm: int) -> bool:
+        _, found = self._esys.get_capability(tss.TPM2_CAP.ALGS, algorithm, 1)
+        return any(int(each.alg) == algorithm for each in found.data.algorithms)
 
     def _create_primary(self, kind: Literal["srk", "ak"], handles: ExitStack) -> tuple[Handle, Public]:
         hierarchy, algorithms, attributes = _PRIMARIES[kind]

@@ -23,7 +23,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u
 _MODULES = {
     "keygen": "owner",
     "pack": "packing",
-    "grant": "owner",
+    "grant": "granting",
     "inspect": "owner",
     "verify": "owner",
     "recover": "recover",

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
@@ -16,7 +19,9 @@ from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
 from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists, SczError
-from oci_hook.trust import NAME, NAME_LIMIT, parse_owner
+from oci_hook.owner.parallel import map_chunks
+from oci_hook.owner.staged import save_together
+from oci_hook.trust import NAME, NAME_LIMIT, Owner, parse_owner
 from oci_hook.trusted_file import replace_file
 
 RECORD_LIMIT_BYTES = 2**20
@@ -177,6 +182,32 @@ class OwnerRecords:
         parts = ("grants", grant.model.name, grant.model.version, f"{grant.device_name}.grant")
         self._save(parts, compact, replace=True)
 
+    def save_grants(
+        self, made: Sequence[tuple[Grant, bytes]], writers: Executor, progress: Callable[[int], object]
+    ) -> None:
+        """Keep copies of many grants: all are written and synced before the first is renamed into its place.
+
+        Args:
+            made: At most one for each version and device.
+            writers: In which the files are written side by side.
+            progress: Called with the number of files written so far.
+
+        Raises:
+            FileUnreadable: The system said no; none was kept.
+        """
+        base = self._folder / "grants"
+        files = [
+            (base / grant.model.name / grant.model.version / f"{grant.device_name}.grant", compact)
+            for grant, compact in made
+        ]
+        save_together(self._folder, files, writers, progress)
+
+    def grants_of(self, name: str, version: str) -> dict[str, Grant]:
+        """The grants of one version that were kept, by device; verified as `grants` does."""
+        owner = self._owner()
+        devices = self._names(("grants", name, version), suffix=".grant", pattern=NAME)
+        return {device: self._grant(owner, name, version, device) for device in devices}
+
     def grants(self) -> tuple[Grant, ...]:
         """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
 
@@ -184,16 +215,21 @@ class OwnerRecords:
             GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
             KeyInvalid: Not an owner's folder.
         """
-        owner = parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
-        return tuple(
-            verify_grant_signature(
-                parse_grant(self._load(("grants", name, version, f"{device}.grant"), KeyInvalid, KeyInvalid.remedy)),
-                owner=owner,
-            )
+        self._owner()
+        places = [
+            (name, version, device)
             for name in self._names(("grants",), suffix="", pattern=NAME)
             for version in self._names(("grants", name), suffix="", pattern=VERSION)
             for device in self._names(("grants", name, version), suffix=".grant", pattern=NAME)
-        )
+        ]
+        return tuple(map_chunks(partial(_verified_grants, self._folder), places))
+
+    def _owner(self) -> Owner:
+        return parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
+
+    def _grant(self, owner: Owner, name: str, version: str, device: str) -> Grant:
+        data = self._load(("grants", name, version, f"{device}.grant"), KeyInvalid, KeyInvalid.remedy)
+        return verify_grant_signature(parse_grant(data), owner=owner)
 
     # --- files ---
 
@@ -232,6 +268,13 @@ class OwnerRecords:
             raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
         names = (entry.removesuffix(suffix) for entry in found if entry.endswith(suffix))
         return tuple(sorted(name for name in names if re.fullmatch(pattern, name)))
+
+
+def _verified_grants(folder: Path, places: Sequence[tuple[str, str, str]]) -> list[Grant]:
+    """The grants by model, version and device; also in a worker (`parallel`)."""
+    records = OwnerRecords(folder)
+    owner = records._owner()
+    return [records._grant(owner, *place) for place in places]
 
 
 def _parse_content_key(data: bytes) -> ContentKeyRecord:
