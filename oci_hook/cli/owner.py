@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from oci_hook.cli import print_json
+from oci_hook.cli.broker_options import broker_document, broker_options
 from oci_hook.cli.completion import complete_devices, complete_packed
 from oci_hook.cli.options import (
     JSON,
@@ -36,6 +37,7 @@ from oci_hook.trust_folder import Trust
 
 if TYPE_CHECKING:
     from oci_hook.bundle.layout import Layout
+    from oci_hook.owner.broker_shares import OwnersBroker
     from oci_hook.trust import Owner
 
 
@@ -86,6 +88,7 @@ def keygen(keys: str, name: str, passphrase_file: str | None, no_passphrase: boo
     default=None,
     help="Opens while the device's counter is at most this; default: its value at enrolment.",
 )
+@broker_options
 @OUTPUT
 @PASSPHRASE_FILE
 @JSON
@@ -97,9 +100,15 @@ def grant(
     output: str,
     passphrase_file: str | None,
     as_json: bool,
+    broker: OwnersBroker | None,
 ) -> None:
-    """Wrap a model's content key for one device's TPM."""
+    """Wrap a model's content key for one device's TPM.
+
+    With --broker, a start needs a second share of the key, which OpenBao or Vault gives against the container's token.
+    It is encrypted there now, with your token of the environment's BAO_TOKEN or VAULT_TOKEN, or of --broker-token-file.
+    """
     from oci_hook.attestation.device_record import parse_device_record
+    from oci_hook.owner.broker_shares import verify_share_wanted
     from oci_hook.owner.granting import make_grant
     from oci_hook.owner.keyring import open_keyring
     from oci_hook.owner.records import OwnerRecords
@@ -113,15 +122,18 @@ def grant(
     )
     verify_new_output(output)
     record, content = parse_device_record(records.load_device(device)), records.load_content_key(name, version)
+    verify_share_wanted(content, given=broker is not None)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
+    shares = broker.encrypt_shares(keyring.owner, content, 1, secrets.token_bytes) if broker is not None else [None]
     made, compact = make_grant(
-        keyring, content, record, maximum=maximum, created=int(time.time()), random=secrets.token_bytes
+        keyring, content, record, maximum=maximum, created=int(time.time()), random=secrets.token_bytes, share=shares[0]
     )
     write_output(output, compact)
     records.save_grant(made, compact)
     if as_json:
         granted = {"model": f"{name}:{version}", "device": device, "class": record.device_class}
-        print_json({**granted, "manifest": made.manifest_digest, "counter_maximum": made.counter.maximum})
+        shown = broker_document(made)
+        print_json({**granted, "manifest": made.manifest_digest, "counter_maximum": made.counter.maximum, **shown})
         return
     click.echo(
         f"granted {name}:{version} to {device} (class {record.device_class}, "

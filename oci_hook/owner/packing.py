@@ -83,7 +83,7 @@ def pack_version(
                 progress=progress,
             )
             sealed = seal_content_key(content_key, manifest_digest=packed.manifest_digest, owner=keyring.owner)
-            record = ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed)
+            record = ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed, access.broker)
             _keep_and_publish(records, record, keyring.folder, bundle, output)
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or output)}: {cause.strerror}") from cause
