@@ -22,6 +22,8 @@ from oci_hook.key_errors import BrokerRefused, BrokerUnavailable
 
 ANSWER_LIMIT_BYTES: Final = 64 << 10
 SHARE_BYTES: Final = 32
+BATCH: Final = 100
+"""OpenBao takes 1000 strings in a request (`max_request_json_strings`), and an item has four."""
 CIPHERTEXT = r"vault:v[1-9][0-9]{0,8}:[A-Za-z0-9+/]{40,1000}={0,2}"
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 NAME = _SEGMENT
@@ -41,6 +43,10 @@ _STATUSES = {
 _REDIRECTS = range(300, 400)
 # What is in its answer, in lower case, and what we say then; the first that fits.
 _REASONS: Final = (
+    ("(too old)", "the grant's share is of a version below min_decryption_version: it is revoked there"),
+    ("too new", "its key has no such version: the share was encrypted by another key"),
+    ("message authentication failed", "the share was encrypted by another key or for another model or version"),
+    ("encryption key not found", "the transit key is gone"),
     ("token is expired", "the container's token is expired by its clock"),
     ("(aud)", "the token's audience is not one of the role's bound audiences"),
     ("(sub)", "the token's subject is not the role's bound subject"),
@@ -49,10 +55,6 @@ _REASONS: Final = (
     ("signature", "the token's signature is by no key that it knows"),
     ("could not load configuration", "its JWT auth method is not configured"),
     ("could not be found", "it has no such role"),
-    ("(too old)", "the grant's share is of a version below min_decryption_version: it is revoked there"),
-    ("too new", "its key has no such version: the share was encrypted by another key"),
-    ("message authentication failed", "the share was encrypted by another key or for another model or version"),
-    ("encryption key not found", "the transit key is gone"),
     ("no handler for route", "it has no secrets engine or auth method at that path"),
     ("unsupported path", "it has no secrets engine or auth method at that path"),
     ("permission denied", "its policy does not allow this"),
@@ -119,7 +121,7 @@ class OpenBao:
         return base64.b64decode(text, validate=True)
 
     def encrypt(self, mount: str, key: str, shares: Sequence[bytes], context: bytes, token: str) -> tuple[str, ...]:
-        """Encrypt shares, in one request.
+        """Encrypt shares, in one request: at most `BATCH` of them.
 
         Returns:
             The ciphertexts, in the order of the shares.

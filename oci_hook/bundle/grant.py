@@ -263,7 +263,8 @@ def unwrap_content_key(wrapped: bytes, secret: bytes, manifest_digest: str, shar
         KeyRefused: The secret is not this grant's, or the manifest is not the one that the key was wrapped for.
         BrokerRefused: With a broker's share: it is not this grant's, or the secret or the manifest is not.
     """
-    if len(wrapped) != WRAPPED_BYTES or len(secret) != SECRET_BYTES or len(share or bytes(SHARE_BYTES)) != SHARE_BYTES:
+    lengths = (len(wrapped), len(secret), SHARE_BYTES if share is None else len(share))
+    if lengths != (WRAPPED_BYTES, SECRET_BYTES, SHARE_BYTES):
         raise KeyRefused("the wrapped key, the unsealed secret or the broker's share has the wrong length")
     try:
         opener = _wrapping_key(secret, share, manifest_digest)

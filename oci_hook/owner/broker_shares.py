@@ -1,9 +1,9 @@
 """The broker's shares of wrapping keys: the owner's side, which encrypts a fresh one for each grant.
 
 OpenBao or Vault sees each share, now and whenever it decrypts one; what it never sees is the TPM's secret, without
-which a share opens nothing. All shares of a command go in one request. Before that the key is looked at: one that does
-not derive, or that can be exported, would promise what it does not keep. Specification: docs/specification.md, "Share
-of a broker".
+which a share opens nothing. All shares of a command go over one connection. Before that the key is looked at: one that
+does not derive, or that can be exported, would promise what it does not keep. Specification: docs/specification.md,
+"Share of a broker".
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from oci_hook.bundle.broker_share import BrokerShare, share_context
 from oci_hook.errors import GrantInvalid, InternalError, TpmTimeout
 from oci_hook.https_client import Endpoint, HttpsClient
 from oci_hook.key_errors import BrokerUnavailable
-from oci_hook.openbao import SHARE_BYTES, OpenBao
+from oci_hook.openbao import ANSWER_LIMIT_BYTES, BATCH, SHARE_BYTES, OpenBao
 from oci_hook.owner.records import ContentKeyRecord
 from oci_hook.trust import Owner
 
 SHARES_LIMIT = 4096
-"""In one request: its result has to fit into a deadline's 1 MiB."""
-_ANSWER_LIMIT_BYTES = 4 << 20
+"""Of one command: its result has to fit into a deadline's 1 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +78,14 @@ class OwnersBroker:
                 self.endpoint,
                 what="the key broker",
                 seconds=self.seconds,
-                limit_bytes=_ANSWER_LIMIT_BYTES,
+                limit_bytes=ANSWER_LIMIT_BYTES,
                 error=BrokerUnavailable,
             ) as client:
                 bao = OpenBao(client)
                 bao.verify_key(self.mount, self.key, self.token)
-                return json.dumps(bao.encrypt(self.mount, self.key, values, context, self.token)).encode()
+                batches = [values[first : first + BATCH] for first in range(0, count, BATCH)]
+                found = [bao.encrypt(self.mount, self.key, batch, context, self.token) for batch in batches]
+                return json.dumps([text for batch in found for text in batch]).encode()
 
         try:
             ciphertexts = json.loads(with_deadline(exchange, self.seconds))
