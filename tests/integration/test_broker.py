@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +19,8 @@ import pytest
 from oci_hook.audit import AuditLog
 from tests.integration.conftest import FILES
 from tests.integration.test_start import craft_token, refused, start, tpm_handles
-from tests.openbao import OPEN, OpenBaoServer
+from tests.openbao import OPEN, OpenBaoServer, bao_program
+from tests.pages import load
 from tests.rogue_broker import RogueBroker, answer
 from tests.scene import AUDIENCE, ISSUER, SCZCTL, SUBJECT, Scene
 from tests.tls import TestAuthority
@@ -228,3 +230,78 @@ def test_a_version_without_a_broker_takes_no_share(guarded: Guarded, model_sourc
     words = ["plain:1" if word == f"{MODEL}:1" else word for word in guarded.grant_words(tmp_path / "g.jwt")]
     done = guarded.grant(words)
     assert (done.returncode, "asks for no broker" in done.stderr) == (16, True)
+
+
+# --- docs/broker.md, typed --------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "broker.md"
+
+
+class Typist:
+    """Types the page's commands in one folder, with this machine's places."""
+
+    def __init__(self, guarded: Guarded, server: OpenBaoServer, folder: Path, model_source: Path) -> None:
+        scene, self._folder, self._server = guarded.scene, folder, server
+        (folder / "acme").symlink_to(scene.owner / "keys")
+        (folder / "minilm").symlink_to(model_source)
+        shutil.copy(server.ca_file, folder / "broker-ca.pem")
+        (folder / "usb").mkdir()
+        programs = folder / "bin"
+        programs.mkdir()
+        lines = {
+            "sczctl": f'exec {shlex.join(SCZCTL)} --config {scene.config} "$@"',
+            "bao": f'exec {shlex.quote(str(bao_program()))} "$@"',
+        }
+        for name, line in lines.items():
+            (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+            (programs / name).chmod(0o755)
+        self._places = {
+            "https://broker.example:8200": server.address,
+            "/etc/scz-smm/config.toml": str(scene.config),
+            "/etc/scz-smm": str(scene.host),
+            "/var/lib/scz-smm": str(scene.store),
+        }
+
+    def type(self, script: str) -> None:
+        """Run one block."""
+        for place, here in self._places.items():
+            script = script.replace(place, here)
+        environment = {**self._server.environment(), "PATH": f"{self._folder / 'bin'}:/usr/bin:/bin"}
+        done = subprocess.run(
+            ["/bin/bash", "-euo", "pipefail", "-c", script],
+            cwd=self._folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+
+
+def test_the_page_typed(guarded: Guarded, model_source: Path, tmp_path: Path) -> None:
+    scene, bao_folder = guarded.scene, tmp_path / "bao"
+    bao_folder.mkdir()
+    scene.write_config()
+    with OpenBaoServer(bao_folder) as server:
+        typist = Typist(guarded, server, tmp_path, model_source)
+        blocks = [block.text for block in load(PAGE)]
+        after = {
+            "sczctl add usb\n": True,
+            "min_decryption_version=2": False,
+            "sczctl add usb/grant-2.jwt": True,
+            "allowed_parameters": True,
+        }
+        seen = []
+        for block in blocks:
+            typist.type(block)
+            for words, opens in after.items():
+                if words in block:
+                    seen.append(words)
+                    if opens:
+                        assert start(scene, scene.token(), model="minilm:1").returncode == 0
+                    else:
+                        refused(scene, "BrokerRefused", scene.token(), model="minilm:1")
+        assert seen == list(after)
+        checks = json.loads(scene.sczctl("doctor", "--json", check=False).stdout)["checks"]
+        assert [each["status"] for each in checks if each["name"] == "broker"] == ["ok"]
