@@ -9,8 +9,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,11 +20,11 @@ import pytest
 
 from oci_hook.audit import AuditLog
 from tests.integration.conftest import FILES
-from tests.integration.test_start import craft_token, refused, start, tpm_handles
+from tests.integration.test_start import craft_token, hook_processes, model_mounts, refused, start, tpm_handles
 from tests.openbao import OPEN, OpenBaoServer, bao_program
 from tests.pages import load
 from tests.rogue_broker import RogueBroker, answer
-from tests.scene import AUDIENCE, ISSUER, SCZCTL, SUBJECT, Scene
+from tests.scene import AUDIENCE, ISSUER, SCZCTL, SUBJECT, TOKEN_PATH, Scene
 from tests.tls import TestAuthority
 
 KEY, ROLE = "models", "recommender"
@@ -192,6 +194,42 @@ def test_a_tpm_that_refuses_sends_no_token(guarded: Guarded) -> None:
     done = guarded.grant([*guarded.grant_words(out), "--maximum", "2"])
     assert done.returncode == 0, done.stderr
     scene.sczctl("add", out)
+    guarded.opens()
+
+
+def test_a_hook_that_is_killed_while_the_broker_hangs(guarded: Guarded) -> None:
+    scene, authority = guarded.scene, TestAuthority()
+    folder = scene.host / "hanging"
+    folder.mkdir()
+    (folder / "ca.pem").write_bytes(authority.certificate)
+
+    def silent(_path: str, _body: bytes) -> Iterator[bytes]:
+        time.sleep(600)
+        yield b""
+
+    with RogueBroker(folder, silent, authority=authority) as rogue:
+        guarded.configure(rogue.address, folder / "ca.pem", seconds=300)
+        words = ["--rm", "--annotation", f"smm.scz/model={MODEL}:1", "--volume", f"{scene.token()}:{TOKEN_PATH}:ro"]
+        process = scene.podman.spawn([*words, scene.image, "echo", "it runs"])
+        try:
+            until = time.monotonic() + 60
+            while not rogue.requests and time.monotonic() < until:
+                time.sleep(0.05)
+            assert len(rogue.requests) == 1  # the token is there, and the hook waits
+            os.kill(min(hook_processes(scene)), signal.SIGKILL)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode != 0
+        assert "it runs" not in output
+        until = time.monotonic() + 20
+        while hook_processes(scene) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert hook_processes(scene) == []
+    assert model_mounts(scene) == []
+    assert tpm_handles(scene) == ""
+    guarded.configure()
     guarded.opens()
 
 
