@@ -143,10 +143,19 @@ def broker_endpoint(config: Config) -> Endpoint:
         ConfigInvalid: There is none, or its file is not root's alone.
         FileUnreadable: The file cannot be read.
     """
+    verify_broker_named(config)
+    authorities = load_root_file(config.broker_ca_file, limit_bytes=AUTHORITIES_LIMIT_BYTES, error=ConfigInvalid)
+    return parse_endpoint(config.broker_address, authorities, error=ConfigInvalid)
+
+
+def verify_broker_named(config: Config) -> None:
+    """Check that the configuration names a broker, and an authority for it.
+
+    Raises:
+        ConfigInvalid: It does not.
+    """
     if not config.broker_address or not config.broker_ca_file:
         raise ConfigInvalid(
             "a broker's share is asked for, and this host's configuration names no broker, or no authority for it",
             remedy="set address and ca_file of [broker] in /etc/scz-smm/config.toml (docs/broker.md)",
         )
-    authorities = load_root_file(config.broker_ca_file, limit_bytes=AUTHORITIES_LIMIT_BYTES, error=ConfigInvalid)
-    return parse_endpoint(config.broker_address, authorities, error=ConfigInvalid)

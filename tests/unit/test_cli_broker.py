@@ -101,6 +101,41 @@ def test_tokens_that_are_none(house: Household, monkeypatch: pytest.MonkeyPatch)
     refused(sczctl(*words(house), *broker(house), "--broker-token-file", file), 73, "cannot be reached")
 
 
+def travelled(house: Household, *, broker: bool) -> Path:
+    """What a host adds: the version that needs a broker, with a grant that has a share, or none, against the policy."""
+    out = house.usb / "out"
+    out.mkdir()
+    (house.usb / "bundle").rename(out / "bundle")
+    keyring = open_keyring(house.keys, lambda: "")
+    content = replace(OwnerRecords(house.keys).load_content_key("minilm", "1"), broker=broker)
+    share = EncryptedShare(os.urandom(32), MEMBER) if broker else None
+    record = house.devices["edge-1"].record
+    made = make_grant(keyring, content, record, maximum=None, created=CREATED, random=os.urandom, share=share)
+    (out / "grant.jwt").write_bytes(made[1])
+    done(sczctl(*house.sign_words(out / "boot-policy.json")))
+    house.is_device(house.devices["edge-1"])
+    house.trust()
+    return out
+
+
+def test_a_host_does_not_add_a_grant_of_the_tpm_s_share_alone(house: Household) -> None:
+    refused(house.ctl("add", travelled(house, broker=False)), 32, "has no share of a broker")
+
+
+def test_doctor_tells_a_model_that_needs_a_broker_where_none_is_named(house: Household) -> None:
+    done(house.ctl("add", travelled(house, broker=True)))
+
+    def line() -> dict[str, str]:
+        (found,) = (each for each in house.ctl("doctor", "--json").json["checks"] if each["name"] == "model minilm:1")
+        return found
+
+    assert (line()["status"], "names no broker" in line()["message"]) == ("fail", True)
+    assert "[broker]" in line()["remedy"]
+    with house.config.open("a") as file:
+        file.write(f'[broker]\naddress = "https://127.0.0.1:1"\nca_file = "{house.usb / "ca.pem"}"\n')
+    assert "broker" not in line()["message"]
+
+
 def test_both_shares_open_what_was_granted_and_neither_alone(house: Household) -> None:
     keyring = open_keyring(house.keys, lambda: "")
     content = OwnerRecords(house.keys).load_content_key("minilm", "1")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
+from oci_hook.broker import verify_broker_named
 from oci_hook.bundle.files import closing
 from oci_hook.bundle.grant import parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
@@ -74,6 +75,8 @@ def check_models(
                 _verify_whole(layout, manifest, deep=deep)
             sizes.append(StoredSize(f"{name}:{version}", sum(file.size for file in manifest.files)))
             policy = _verified_boot_policy(store, manifest, owner, device)
+            if manifest.access.broker:
+                verify_broker_named(config)
         except (BundleInvalid, BundleMismatch, StoreInvalid, FileUnreadable) as error:
             yield _damaged(what, name, version, error)
             continue
