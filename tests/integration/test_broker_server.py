@@ -135,6 +135,24 @@ def test_nothing_is_sent_before_the_word_is_given(server: OpenBaoServer, share: 
     assert server.accessors() == before
 
 
+def test_a_tpm_that_takes_longer_than_the_broker_s_patience(server: OpenBaoServer, share: EncryptedShare) -> None:
+    """OpenBao closes the silent connection after 10 s, and the broker's seconds begin when the TPM is done."""
+    request = ContainerAtBroker(config(server, broker_timeout_seconds=8), token()).begin(grant(share.member))
+    assert request is not None
+    with request:
+        time.sleep(12)
+        assert request.result() == share.value
+
+
+def test_a_key_that_does_not_derive_would_ignore_the_context(server: OpenBaoServer) -> None:
+    """Why `sczctl grant` looks at the key first."""
+    server.bao("write", "-f", "transit/keys/careless")
+    words = [f"{name}={base64.b64encode(bytes(32)).decode()}" for name in ("plaintext", "context")]
+    made = json.loads(server.bao("write", "-format=json", "transit/encrypt/careless", *words))["data"]["ciphertext"]
+    other = base64.b64encode(b"another context").decode()
+    server.bao("write", "transit/decrypt/careless", f"ciphertext={made}", f"context={other}")
+
+
 def test_the_context_is_the_specification_s(server: OpenBaoServer, share: EncryptedShare) -> None:
     """Decrypted by `bao` itself, with a context that is made by hand."""
     text = b"scz-smm/broker/v1\0" + OWNER.owner.owner_id.encode() + b"\0demo\0v1"
