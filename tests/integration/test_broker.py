@@ -176,27 +176,6 @@ def test_no_fallback_to_one_share(guarded: Guarded) -> None:
         guarded.refused("BrokerUnavailable", "more than")
 
 
-def test_a_tpm_that_refuses_sends_no_token(guarded: Guarded) -> None:
-    """The TPM's share comes first: a revoked device is no login at the broker."""
-    scene = guarded.scene
-    authority, folder = TestAuthority(), scene.host / "watching"
-    folder.mkdir()
-    (folder / "ca.pem").write_bytes(authority.certificate)
-    ((_, counter),) = json.loads((scene.store / "device.json").read_text())["counters"].items()
-    environment = {"PATH": "/usr/bin:/bin", "TPM2TOOLS_TCTI": scene.tpm.tcti}
-    subprocess.run(["tpm2_nvincrement", hex(counter["index"])], env=environment, check=True, capture_output=True)
-    with RogueBroker(folder, lambda _path, _body: [answer(b"{}")], authority=authority) as rogue:
-        guarded.configure(rogue.address, folder / "ca.pem")
-        guarded.refused("Revoked")
-        assert rogue.requests == []
-    guarded.configure()
-    out = scene.usb / "again.jwt"
-    done = guarded.grant([*guarded.grant_words(out), "--maximum", "2"])
-    assert done.returncode == 0, done.stderr
-    scene.sczctl("add", out)
-    guarded.opens()
-
-
 def test_a_hook_that_is_killed_while_the_broker_hangs(guarded: Guarded) -> None:
     scene, authority = guarded.scene, TestAuthority()
     folder = scene.host / "hanging"
@@ -343,3 +322,27 @@ def test_the_page_typed(guarded: Guarded, model_source: Path, tmp_path: Path) ->
         assert seen == list(after)
         checks = json.loads(scene.sczctl("doctor", "--json", check=False).stdout)["checks"]
         assert [each["status"] for each in checks if each["name"] == "broker"] == ["ok"]
+
+
+# --- last, as the device's counter stays raised -----------------------------------------------------------------------
+
+
+def test_a_tpm_that_refuses_sends_no_token(guarded: Guarded) -> None:
+    """The TPM's share comes first: a revoked device is no login at the broker."""
+    scene = guarded.scene
+    authority, folder = TestAuthority(), scene.host / "watching"
+    folder.mkdir()
+    (folder / "ca.pem").write_bytes(authority.certificate)
+    ((_, counter),) = json.loads((scene.store / "device.json").read_text())["counters"].items()
+    environment = {"PATH": "/usr/bin:/bin", "TPM2TOOLS_TCTI": scene.tpm.tcti}
+    subprocess.run(["tpm2_nvincrement", hex(counter["index"])], env=environment, check=True, capture_output=True)
+    with RogueBroker(folder, lambda _path, _body: [answer(b"{}")], authority=authority) as rogue:
+        guarded.configure(rogue.address, folder / "ca.pem")
+        guarded.refused("Revoked")
+        assert rogue.requests == []
+    guarded.configure()
+    out = scene.usb / "again.jwt"
+    done = guarded.grant([*guarded.grant_words(out), "--maximum", "2"])
+    assert done.returncode == 0, done.stderr
+    scene.sczctl("add", out)
+    guarded.opens()
