@@ -31,7 +31,10 @@ class AcceptedIdentity:
 
 @dataclass(frozen=True, slots=True)
 class AccessPolicy:
-    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised."""
+    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised.
+
+    `broker`: a key needs a broker's share beside the TPM's.
+    """
 
     identities: tuple[AcceptedIdentity, ...]
     token_age_seconds: int
@@ -39,6 +42,7 @@ class AccessPolicy:
     not_after: int | None
     runtimes: tuple[str, ...]
     share: bool
+    broker: bool = False
 
 
 def _identity(value: object, error: type[SczError]) -> AcceptedIdentity:
@@ -76,6 +80,7 @@ def parse_access_policy(value: object, *, error: type[SczError]) -> AccessPolicy
             else ()
         ),
         share=fields.boolean("share"),
+        broker=fields.boolean("broker") if fields.has("broker") else False,
     )
     fields.finish()
     if policy.not_before is not None and policy.not_after is not None and policy.not_before >= policy.not_after:
@@ -104,4 +109,6 @@ def access_policy_document(policy: AccessPolicy) -> dict[str, Any]:
         document["not_after"] = policy.not_after
     if policy.runtimes:
         document["runtimes"] = list(policy.runtimes)
+    if policy.broker:
+        document["broker"] = True
     return document

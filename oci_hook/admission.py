@@ -18,6 +18,7 @@ from oci_hook.attestation.evidence import qualifying_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.audit import AuditLog
 from oci_hook.boot_signatures import with_signatures_of_host
+from oci_hook.broker import ContainerAtBroker
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest, model_document
@@ -142,8 +143,10 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
     evidence = tpm.collect_evidence(boot_policy, extra_data)
     result = appraise_evidence(evidence, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy)
-    # 10. The TPM itself, by the sealed object's policy, releases the key.
-    content_key = release_key(result, identity, tpm=tpm, grant=grant, owner=owner)
+    # 10. The TPM itself, by the sealed object's policy, releases the key; if the owner wants two shares, the broker
+    #     gives the other against the container's token.
+    broker = ContainerAtBroker(host.config, container.token.data)
+    content_key = release_key(result, identity, tpm=tpm, broker=broker, grant=grant, owner=owner)
     return Admission(request, manifest, layout, identity, content_key, head.digest)
 
 

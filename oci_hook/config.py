@@ -13,6 +13,7 @@ from typing import Literal, cast
 
 from oci_hook.documents import Fields
 from oci_hook.errors import ConfigInvalid
+from oci_hook.https_client import ADDRESS
 from oci_hook.trusted_file import load_root_file
 
 DEFAULT_CONFIG_FILE = "/etc/scz-smm/config.toml"
@@ -44,6 +45,9 @@ class Config:
     boot_pcr_signature: str = "/run/systemd/tpm2-pcr-signature.json"
     guest_agent: str = "/usr/bin/kata-agent"
     guest_timeout_seconds: int = 7
+    broker_address: str = ""
+    broker_ca_file: str = ""
+    broker_timeout_seconds: int = 10
 
 
 def parse_config(data: bytes) -> Config:
@@ -77,8 +81,7 @@ def parse_config(data: bytes) -> Config:
 
     tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
     nri = section("nri")
-    guest = section("guest")
-    boot = section("boot")
+    guest, boot, broker = section("guest"), section("boot"), section("broker")
     config = Config(
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
@@ -97,10 +100,20 @@ def parse_config(data: bytes) -> Config:
         boot_pcr_signature=text(boot, "pcr_signature", default.boot_pcr_signature, _ABSOLUTE),
         guest_agent=text(guest, "agent", default.guest_agent, _ABSOLUTE),
         guest_timeout_seconds=number(guest, "timeout_seconds", default.guest_timeout_seconds, 1, 600),
+        broker_address=_or_empty(broker, "address", ADDRESS),
+        broker_ca_file=_or_empty(broker, "ca_file", _ABSOLUTE),
+        broker_timeout_seconds=number(broker, "timeout_seconds", default.broker_timeout_seconds, 1, 600),
     )
-    for fields in (tpm, token, memory, paths, nri, guest, boot, top):
+    for fields in (tpm, token, memory, paths, nri, guest, boot, broker, top):
         _finish(fields)
     return config
+
+
+def _or_empty(fields: Fields, name: str, pattern: str) -> str:
+    """A text of that pattern; empty, which means none, if it is absent or empty."""
+    value = fields.take(name) if fields.has(name) else ""
+    one = Fields({name: value}, what="configuration", error=ConfigInvalid)
+    return "" if value == "" else one.string(name, pattern=pattern, limit=512)
 
 
 def _handler(value: object) -> str:

@@ -34,7 +34,7 @@ class GenerationRefused(Refused):
 
 
 class BrokerRefused(Refused):
-    code, summary = 57, "the key broker refuses its share"
+    code, summary = 57, "the key broker refuses its share, or gives another one than the grant's"
     remedy = "look at the broker's audit log; role, bound claims and policy are in docs/broker.md"
 
 

@@ -8,6 +8,7 @@ whatever happens to it, the lock goes with it.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from oci_hook.attestation.appraisal import AttestationResult
@@ -16,6 +17,7 @@ from oci_hook.attestation.deadline import Standby, with_deadline
 from oci_hook.attestation.evidence import Evidence
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.transactions import quote_request, read_quote, unseal_request
+from oci_hook.broker import ContainerAtBroker
 from oci_hook.bundle.grant import Grant, unwrap_content_key
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.config import Config
@@ -75,20 +77,34 @@ class HostTpm:
 
 
 def release_key(
-    result: AttestationResult, identity: Identity, *, tpm: HostTpm, grant: Grant, owner: Owner
+    result: AttestationResult,
+    identity: Identity,
+    *,
+    tpm: HostTpm,
+    broker: ContainerAtBroker,
+    grant: Grant,
+    owner: Owner,
 ) -> ContentKey:
-    """Let the TPM release the grant's secret and open the content key with it.
+    """Let the TPM release the grant's secret, and the broker its share if the grant has one; open the key with them.
 
     Args:
         result: What the appraisal of this start's quote proved.
         identity: What the verification of this container's token proved; it is not used, it is required.
         tpm: The host's TPM.
+        broker: With the token whose identity this is; it is asked after the TPM, and only for a grant with a share.
         grant: Verified, for this device and the manifest whose identity and evidence these are.
         owner: The grant's owner.
 
     Raises:
-        Refused: The TPM, or the grant's wrapping, says no.
-        CouldNotTell: The TPM gave no answer.
+        Refused: The TPM, the broker, or the grant's wrapping, says no.
+        CouldNotTell: The TPM or the broker gave no answer.
+        ConfigInvalid: The grant has a share of a broker, and the configuration names none.
     """
     del identity
-    return unwrap_content_key(grant.wrapped_key, tpm.unseal(grant, result.form, owner), grant.manifest_digest)
+    with ExitStack() as stack:
+        request = broker.begin(grant)
+        if request is not None:
+            stack.enter_context(request)
+        secret = tpm.unseal(grant, result.form, owner)
+        share = request.result() if request is not None else None
+    return unwrap_content_key(grant.wrapped_key, secret, grant.manifest_digest, share)

@@ -95,6 +95,10 @@ class Deadline:
             os.close(self._read_fd)
             self._read_fd = -1
 
+    def count_anew(self) -> None:
+        """Let the seconds begin now: until now the child was waiting for its caller."""
+        self._until = time.monotonic() + self._seconds
+
     def result(self) -> bytes:
         """Wait for the child's result; once.
 

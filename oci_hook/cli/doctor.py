@@ -53,6 +53,7 @@ class _Examination:
             ("memory", self._memory),
             ("TPM", self._of_tpm),
             ("trust", self._trust),
+            ("broker", self._broker),
             ("store", self._store),
             ("audit", self._audit),
             ("engines", self._engines),
@@ -105,6 +106,11 @@ class _Examination:
 
         self._owners, checks = check_trust(self._config)
         yield from checks
+
+    def _broker(self) -> Iterator[Check]:
+        from oci_hook.cli.checks.broker import check_broker
+
+        return check_broker(self._config)
 
     def _store(self) -> Iterator[Check]:
         from oci_hook.cli.checks.models import check_models, check_room

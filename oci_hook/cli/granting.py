@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from oci_hook.cli import print_json
+from oci_hook.cli.broker_options import broker_document, broker_options
 from oci_hook.cli.completion import complete_devices, complete_files, complete_packed
 from oci_hook.cli.options import (
     JSON,
@@ -35,7 +36,9 @@ from oci_hook.trust import NAME, NAME_LIMIT
 if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
     from oci_hook.bundle.grant import Grant
-    from oci_hook.owner.records import OwnerRecords
+    from oci_hook.owner.broker_shares import EncryptedShare, OwnersBroker
+    from oci_hook.owner.keyring import Keyring
+    from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
 _ENROLL = "`sczctl enroll` it; check --keys"
 
@@ -123,6 +126,7 @@ def _names_in(path: str) -> list[str]:
     default=None,
     help="Opens while the device's counter is at most this; default: its value at enrolment.",
 )
+@broker_options
 @click.option(
     "-o",
     "--output",
@@ -145,13 +149,18 @@ def grant(
     output: str,
     passphrase_file: str | None,
     as_json: bool,
+    broker: OwnersBroker | None,
 ) -> None:
     """Wrap a model's content key for the TPM of one device, or of each of many.
 
     For one --device the output is the grant; otherwise it is a folder with DEVICE.jwt for each. The folder appears
     whole or not at all: if one of the devices cannot be granted, none is. After a kill, run it again without
     --missing.
+
+    With --broker, a start needs a second share of the key, which OpenBao or Vault gives against the container's token.
+    It is encrypted there now, with your token of the environment's BAO_TOKEN or VAULT_TOKEN, or of --broker-token-file.
     """
+    from oci_hook.owner.broker_shares import verify_share_wanted
     from oci_hook.owner.grant_batch import make_grants, save_grants, without_grant
     from oci_hook.owner.granting import make_grant
     from oci_hook.owner.keyring import open_keyring
@@ -162,6 +171,7 @@ def grant(
     packed = [":".join(found) for found in records.content_keys()]
     verify_one_of("packed version", f"{name}:{version}", packed, KeyInvalid, remedy="`sczctl pack` it; check --keys")
     chosen, content = wanted.load(records), records.load_content_key(name, version)
+    verify_share_wanted(content, given=broker is not None)
     verify_new_output(output)
     if missing:
         chosen = without_grant(chosen, records.grants_of(name, version), content, maximum)
@@ -169,7 +179,12 @@ def grant(
             _show([], output, as_json)
             return
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
-    make = partial(make_grant, keyring, content, maximum=maximum, created=int(time.time()), random=secrets.token_bytes)
+    asked = partial(make_grant, keyring, content, maximum=maximum, created=int(time.time()), random=secrets.token_bytes)
+    shares = iter(_shares(broker, keyring, content, len(chosen)))
+
+    def make(device: DeviceRecord) -> tuple[Grant, bytes]:
+        return asked(device, share=next(shares))
+
     if wanted.is_one:
         made, compact = make(chosen[0])
         write_output(output, compact)
@@ -181,6 +196,15 @@ def grant(
     with show_progress("writing", 2 * len(chosen)) as progress:
         save_grants(records, grants, Path(output), progress)
     _show([each for each, _ in grants], output, as_json)
+
+
+def _shares(
+    broker: OwnersBroker | None, keyring: Keyring, content: ContentKeyRecord, count: int
+) -> Sequence[EncryptedShare | None]:
+    """A share of the broker's for each grant."""
+    return (
+        [None] * count if broker is None else broker.encrypt_shares(keyring.owner, content, count, secrets.token_bytes)
+    )
 
 
 def _show(granted: Grant | Sequence[Grant], output: str, as_json: bool) -> None:
@@ -207,7 +231,7 @@ def _show(granted: Grant | Sequence[Grant], output: str, as_json: bool) -> None:
 def _row(grant: Grant) -> dict[str, Any]:
     granted = {"model": f"{grant.model.name}:{grant.model.version}", "device": grant.device_name}
     said = {"class": grant.device_class, "manifest": grant.manifest_digest, "counter_maximum": grant.counter.maximum}
-    return {**granted, **said}
+    return {**granted, **said, **broker_document(grant)}
 
 
 COMMANDS = {"grant": grant}

@@ -44,18 +44,20 @@ def _access_document(
     keys: tuple[str, ...],
     token_age_seconds: int,
     share: bool,
+    broker: bool,
 ) -> dict[str, Any]:
     """The access policy: the owner's file, or one identity from the options."""
     if access_file is not None:
-        if issuer or subjects or keys or share:
-            raise click.UsageError("--access excludes --issuer, --subject, --issuer-key and --share")
+        if issuer or subjects or keys or share or broker:
+            raise click.UsageError("--access excludes --issuer, --subject, --issuer-key, --share and --broker")
         return _json_file(access_file, _POLICY_BYTES, "access policy")
     if not issuer or not subjects:
         raise click.UsageError("say who may use the model: --access FILE, or --issuer and --subject")
     identity: dict[str, Any] = {"issuer": issuer, "audience": audience, "subjects": sorted(subjects)}
     if keys:
         identity["keys"] = sorted(keys)
-    return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": share}
+    wanted = {"broker": True} if broker else {}
+    return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": share, **wanted}
 
 
 def _recoverable(keyring: Keyring) -> dict[str, str]:
@@ -117,6 +119,11 @@ def _recoverable(keyring: Keyring) -> dict[str, str]:
     "--share", is_flag=True, help="With --issuer: containers of one host may have one decrypted copy in common."
 )
 @click.option(
+    "--broker",
+    is_flag=True,
+    help="With --issuer: a start needs a key broker's share beside the TPM's (`sczctl grant --broker`).",
+)
+@click.option(
     "--fields",
     "fields_file",
     type=click.Path(dir_okay=False),
@@ -138,6 +145,7 @@ def pack(
     issuer_keys: tuple[str, ...],
     token_age_seconds: int,
     share: bool,
+    broker: bool,
     fields_file: str | None,
     passphrase_file: str | None,
     as_json: bool,
@@ -154,7 +162,7 @@ def pack(
     from oci_hook.owner.packing import pack_version
     from oci_hook.owner.records import OwnerRecords
 
-    document = _access_document(access_file, issuer, audience, subjects, issuer_keys, token_age_seconds, share)
+    document = _access_document(access_file, issuer, audience, subjects, issuer_keys, token_age_seconds, share, broker)
     access = parse_access_policy(document, error=SourceInvalid)
     fields = _json_file(fields_file, _FIELDS_BYTES, "model fields") if fields_file is not None else {}
     OwnerRecords(Path(keys)).verify_new_version(name, version)

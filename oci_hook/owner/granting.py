@@ -20,6 +20,7 @@ from oci_hook.bundle.layout import Layout
 from oci_hook.bundle.manifest import Manifest
 from oci_hook.bundle.segments import associated_data, decrypt_stream
 from oci_hook.errors import DeviceInvalid, KeyInvalid
+from oci_hook.owner.broker_shares import EncryptedShare, verify_share_wanted
 from oci_hook.owner.keyring import Keyring, open_content_key
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
@@ -32,6 +33,7 @@ def make_grant(
     maximum: int | None,
     created: int,
     random: Callable[[int], bytes],
+    share: EncryptedShare | None = None,
 ) -> tuple[Grant, bytes]:
     """Make and sign a grant.
 
@@ -42,23 +44,23 @@ def make_grant(
         maximum: The highest value of the device's counter at which the grant opens; None: its value at enrolment.
         created: Seconds since 1970.
         random: Gives so many random bytes, as `os.urandom` does.
+        share: The broker's share, this grant's own; None: the access policy asks for none.
 
     Returns:
         The grant and its compact bytes.
 
     Raises:
         KeyInvalid: The content key is not this owner's.
-        DeviceInvalid: The device's counter has passed the maximum at its enrolment: the grant would never open.
+        DeviceInvalid: The device's counter has passed the maximum: the grant would never open.
+        GrantInvalid: The access policy asks for a broker's share, and there is none; or the other way round.
     """
+    verify_share_wanted(content, given=share is not None)
     limit = device.counter_value if maximum is None else maximum
     if limit < device.counter_value:
         raise DeviceInvalid(
             f"the counter of {device.device} was {device.counter_value} at its enrolment: the grant would never open",
             remedy="leave --maximum away, or give that value or more",
         )
-    content_key = open_content_key(
-        content.sealed_key, manifest_digest=content.manifest_digest, recovery_key=keyring.recovery_key
-    )
     key_name = b"\x00\x0b" + hashlib.sha256(ecdsa_signing_public(keyring.boot_policy_key.public_key())).digest()
     reference = policy_ref(content.model.name, device.device_class)
     secret = random(SECRET_BYTES)
@@ -77,9 +79,18 @@ def make_grant(
         policy_ref=reference,
         counter=Counter(index=device.counter.index, name=device.counter.name, maximum=limit),
         sealed=SealedKey(wrapped.public, wrapped.duplicate, wrapped.seed),
-        wrapped_key=wrap_content_key(content_key, secret, content.manifest_digest, random(NONCE_BYTES)),
+        wrapped_key=_wrapped_key(keyring, content, secret, random(NONCE_BYTES), share),
+        broker=share.member if share else None,
     )
     return grant, sign_grant(grant, key=keyring.manifest_key)
+
+
+def _wrapped_key(
+    keyring: Keyring, content: ContentKeyRecord, secret: bytes, nonce: bytes, share: EncryptedShare | None
+) -> bytes:
+    digest = content.manifest_digest
+    content_key = open_content_key(content.sealed_key, manifest_digest=digest, recovery_key=keyring.recovery_key)
+    return wrap_content_key(content_key, secret, digest, nonce, share.value if share is not None else None)
 
 
 def verify_decryption(keyring: Keyring, layout: Layout, manifest: Manifest, progress: Callable[[int], object]) -> None:

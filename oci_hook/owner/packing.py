@@ -86,15 +86,23 @@ def pack_version(
                 progress=progress,
                 annotate=lambda digest: {} if recipient is None else recovery_copy(content_key, digest, recipient),
             )
-            _keep_and_publish(records, _record(keyring, model, packed, content_key), keyring.folder, bundle, output)
+            _keep_and_publish(
+                records,
+                _record(keyring, model, packed, content_key, broker=access.broker),
+                keyring.folder,
+                bundle,
+                output,
+            )
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or output)}: {cause.strerror}") from cause
     return packed
 
 
-def _record(keyring: Keyring, model: ModelId, packed: PackedBundle, content_key: ContentKey) -> ContentKeyRecord:
+def _record(
+    keyring: Keyring, model: ModelId, packed: PackedBundle, content_key: ContentKey, *, broker: bool
+) -> ContentKeyRecord:
     sealed = seal_content_key(content_key, manifest_digest=packed.manifest_digest, owner=keyring.owner)
-    return ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed)
+    return ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed, broker)
 
 
 def _keep_and_publish(records: OwnerRecords, record: ContentKeyRecord, keys: Path, bundle: Path, output: Path) -> None:

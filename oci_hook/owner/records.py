@@ -32,12 +32,16 @@ _NO_SUCH_DEVICE = "`sczctl enroll` enrols a device; check --keys and the device'
 
 @dataclass(frozen=True, slots=True)
 class ContentKeyRecord:
-    """A model version's content key, sealed to the owner's recovery key, and the digests of its bundle."""
+    """A model version's content key, sealed to the owner's recovery key, and the digests of its bundle.
+
+    `broker`: its access policy asks for a broker's share in every grant.
+    """
 
     model: ModelId
     manifest_digest: str
     image_digest: str
     sealed_key: bytes
+    broker: bool = False
 
 
 def _name(value: str, error: type[SczError]) -> str:
@@ -92,6 +96,7 @@ class OwnerRecords:
                 "manifest": record.manifest_digest,
                 "image": record.image_digest,
                 "sealed_key": encode_base64url(record.sealed_key),
+                **({"broker": True} if record.broker else {}),
             }
         )
         self._save(self._content_key_parts(record.model.name, record.model.version), data, replace=False)
@@ -288,6 +293,7 @@ def _parse_content_key(data: bytes) -> ContentKeyRecord:
         manifest_digest=fields.digest("manifest"),
         image_digest=fields.digest("image"),
         sealed_key=fields.base64url("sealed_key", low=1, high=1024),
+        broker=fields.boolean("broker") if fields.has("broker") else False,
     )
     fields.finish()
     return record

@@ -30,6 +30,7 @@ FLOORS = {
         "locks",
         "jws",
         "config",
+        "https_client",
         "audit",
         "audit_chain",
         "audit_files",
@@ -37,7 +38,7 @@ FLOORS = {
         "invocation",
         "disk_space",
     },
-    2: {"access_policy", "trust", "oci/", "linux/"},
+    2: {"access_policy", "trust", "oci/", "linux/", "openbao"},
     3: {"held", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "boot_signatures",
@@ -52,7 +53,7 @@ FLOORS = {
         "delivery/",
         "owner/",
     }
-    | {"copying"},
+    | {"broker", "copying"},
     5: {"admission"},
     6: {
         "adoption",

@@ -244,6 +244,17 @@ def test_content_keys_are_kept(keyring: Keyring, folder: Path) -> None:
     assert records.content_keys() == (("demo", "v1"),)
 
 
+def test_that_a_broker_is_wanted_is_kept(keyring: Keyring, folder: Path) -> None:
+    records = OwnerRecords(folder)
+    records.save_content_key(replace(record(keyring), broker=True))
+    assert records.load_content_key("demo", "v1").broker
+    path = folder / "models" / "demo" / "v1.json"
+    document = json.loads(path.read_bytes())
+    del document["broker"]
+    path.write_text(json.dumps(document))  # as an earlier version wrote it
+    assert not records.load_content_key("demo", "v1").broker
+
+
 def test_a_content_key_is_never_overwritten(keyring: Keyring, folder: Path) -> None:
     records = OwnerRecords(folder)
     records.save_content_key(record(keyring))

@@ -247,9 +247,13 @@ def test_the_range_of_the_page_is_the_code_s(tmp_path: Path, section: str, key: 
         kinds = re.findall(r"^\.Li (\w+)", text, re.MULTILINE)
         assert [accepts(f"{kind}:a") for kind in kinds] == [True, True, True]
         assert not any(accepts(value) for value in ("mssim:a", "device:a b", "libtss2:a"))
+    elif key == "address":
+        assert all(accepts(value) for value in ("", "https://a", "https://[::1]:8200", "https://a.example:1"))
+        assert not any(accepts(value) for value in ("http://a", "https://a/b", "https://u@a", "https://", "a:1"))
     else:
         assert accepts("/a" * 256)
-        assert not any(accepts(value) for value in ("relative", "", "/" + "a" * 512))
+        assert not any(accepts(value) for value in ("relative", "/" + "a" * 512))
+        assert accepts("") == (default_of(text) == "")
 
 
 def test_the_examples_of_configurations_can_be_used() -> None:

@@ -9,6 +9,7 @@ from oci_hook.attestation.appraisal import differing_pcrs, nearest_form, pcrs_in
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.boot_signatures import with_signatures_of_host
+from oci_hook.broker import verify_broker_named
 from oci_hook.bundle.files import closing
 from oci_hook.bundle.grant import parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
@@ -77,6 +78,8 @@ def check_models(
                 _verify_whole(layout, manifest, deep=deep)
             sizes.append(StoredSize(f"{name}:{version}", sum(file.size for file in manifest.files)))
             policy = _verified_boot_policy(store, manifest, owner, device)
+            if manifest.access.broker:
+                verify_broker_named(config)
         except (BundleInvalid, BundleMismatch, StoreInvalid, FileUnreadable) as error:
             yield _damaged(what, name, version, error)
             continue
