@@ -38,7 +38,7 @@ FLOORS = {
         "disk_space",
     },
     2: {"access_policy", "trust", "oci/", "linux/"},
-    3: {"held", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
+    3: {"held", "evidence_files", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "provenance",
         "standby",
@@ -48,6 +48,7 @@ FLOORS = {
         "incoming",
         "intake",
         "release",
+        "signing_key",
         "delivery/",
         "owner/",
     }
@@ -61,6 +62,7 @@ FLOORS = {
         "guest",
         "host",
         "hook",
+        "keeping",
         "launch",
         "precreate",
         "prepare",
