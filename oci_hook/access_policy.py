@@ -14,6 +14,7 @@ from oci_hook.errors import SczError
 from oci_hook.trust import PLAIN_TEXT
 
 RUNTIMES = ("runc", "crun", "runsc", "kata", "process")
+APPRAISALS = ("keylime",)
 TOKEN_AGE_LOW_SECONDS, TOKEN_AGE_HIGH_SECONDS = 60, 31_622_400
 THUMBPRINT = "[A-Za-z0-9_-]{43}"
 TIME_HIGH = 253_402_300_799  # the end of the year 9999
@@ -31,7 +32,10 @@ class AcceptedIdentity:
 
 @dataclass(frozen=True, slots=True)
 class AccessPolicy:
-    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised."""
+    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised.
+
+    `appraisal` is `keylime` if a remote verifier has to accept the evidence, too.
+    """
 
     identities: tuple[AcceptedIdentity, ...]
     token_age_seconds: int
@@ -39,6 +43,7 @@ class AccessPolicy:
     not_after: int | None
     runtimes: tuple[str, ...]
     share: bool
+    appraisal: str | None = None
 
 
 def _identity(value: object, error: type[SczError]) -> AcceptedIdentity:
@@ -76,6 +81,7 @@ def parse_access_policy(value: object, *, error: type[SczError]) -> AccessPolicy
             else ()
         ),
         share=fields.boolean("share"),
+        appraisal=fields.string("appraisal", pattern="|".join(APPRAISALS)) if fields.has("appraisal") else None,
     )
     fields.finish()
     if policy.not_before is not None and policy.not_after is not None and policy.not_before >= policy.not_after:
@@ -104,4 +110,6 @@ def access_policy_document(policy: AccessPolicy) -> dict[str, Any]:
         document["not_after"] = policy.not_after
     if policy.runtimes:
         document["runtimes"] = list(policy.runtimes)
+    if policy.appraisal is not None:
+        document["appraisal"] = policy.appraisal
     return document

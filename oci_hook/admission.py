@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from oci_hook.attestation.appraisal import AttestationResult, appraise_evidence
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.deadline import Standby
-from oci_hook.attestation.evidence import qualifying_data
+from oci_hook.attestation.evidence import Evidence, qualifying_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.kept_evidence import StartEvidence
 from oci_hook.audit import AuditLog
@@ -168,6 +168,10 @@ def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult,
     extra_data = qualifying_data(nonce, token_hash, asked.container_id, manifest.digest, asked.audit_head)
     quote = tpm.collect_evidence(asked.boot_policy, extra_data)
     result = appraise_evidence(quote, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=asked.boot_policy)
+    # 9a. If the owner wants that, a remote verifier says so, too. This host asks it about itself: a diagnosis.
+    remote = manifest.access.appraisal
+    if remote is not None:
+        _appraise_remotely(quote, extra_data, host)
     evidence = StartEvidence(
         model_name=manifest.model.name,
         model_version=manifest.model.version,
@@ -182,8 +186,23 @@ def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult,
         form_policy=result.form.policy,
         quote=quote,
         ak=host.device.ak,
+        remote=remote,
     )
     return result, evidence
+
+
+def _appraise_remotely(quote: Evidence, extra_data: bytes, host: Host) -> None:
+    """Ask Keylime's verifier; the values of the quote are approved ones by now, so they are the reference values."""
+    from oci_hook.remote_appraisal import ask_keylime, host_verifier  # no other start pays for HTTP and TLS
+
+    ask_keylime(
+        host_verifier(host.config),
+        quote,
+        ak=host.device.ak,
+        extra_data=extra_data,
+        reference=quote.pcrs,
+        timeout_seconds=host.config.keylime_timeout_seconds,
+    )
 
 
 def _verify_access_window(manifest: Manifest, now: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from oci_hook.documents import Fields
 from oci_hook.errors import ConfigInvalid
@@ -42,6 +42,11 @@ class Config:
     nri_vm_handlers: tuple[str, ...] = ("kata*",)
     guest_agent: str = "/usr/bin/kata-agent"
     guest_timeout_seconds: int = 7
+    keylime_address: str = ""
+    keylime_ca_file: str = ""
+    keylime_certificate: str = ""
+    keylime_key: str = ""
+    keylime_timeout_seconds: int = 10
 
 
 def parse_config(data: bytes) -> Config:
@@ -92,10 +97,29 @@ def parse_config(data: bytes) -> Config:
         nri_vm_handlers=patterns(nri, "vm_handlers", default.nri_vm_handlers),
         guest_agent=text(guest, "agent", default.guest_agent, _ABSOLUTE),
         guest_timeout_seconds=number(guest, "timeout_seconds", default.guest_timeout_seconds, 1, 600),
+        **_keylime(top),
     )
     for fields in (tpm, token, memory, paths, nri, guest, top):
         _finish(fields)
     return config
+
+
+def _keylime(top: Fields) -> dict[str, Any]:
+    """The section `[keylime]`; an empty text means the same as none."""
+    fields = top.fields("keylime") if top.has("keylime") else Fields({}, what="keylime", error=ConfigInvalid)
+
+    def optional(name: str, pattern: str) -> str:
+        if fields.has(name) and (value := fields.take(name)) != "":
+            return Fields({name: value}, what="keylime", error=ConfigInvalid).string(name, pattern=pattern, limit=512)
+        return ""
+
+    found: dict[str, Any] = {"keylime_address": optional("address", r"https://[\x21-\x7e]+")}
+    for name in ("ca_file", "certificate", "key"):
+        found[f"keylime_{name}"] = optional(name, _ABSOLUTE)
+    if fields.has("timeout_seconds"):
+        found["keylime_timeout_seconds"] = fields.integer("timeout_seconds", low=1, high=600)
+    _finish(fields)
+    return found
 
 
 def _handler(value: object) -> str:

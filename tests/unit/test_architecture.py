@@ -35,6 +35,7 @@ FLOORS = {
         "audit_files",
         "journal",
         "invocation",
+        "https_client",
         "disk_space",
     },
     2: {"access_policy", "trust", "oci/", "linux/"},
@@ -49,6 +50,7 @@ FLOORS = {
         "intake",
         "release",
         "signing_key",
+        "remote_appraisal",
         "delivery/",
         "owner/",
     }

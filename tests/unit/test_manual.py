@@ -247,6 +247,12 @@ def test_the_range_of_the_page_is_the_code_s(tmp_path: Path, section: str, key: 
         kinds = re.findall(r"^\.Li (\w+)", text, re.MULTILINE)
         assert [accepts(f"{kind}:a") for kind in kinds] == [True, True, True]
         assert not any(accepts(value) for value in ("mssim:a", "device:a b", "libtss2:a"))
+    elif key == "address":
+        assert all(accepts(value) for value in ("", "https://verifier.example:8881"))
+        assert not any(accepts(value) for value in ("http://verifier.example", "verifier.example", "https://a b"))
+    elif default_of(text) == "":
+        assert all(accepts(value) for value in ("", "/a" * 256))
+        assert not any(accepts(value) for value in ("relative", "/" + "a" * 512))
     else:
         assert accepts("/a" * 256)
         assert not any(accepts(value) for value in ("relative", "", "/" + "a" * 512))
