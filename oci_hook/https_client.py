@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -81,8 +82,9 @@ def request(
             connection = http.client.HTTPConnection(host, port)
             connection.sock = connected
             connection.request(method, base + path, body, {**headers, "Connection": "close"})
-            answer = connection.getresponse()
-            status, data = answer.status, answer.read(limit_bytes + 1)
+            # An answer that was not read to its end holds the socket open.
+            with closing(connection.getresponse()) as answer:
+                status, data, left = answer.status, answer.read(limit_bytes + 1), answer.length
     except ssl.SSLCertVerificationError as cause:
         raise error(f"{server.address}: its certificate is not accepted: {cause.verify_message}") from cause
     except TimeoutError as cause:
@@ -91,6 +93,8 @@ def request(
         raise error(f"{server.address}: {shown(f'{type(cause).__name__}: {cause}', 160)}") from cause
     if len(data) > limit_bytes:
         raise error(f"{server.address}: the answer is longer than {limit_bytes} bytes")
+    if left:  # http.client gives what came, if it is less than Content-Length
+        raise error(f"{server.address}: the answer ends too early")
     if 300 <= status < 400:
         raise error(f"{server.address}: a redirect ({status}), which is not followed")
     return Answer(status, data)
@@ -155,7 +159,8 @@ def _connected(context: ssl.SSLContext, host: str, port: int) -> ssl.SSLSocket:
         try:
             plain.settimeout(_left(deadline))
             plain.connect(address)
-            return context.wrap_socket(plain, server_hostname=host)
+            # An end without TLS's own word for it may be anybody's who can cut the line.
+            return context.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False)
         except ssl.SSLError:
             plain.close()
             raise

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,24 @@ import click
 
 from oci_hook.attestation.boot_policy import parse_boot_policy
 from oci_hook.attestation.device_record import DeviceRecord, parse_device_record
-from oci_hook.attestation.ear import parse_ear, sign_ear, verify_ear
+from oci_hook.attestation.ear import sign_ear
 from oci_hook.attestation.evidence_appraisal import References, StartAppraisal, appraise_kept
 from oci_hook.attestation.kept_evidence import LIMIT_BYTES, KeptEvidence, format_evidence, parse_evidence
 from oci_hook.attestation.results import result_of
-from oci_hook.audit import AuditLog, format_time
-from oci_hook.cli import print_json, printable
+from oci_hook.audit import AuditLog
+from oci_hook.cli.appraisal_output import check_ear, show_appraisals
 from oci_hook.cli.completion import complete_devices, complete_files
 from oci_hook.cli.options import JSON, name_of, read_input, verify_new_output, write_output
-from oci_hook.errors import BootPolicyInvalid, DeviceInvalid, KeyInvalid, SczError, TokenMalformed, TrustInvalid
-from oci_hook.key_errors import EvidenceInvalid
-from oci_hook.signing_key import parse_public_key, signing_key
+from oci_hook.errors import BootPolicyInvalid, ConfigInvalid, DeviceInvalid, TokenMalformed, TrustInvalid
+from oci_hook.https_client import Server
+from oci_hook.key_errors import AppraisalRefused, EvidenceInvalid, VerifierUnavailable
+from oci_hook.remote_appraisal import ask_keylime, parse_ca
+from oci_hook.signing_key import signing_key
 from oci_hook.trust import Owner, parse_owner
 from oci_hook.trusted_file import load_file
 
 _FILE = click.Path(dir_okay=False)
+_KEYLIME_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +75,10 @@ class _Asked:
 @click.option("--sign-key", type=_FILE, help="Your key for results (PEM); made with FILE.jwk if it is not there.")
 @click.option("--ear", type=_FILE, help="Instead of EVIDENCE: check the signature of this EAR, and show it.")
 @click.option("--key", type=_FILE, help="With --ear: the public key of whom you believe (JWK or PEM).")
+@click.option("--keylime", metavar="URL", help="Also ask this verifier of Keylime (https); what it refuses is refused.")
+@click.option("--keylime-ca", type=_FILE, help="With --keylime: the CA that issued its certificate (PEM).")
+@click.option("--keylime-certificate", type=_FILE, help="With --keylime: your certificate (PEM), if it asks for one.")
+@click.option("--keylime-key", type=_FILE, help="With --keylime: the key of that certificate (PEM).")
 @JSON
 def appraise(
     evidence: str | None,
@@ -80,6 +86,10 @@ def appraise(
     sign_key: str | None,
     ear: str | None,
     key: str | None,
+    keylime: str | None,
+    keylime_ca: str | None,
+    keylime_certificate: str | None,
+    keylime_key: str | None,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -87,7 +97,8 @@ def appraise(
 
     EVIDENCE is what `sczctl evidence` wrote: the folder, or evidence.json. The quote is checked with the key that the
     device enrolled with, against the owner's boot policy; nonce, token, container, manifest and audit log must be those
-    that it was made for. Nothing that the host concluded is believed.
+    that it was made for. Nothing that the host concluded is believed. With --keylime, a verifier of Keylime is asked,
+    too: by you, so that its answer is more than the host's diagnosis of itself.
 
     Exit codes: 0 all of it holds, 1 nothing in it is this owner's, or the EAR does not affirm everything, 30 to 59 the
     first refusal.
@@ -97,17 +108,23 @@ def appraise(
     if ear is not None:
         if key is None:
             raise click.UsageError("--ear needs --key FILE: a key that comes with the EAR proves nothing")
-        return _check_ear(ear, key, as_json=as_json)
+        return check_ear(ear, key, as_json=as_json)
     if (output is None) != (sign_key is None):
         raise click.UsageError("--output and --sign-key belong together")
     if output:
         verify_new_output(output)
     kept = _load_evidence(str(evidence))
     appraisals, left_out = _appraised(kept, _Asked(**options))
+    if keylime is not None:
+        if keylime_ca is None:
+            raise click.UsageError("--keylime needs --keylime-ca FILE: no other CA is believed")
+        ca = parse_ca(read_input(keylime_ca, ConfigInvalid))
+        server = Server(keylime, ca, keylime_certificate, keylime_key)
+        appraisals = tuple(_asked_remotely(kept, each, server) for each in appraisals)
     if output and sign_key and appraisals:
         result = result_of(appraisals, kind="appraisal", issued=int(time.time()), raw_evidence=format_evidence(kept))
         write_output(output, sign_ear(result, signing_key(sign_key)) + b"\n")
-    _show(kept, appraisals, left_out, as_json=as_json)
+    show_appraisals(kept, appraisals, left_out, as_json=as_json)
     if not appraisals:
         return 1
     return next((each.error.code for each in appraisals if each.error is not None), 0)
@@ -137,6 +154,25 @@ def _appraised(kept: KeptEvidence, asked: _Asked) -> tuple[tuple[StartAppraisal,
     )
     log = AuditLog(os.path.abspath(asked.audit_log)).verified() if asked.audit_log else None
     return appraise_kept(own, references, log), left_out
+
+
+def _asked_remotely(kept: KeptEvidence, found: StartAppraisal, server: Server) -> StartAppraisal:
+    """What passed here is put to the verifier; the values are approved by now, and the key is the enrolled one."""
+    if found.error is not None:
+        return found
+    quote, extra_data = found.start.quote, found.start.qualifying_data(kept.container_id)
+    try:
+        ask_keylime(
+            server,
+            quote,
+            ak=found.start.ak,
+            extra_data=extra_data,
+            reference=quote.pcrs,
+            timeout_seconds=_KEYLIME_SECONDS,
+        )
+    except (AppraisalRefused, VerifierUnavailable) as error:
+        return dataclasses.replace(found, error=error)
+    return dataclasses.replace(found, shown=(*found.shown, f"Keylime's verifier at {server.address} accepts it"))
 
 
 def _owner(asked: _Asked) -> Owner:
@@ -173,61 +209,6 @@ def _manifests(kept: KeptEvidence, keys: str | None) -> dict[str, str] | None:
 
 def _token_hash(path: str | None) -> bytes | None:
     return None if path is None else hashlib.sha256(read_input(path, TokenMalformed)).digest()
-
-
-# --- showing ----------------------------------------------------------------------------------------------------------
-
-
-def _error(error: SczError | None) -> dict[str, Any] | None:
-    return None if error is None else {"code": error.code, "reason": error.reason, "message": error.message}
-
-
-def _show(kept: KeptEvidence, appraisals: Sequence[StartAppraisal], left_out: int, *, as_json: bool) -> None:
-    if as_json:
-        models = [
-            {
-                "model": each.start.model,
-                "manifest": each.start.manifest_digest,
-                "created": each.start.created,
-                "accepted": each.error is None,
-                "shown": list(each.shown),
-                "not_looked_at": list(each.unchecked),
-                "error": _error(each.error),
-            }
-            for each in appraisals
-        ]
-        print_json({"container": kept.container_id, "models": models, "of_other_owners": left_out})
-        return
-    click.echo(printable(f"container {kept.container_id}"))
-    for each in appraisals:
-        verdict = "accepted" if each.error is None else "REFUSED"
-        click.echo(printable(f"{each.start.model}, said to be of {format_time(each.start.created)}: {verdict}"))
-        for line in each.shown:
-            click.echo(printable(f"  {line}"))
-        for line in each.unchecked:
-            click.echo(printable(f"  not looked at: {line}"))
-        if each.error is not None:
-            click.echo(printable(f"  {each.error.reason} ({each.error.code}): {each.error.message}"))
-            click.echo(printable(f"  remedy: {each.error.advice}"))
-    if left_out:
-        click.echo(f"{left_out} more, of models of other owners: not looked at")
-
-
-def _check_ear(path: str, key: str, *, as_json: bool) -> int:
-    data = load_file(path, limit_bytes=1 << 20, error=EvidenceInvalid)
-    ear = verify_ear(parse_ear(data), parse_public_key(read_input(key, KeyInvalid)), now=time.time())
-    if as_json:
-        document = dataclasses.asdict(ear)
-        document.pop("raw_evidence")
-        print_json(document)
-    else:
-        what = f"{ear.kind}{', of the host about itself' if ear.kind == 'diagnosis' else ''}" if ear.kind else "result"
-        click.echo(printable(f"{what} by {ear.developer}, {ear.build}, {format_time(ear.issued)}"))
-        for each in ear.submodules:
-            click.echo(printable(f"{each.name}: {each.status}"))
-            for line in each.reasons:
-                click.echo(printable(f"  {line}"))
-    return 0 if all(each.status == "affirming" for each in ear.submodules) else 1
 
 
 COMMANDS = {"appraise": appraise}
