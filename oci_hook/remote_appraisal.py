@@ -32,6 +32,8 @@ def host_verifier(config: Config) -> Server:
             "the model asks for a remote appraisal, and the configuration names no verifier",
             remedy="set address and ca_file under [keylime] in /etc/scz-smm/config.toml",
         )
+    if bool(config.keylime_certificate) != bool(config.keylime_key):
+        raise ConfigInvalid("certificate and key under [keylime] belong together")
     for path in (config.keylime_certificate, config.keylime_key):
         if path:
             load_root_file(path, limit_bytes=_CA_LIMIT_BYTES, error=ConfigInvalid)

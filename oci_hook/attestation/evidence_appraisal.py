@@ -31,6 +31,7 @@ class References:
         boot_policies: Of that owner; the one of the model line and class is taken.
         container_id, manifest_digest, token_hash: What the evidence must be for; None: whatever it says.
         manifests: Manifest digests by `name:version`, of the owner's own records; None: not at hand.
+        device: What the appraiser calls the device whose key `ak` is, for the reasons.
     """
 
     ak: Public
@@ -40,6 +41,7 @@ class References:
     manifest_digest: str | None = None
     token_hash: bytes | None = None
     manifests: Mapping[str, str] | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ def _verify_start(kept: KeptEvidence, start: StartEvidence, references: Referenc
     # 1. The attestation key is the enrolled one: anybody's TPM makes genuine quotes.
     if start.ak.name != references.ak.name:
         raise EvidenceRefused("the attestation key is not the one that the device enrolled with")
-    findings.shown.append("the attestation key is the enrolled device's")
+    device = f"device {references.device}'s" if references.device else "device's"
+    findings.shown.append(f"the attestation key is the enrolled {device}")
     # 2. It is about what was asked for.
     _verify_subject(kept, start, references, findings)
     # 3. The reference values: the owner signed them for this model line and device class.

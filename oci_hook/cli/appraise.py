@@ -143,8 +143,10 @@ def _appraised(kept: KeptEvidence, asked: _Asked) -> tuple[tuple[StartAppraisal,
     if not starts:
         return (), left_out
     own = dataclasses.replace(kept, starts=starts)
+    record = _device(own, asked)
     references = References(
-        ak=_device(own, asked).ak,
+        ak=record.ak,
+        device=record.device,
         owner=owner,
         boot_policies=tuple(parse_boot_policy(read_input(each, BootPolicyInvalid)) for each in asked.boot_policies),
         container_id=asked.container,

@@ -123,6 +123,7 @@ def test_the_owner_and_an_auditor_accept_it(scene: Scene, folder: Path) -> None:
     assert (code, said["container"], said["of_other_owners"]) == (0, container, 0)
     (model,) = said["models"]
     assert (model["model"], model["accepted"], model["not_looked_at"]) == ("small:1", True, [])
+    assert model["shown"][0] == "the attestation key is the enrolled device edge-1's"
     code, said, _ = appraise(scene, folder / "evidence" / "evidence.json", *words, who="auditor")
     assert code == 0
     assert "host's word" in said["models"][0]["not_looked_at"][0]

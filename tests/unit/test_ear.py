@@ -201,5 +201,10 @@ def test_an_appraisal_s_outcome_as_a_result(tmp_path: Path) -> None:
     assert made.build.endswith("on the attested host")
     assert made.raw_evidence == raw
     assert "PCR 9" in made.submodules[1].reasons[-1]
+    every = {pcr: bytes([pcr + 1]) * 32 for pcr in range(24)}
+    most = witness.kept(*(witness.start(1, pcrs=every, model_name="m" * 64, model_version="v" * 64),) * 64)
+    found = appraise_kept(most, witness.references(), None)
+    largest = result_of(found, kind="appraisal", issued=NOW, raw_evidence=format_evidence(most))
+    assert len(read(sign_ear(largest, KEY)).submodules) == 64
     (unknown,) = appraise_kept(witness.kept(), witness.references(boot_policies=()), None)
     assert result_of([unknown], kind="appraisal", issued=NOW, raw_evidence=raw).submodules[0].status == "none"

@@ -190,6 +190,8 @@ def test_the_configuration_names_the_verifier(authority: Authority) -> None:
     for without in (Config(), replace(config, keylime_ca_file=""), replace(config, keylime_address="")):
         with pytest.raises(ConfigInvalid, match="names no verifier"):
             host_verifier(without)
+    with pytest.raises(ConfigInvalid, match="belong together"):
+        host_verifier(replace(config, keylime_key=str(mine.key)))
     mine.key.chmod(0o666)
     with pytest.raises(ConfigInvalid, match="writable by others"):
         host_verifier(with_client)
