@@ -14,6 +14,7 @@ from oci_hook.errors import SczError
 from oci_hook.trust import PLAIN_TEXT
 
 RUNTIMES = ("runc", "crun", "runsc", "kata", "process")
+APPRAISALS = ("keylime",)
 TOKEN_AGE_LOW_SECONDS, TOKEN_AGE_HIGH_SECONDS = 60, 31_622_400
 THUMBPRINT = "[A-Za-z0-9_-]{43}"
 TIME_HIGH = 253_402_300_799  # the end of the year 9999
@@ -33,7 +34,8 @@ class AcceptedIdentity:
 class AccessPolicy:
     """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised.
 
-    `broker`: a key needs a broker's share beside the TPM's.
+    `broker`: a key needs a broker's share beside the TPM's. `appraisal` is `keylime` if a remote verifier has to
+    accept the evidence, too.
     """
 
     identities: tuple[AcceptedIdentity, ...]
@@ -43,6 +45,7 @@ class AccessPolicy:
     runtimes: tuple[str, ...]
     share: bool
     broker: bool = False
+    appraisal: str | None = None
 
 
 def _identity(value: object, error: type[SczError]) -> AcceptedIdentity:
@@ -81,6 +84,7 @@ def parse_access_policy(value: object, *, error: type[SczError]) -> AccessPolicy
         ),
         share=fields.boolean("share"),
         broker=fields.boolean("broker") if fields.has("broker") else False,
+        appraisal=fields.string("appraisal", pattern="|".join(APPRAISALS)) if fields.has("appraisal") else None,
     )
     fields.finish()
     if policy.not_before is not None and policy.not_after is not None and policy.not_before >= policy.not_after:
@@ -111,4 +115,6 @@ def access_policy_document(policy: AccessPolicy) -> dict[str, Any]:
         document["runtimes"] = list(policy.runtimes)
     if policy.broker:
         document["broker"] = True
+    if policy.appraisal is not None:
+        document["appraisal"] = policy.appraisal
     return document

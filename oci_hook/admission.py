@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from oci_hook.attestation.appraisal import appraise_evidence
+from oci_hook.attestation.appraisal import AttestationResult, appraise_evidence
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.deadline import Standby
-from oci_hook.attestation.evidence import qualifying_data
+from oci_hook.attestation.evidence import Evidence, qualifying_data
 from oci_hook.attestation.host_device import HostDevice
+from oci_hook.attestation.kept_evidence import StartEvidence
 from oci_hook.audit import AuditLog
 from oci_hook.boot_signatures import with_signatures_of_host
 from oci_hook.broker import ContainerAtBroker
@@ -68,7 +69,10 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """One model that one container may have: made by `admit` alone, used by the delivery, then gone."""
+    """One model that one container may have: made by `admit` alone, used by the delivery, then gone.
+
+    `evidence` is what was appraised, for others to look at.
+    """
 
     request: ModelRequest
     manifest: Manifest
@@ -76,6 +80,7 @@ class Admission:
     identity: Identity
     content_key: ContentKey
     audit_head: bytes
+    evidence: StartEvidence
 
     def delivery(self) -> ModelDelivery:
         """What the delivery needs of it."""
@@ -139,15 +144,69 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
         verify_digests(layout, manifest, lambda _done: None)
     # 9. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
     tpm = HostTpm(host.config, host.device, host.standby)
-    nonce = host.random(32)
-    extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
-    evidence = tpm.collect_evidence(boot_policy, extra_data)
-    result = appraise_evidence(evidence, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy)
+    asked = _Asked(manifest, grant, boot_policy, identity, container.container_id, int(now), head.digest)
+    result, evidence = _attest(asked, tpm, host)
     # 10. The TPM itself, by the sealed object's policy, releases the key; if the owner wants two shares, the broker
     #     gives the other against the container's token.
     broker = ContainerAtBroker(host.config, container.token.data)
     content_key = release_key(result, identity, tpm=tpm, broker=broker, grant=grant, owner=owner)
-    return Admission(request, manifest, layout, identity, content_key, head.digest)
+    return Admission(request, manifest, layout, identity, content_key, head.digest, evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an attestation is about; times in seconds since 1970, the audit log's head 32 bytes."""
+
+    manifest: Manifest
+    grant: Grant
+    boot_policy: BootPolicy
+    identity: Identity
+    container_id: str
+    now: int
+    audit_head: bytes
+
+
+def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult, StartEvidence]:
+    """Quote and appraise; the result, and what it rests on, for others to look at."""
+    manifest, token_hash, nonce = asked.manifest, asked.identity.token_hash, host.random(32)
+    extra_data = qualifying_data(nonce, token_hash, asked.container_id, manifest.digest, asked.audit_head)
+    quote = tpm.collect_evidence(asked.boot_policy, extra_data)
+    result = appraise_evidence(quote, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=asked.boot_policy)
+    # 9a. If the owner wants that, a remote verifier says so, too. This host asks it about itself: a diagnosis.
+    remote = manifest.access.appraisal
+    if remote is not None:
+        _appraise_remotely(quote, extra_data, host)
+    evidence = StartEvidence(
+        model_name=manifest.model.name,
+        model_version=manifest.model.version,
+        manifest_digest=manifest.digest,
+        owner_id=manifest.owner_id,
+        device_name=asked.grant.device_name,
+        device_class=asked.grant.device_class,
+        created=asked.now,
+        nonce=nonce,
+        token_hash=token_hash,
+        audit_head=asked.audit_head,
+        form_policy=result.form.policy,
+        quote=quote,
+        ak=host.device.ak,
+        remote=remote,
+    )
+    return result, evidence
+
+
+def _appraise_remotely(quote: Evidence, extra_data: bytes, host: Host) -> None:
+    """Ask Keylime's verifier; the values of the quote are approved ones by now, so they are the reference values."""
+    from oci_hook.remote_appraisal import ask_keylime, host_verifier  # no other start pays for HTTP and TLS
+
+    ask_keylime(
+        host_verifier(host.config),
+        quote,
+        ak=host.device.ak,
+        extra_data=extra_data,
+        reference=quote.pcrs,
+        timeout_seconds=host.config.keylime_timeout_seconds,
+    )
 
 
 def _verify_access_window(manifest: Manifest, now: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from oci_hook.documents import Fields
 from oci_hook.errors import ConfigInvalid
@@ -48,6 +48,11 @@ class Config:
     broker_address: str = ""
     broker_ca_file: str = ""
     broker_timeout_seconds: int = 10
+    keylime_address: str = ""
+    keylime_ca_file: str = ""
+    keylime_certificate: str = ""
+    keylime_key: str = ""
+    keylime_timeout_seconds: int = 10
 
 
 def parse_config(data: bytes) -> Config:
@@ -103,6 +108,7 @@ def parse_config(data: bytes) -> Config:
         broker_address=_or_empty(broker, "address", ADDRESS),
         broker_ca_file=_or_empty(broker, "ca_file", _ABSOLUTE),
         broker_timeout_seconds=number(broker, "timeout_seconds", default.broker_timeout_seconds, 1, 600),
+        **_keylime(top),
     )
     for fields in (tpm, token, memory, paths, nri, guest, boot, broker, top):
         _finish(fields)
@@ -114,6 +120,18 @@ def _or_empty(fields: Fields, name: str, pattern: str) -> str:
     value = fields.take(name) if fields.has(name) else ""
     one = Fields({name: value}, what="configuration", error=ConfigInvalid)
     return "" if value == "" else one.string(name, pattern=pattern, limit=512)
+
+
+def _keylime(top: Fields) -> dict[str, Any]:
+    """The section `[keylime]`; an empty text means the same as none."""
+    fields = top.fields("keylime") if top.has("keylime") else Fields({}, what="keylime", error=ConfigInvalid)
+    found: dict[str, Any] = {"keylime_address": _or_empty(fields, "address", r"https://[\x21-\x7e]+")}
+    for name in ("ca_file", "certificate", "key"):
+        found[f"keylime_{name}"] = _or_empty(fields, name, _ABSOLUTE)
+    if fields.has("timeout_seconds"):
+        found["keylime_timeout_seconds"] = fields.integer("timeout_seconds", low=1, high=600)
+    _finish(fields)
+    return found
 
 
 def _handler(value: object) -> str:

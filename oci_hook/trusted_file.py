@@ -112,7 +112,7 @@ def load_file(path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
         return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
 
 
-def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) -> None:
+def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1, sync: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one whole: temporary sibling, fsync, rename.
 
     Args:
@@ -120,6 +120,7 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) 
         data: Its contents.
         mode: Its mode.
         group: Its group's id; -1: this process's.
+        sync: Whether it has to survive a power cut; if not, it is still whole or absent for whoever reads it.
 
     Raises:
         FileUnreadable: A system call failed; nothing of the new file is left.
@@ -134,13 +135,15 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) 
                 file.flush()
                 os.fchown(file.fileno(), -1, group)
                 os.fchmod(file.fileno(), mode)
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.rename(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        sync_directory(directory or ".")
+        if sync:
+            sync_directory(directory or ".")
     except OSError as cause:
         raise FileUnreadable(f"{path}: {cause.strerror}") from cause
 

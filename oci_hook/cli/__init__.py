@@ -41,6 +41,8 @@ _MODULES = {
     "doctor": "doctor",
     "ps": "containers",
     "release": "release",
+    "evidence": "evidence",
+    "appraise": "appraise",
     "metrics": "metrics",
     "why": "diagnose",
     "audit": "audit_log",

@@ -26,6 +26,7 @@ _KINDS = {
     "scz-smm/issuer/v1": "issuer",
     "scz-smm/device/v1": "device record",
     "scz-smm/measurement/v1": "measurement",
+    "scz-smm/evidence/v1": "evidence",
 }
 
 

@@ -195,7 +195,7 @@ def restore_record(folder: Path, owner: Owner, layout: Layout, manifest: Manifes
     """
     sealed = seal_content_key(content_key, manifest_digest=manifest.digest, owner=owner)
     OwnerRecords(folder).save_content_key(
-        ContentKeyRecord(manifest.model, manifest.digest, layout.image_digest, sealed)
+        ContentKeyRecord(manifest.model, manifest.digest, layout.image_digest, sealed, manifest.access.broker)
     )
 
 

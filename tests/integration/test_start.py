@@ -29,7 +29,7 @@ from tests.scene import AUDIENCE, ISSUER, SUBJECT, TOKEN_PATH, Scene
 
 CODES = {cls.__name__: code for code, cls in all_errors().items()}
 RUNTIMES = ("runc", "crun")
-KEPT = ("last", "tokens", "containers", "reservations", "tpm.lock", "memory.lock", "containers.lock")
+KEPT = ("last", "tokens", "containers", "evidence", "reservations", "tpm.lock", "memory.lock", "containers.lock")
 
 
 def hook_processes(scene: Scene) -> list[int]:

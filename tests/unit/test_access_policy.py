@@ -62,6 +62,15 @@ def test_a_policy_that_asks_for_a_broker() -> None:
     assert not parse_access_policy({**copy.deepcopy(GOOD), "broker": False}, error=BundleInvalid).broker
 
 
+def test_a_remote_appraisal_is_asked_for_by_name() -> None:
+    policy = parse_access_policy({**copy.deepcopy(GOOD), "appraisal": "keylime"}, error=BundleInvalid)
+    assert policy.appraisal == "keylime"
+    assert access_policy_document(policy) == {**GOOD, "appraisal": "keylime"}
+    for other in ("", "Keylime", "none", True, None, ["keylime"]):
+        with pytest.raises(BundleInvalid):
+            parse_access_policy({**copy.deepcopy(GOOD), "appraisal": other}, error=BundleInvalid)
+
+
 @pytest.mark.parametrize("missing", ["identities", "token_age_seconds", "share"])
 def test_required_parts(missing: str) -> None:
     value = {name: part for name, part in GOOD.items() if name != missing}

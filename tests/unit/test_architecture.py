@@ -31,6 +31,7 @@ FLOORS = {
         "jws",
         "config",
         "https_client",
+        "https_request",
         "audit",
         "audit_chain",
         "audit_files",
@@ -39,7 +40,7 @@ FLOORS = {
         "disk_space",
     },
     2: {"access_policy", "trust", "oci/", "linux/", "openbao"},
-    3: {"held", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
+    3: {"held", "evidence_files", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "boot_signatures",
         "provenance",
@@ -50,6 +51,8 @@ FLOORS = {
         "incoming",
         "intake",
         "release",
+        "signing_key",
+        "remote_appraisal",
         "delivery/",
         "owner/",
     }
@@ -63,6 +66,7 @@ FLOORS = {
         "guest",
         "host",
         "hook",
+        "keeping",
         "launch",
         "precreate",
         "prepare",

@@ -249,7 +249,7 @@ def test_the_range_of_the_page_is_the_code_s(tmp_path: Path, section: str, key: 
         assert not any(accepts(value) for value in ("mssim:a", "device:a b", "libtss2:a"))
     elif key == "address":
         assert all(accepts(value) for value in ("", "https://a", "https://[::1]:8200", "https://a.example:1"))
-        assert not any(accepts(value) for value in ("http://a", "https://a/b", "https://u@a", "https://", "a:1"))
+        assert not any(accepts(value) for value in ("http://a", "a:1", "a", "https://a b"))
     else:
         assert accepts("/a" * 256)
         assert not any(accepts(value) for value in ("relative", "/" + "a" * 512))

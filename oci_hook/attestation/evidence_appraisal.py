@@ -1,0 +1,192 @@
+"""The appraisal of kept evidence by another party: the owner, or an auditor, on a machine of their own.
+
+Pure. What the host says is believed only as far as the quote binds it; what the quote does not bind (the model's name,
+the time) is compared with what the appraiser brings, or said to be the host's word alone. The checks of the quote are
+`appraisal`'s, the very ones of a start. Specification: docs/specification.md, "Appraisal of kept evidence".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from oci_hook.attestation.appraisal import appraise_evidence, pcrs_in_words
+from oci_hook.attestation.boot_policy import UnverifiedBootPolicy, verify_boot_policy
+from oci_hook.attestation.kept_evidence import KeptEvidence, StartEvidence
+from oci_hook.attestation.structures import Public
+from oci_hook.audit_chain import EMPTY_HEAD, Verified
+from oci_hook.documents import shown
+from oci_hook.errors import BootPolicyRefused, BootStateRefused, EvidenceRefused, SczError
+from oci_hook.trust import Owner
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What the appraiser brings.
+
+    Attributes:
+        ak: The attestation key, as enrolled.
+        owner: The model's owner.
+        boot_policies: Of that owner; the one of the model line and class is taken.
+        container_id, manifest_digest, token_hash: What the evidence must be for; None: whatever it says.
+        manifests: Manifest digests by `name:version`, of the owner's own records; None: not at hand.
+        device: What the appraiser calls the device whose key `ak` is, for the reasons.
+    """
+
+    ak: Public
+    owner: Owner
+    boot_policies: tuple[UnverifiedBootPolicy, ...]
+    container_id: str | None = None
+    manifest_digest: str | None = None
+    token_hash: bytes | None = None
+    manifests: Mapping[str, str] | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StartAppraisal:
+    """How one start's evidence came out: what was shown, what was not looked at, and the refusal, if any."""
+
+    start: StartEvidence
+    shown: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    error: SczError | None = None
+
+
+@dataclass(slots=True)
+class _Findings:
+    shown: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def appraise_kept(
+    kept: KeptEvidence, references: References, log: Iterable[Verified] | None
+) -> tuple[StartAppraisal, ...]:
+    """Appraise every start of a document.
+
+    Args:
+        kept: As parsed.
+        references: The appraiser's.
+        log: The host's audit log, in order, its chain verified while it is read; None: not at hand.
+
+    Returns:
+        One appraisal for each start, in their order.
+
+    Raises:
+        AuditRefused: The audit log's chain is broken; from the iterable.
+    """
+    audited = _audited(kept, log) if log is not None else None
+    return tuple(_appraised(kept, number, references, audited) for number in range(len(kept.starts)))
+
+
+def _appraised(
+    kept: KeptEvidence, number: int, references: References, audited: Mapping[int, str | None] | None
+) -> StartAppraisal:
+    start, findings = kept.starts[number], _Findings()
+    try:
+        _verify_start(kept, start, references, findings)
+        if audited is not None:
+            _verify_audited(audited[number], findings)
+        else:
+            findings.unchecked.append("no audit log was given: that the host logged this start was not looked at")
+    except SczError as refusal:
+        return StartAppraisal(start, tuple(findings.shown), tuple(findings.unchecked), refusal)
+    return StartAppraisal(start, tuple(findings.shown), tuple(findings.unchecked))
+
+
+def _verify_start(kept: KeptEvidence, start: StartEvidence, references: References, findings: _Findings) -> None:
+    # 1. The attestation key is the enrolled one: anybody's TPM makes genuine quotes.
+    if start.ak.name != references.ak.name:
+        raise EvidenceRefused("the attestation key is not the one that the device enrolled with")
+    device = f"device {references.device}'s" if references.device else "device's"
+    findings.shown.append(f"the attestation key is the enrolled {device}")
+    # 2. It is about what was asked for.
+    _verify_subject(kept, start, references, findings)
+    # 3. The reference values: the owner signed them for this model line and device class.
+    policy = verify_boot_policy(
+        _boot_policy(start, references),
+        owner=references.owner,
+        model_name=start.model_name,
+        device_class=start.device_class,
+    )
+    findings.shown.append(f"the boot policy is signed by the owner {references.owner.name}")
+    # 4. The quote: the seven checks of a start, with extraData recomputed from all parts.
+    result = appraise_evidence(
+        start.quote, ak=references.ak, expected_extra_data=start.qualifying_data(kept.container_id), boot_policy=policy
+    )
+    findings.shown.append("the TPM quoted this for one nonce, token, container, manifest and audit log")
+    # 5. The form is the one that the host says it found itself in.
+    if result.form.policy != start.form_policy:
+        raise BootStateRefused("the machine was in an approved state, but not in the one that the evidence names")
+    findings.shown.append(f"approved: {pcrs_in_words(tuple(sorted(start.quote.pcrs)))}")
+    if start.remote is not None:
+        findings.unchecked.append(f"the host says that {start.remote} accepted it: a diagnosis, its own word alone")
+
+
+def _verify_subject(kept: KeptEvidence, start: StartEvidence, references: References, findings: _Findings) -> None:
+    if start.owner_id != references.owner.owner_id:
+        raise EvidenceRefused(f"the evidence is about a model of another owner than {references.owner.name}")
+    for what, wanted, found in (
+        ("container", references.container_id, kept.container_id),
+        ("manifest", references.manifest_digest, start.manifest_digest),
+        ("token", references.token_hash, start.token_hash),
+    ):
+        if wanted is not None and wanted != found:
+            raise EvidenceRefused(f"the evidence is about another {what}")
+        if wanted is not None:
+            findings.shown.append(f"it is about the {what} that was asked for")
+    if references.manifests is None:
+        findings.unchecked.append("the model's name is the host's word: the quote binds its manifest digest alone")
+    elif references.manifests.get(start.model) != start.manifest_digest:
+        raise EvidenceRefused(f"the manifest is not that of {start.model} in the owner's records")
+    else:
+        findings.shown.append(f"the manifest is that of {start.model} in the owner's records")
+
+
+def _boot_policy(start: StartEvidence, references: References) -> UnverifiedBootPolicy:
+    """The policy of this line and class; if it is none, the first, whose verification says what is wrong."""
+    wanted = (start.model_name, start.device_class)
+    for policy in references.boot_policies:
+        if (policy.unverified_model_name, policy.unverified_device_class) == wanted:
+            return policy
+    if not references.boot_policies:
+        raise BootPolicyRefused("no boot policy is at hand", remedy="give the owner's with --boot-policy FILE")
+    return references.boot_policies[0]
+
+
+# --- the audit log ----------------------------------------------------------------------------------------------------
+
+
+def _audited(kept: KeptEvidence, log: Iterable[Verified]) -> dict[int, str | None]:
+    """For each start: why the log does not bear it out; None: it does. One pass, however long the log is."""
+    heads = {start.audit_head for start in kept.starts}
+    seen, granted = {EMPTY_HEAD} & heads, set[int]()
+    for each in log:
+        record = each.record
+        if record.get("event") == "grant" and record.get("container") == kept.container_id:
+            granted |= {
+                number for number, start in enumerate(kept.starts) if start.audit_head in seen and _is_of(record, start)
+            }
+        if each.digest in heads:
+            seen.add(each.digest)
+    return {number: _trouble(start, number, seen, granted) for number, start in enumerate(kept.starts)}
+
+
+def _is_of(record: Mapping[str, Any], start: StartEvidence) -> bool:
+    wanted = (start.manifest_digest, start.audit_head.hex(), start.model_name, start.model_version)
+    return (record.get("manifest"), record.get("quoted"), record.get("model"), record.get("version")) == wanted
+
+
+def _trouble(start: StartEvidence, number: int, seen: set[bytes], granted: set[int]) -> str | None:
+    if start.audit_head not in seen:
+        return "the audit log has no record with the head that was quoted: it is another's, cut, or rotated away"
+    if number not in granted:
+        return f"the audit log has no grant of {shown(start.model)} after the head that was quoted"
+    return None
+
+
+def _verify_audited(trouble: str | None, findings: _Findings) -> None:
+    if trouble is not None:
+        raise EvidenceRefused(trouble, remedy="give the whole audit log of that host, with its rotated files")
+    findings.shown.append("the audit log has the quoted head, and after it the grant")

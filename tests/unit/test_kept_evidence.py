@@ -1,0 +1,251 @@
+"""`attestation.kept_evidence` and its appraisal: the document is strict, and every part that is swapped is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oci_hook.attestation.evidence_appraisal import StartAppraisal, appraise_kept
+from oci_hook.attestation.kept_evidence import (
+    LIMIT_BYTES,
+    STARTS_LIMIT,
+    KeptEvidence,
+    StartEvidence,
+    format_evidence,
+    parse_evidence,
+)
+from oci_hook.audit_chain import EMPTY_HEAD, Verified
+from oci_hook.errors import BootPolicyRefused, BootStateRefused, EvidenceRefused, SczError
+from oci_hook.key_errors import EvidenceInvalid
+from tests.attestation_vectors import hostile, public_of, value_or_ours
+from tests.kept import APPROVED, CONTAINER, HEAD, MANIFEST, Witness, make_witness
+
+
+@pytest.fixture(scope="module")
+def witness(tmp_path_factory: pytest.TempPathFactory) -> Witness:
+    return make_witness(tmp_path_factory.mktemp("witness"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Witness:
+    return make_witness(tmp_path_factory.mktemp("other"), "rival")
+
+
+def one(kept: KeptEvidence, witness: Witness, log: list[Verified] | None = None, **changes: Any) -> StartAppraisal:
+    (found,) = appraise_kept(kept, witness.references(**changes), log)
+    return found
+
+
+def refused(appraisal: StartAppraisal, error: type[SczError]) -> str:
+    assert type(appraisal.error) is error, appraisal
+    return appraisal.error.message
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_again(witness: Witness) -> None:
+    kept = witness.kept(witness.start(1), witness.start(2, remote="keylime"))
+    assert parse_evidence(format_evidence(kept)) == kept
+    assert b"remote" not in format_evidence(witness.kept())
+
+
+def test_later_models_stand_behind_earlier_ones(witness: Witness) -> None:
+    first, second = witness.kept(witness.start(1)), witness.kept(witness.start(2))
+    assert first.joined(second).starts == (*first.starts, *second.starts)
+
+
+def test_the_most_that_is_kept_can_be_read(witness: Witness) -> None:
+    every = {pcr: bytes([pcr + 1]) * 32 for pcr in range(24)}
+    largest = witness.start(1, pcrs=every, model_name="m" * 64, model_version="v" * 64, device_name="d" * 64)
+    kept = KeptEvidence("c" * 1024, (largest,) * STARTS_LIMIT)
+    assert len(format_evidence(kept)) < LIMIT_BYTES
+    assert len(parse_evidence(format_evidence(kept)).starts) == STARTS_LIMIT
+    assert len(kept.joined(kept).starts) == STARTS_LIMIT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(schema="scz-smm/evidence/v2"),
+        lambda d: d.update(starts=[]),
+        lambda d: d.update(starts=d["starts"] * 65),
+        lambda d: d.update(container=""),
+        lambda d: d.update(container="a\nb"),
+        lambda d: d.update(more=1),
+        lambda d: d["starts"][0].update(more=1),
+        lambda d: d["starts"][0]["model"].update(more=1),
+        lambda d: d["starts"][0].update(nonce="00" * 31),
+        lambda d: d["starts"][0].update(audit_head="00" * 33),
+        lambda d: d["starts"][0].update(manifest="ab" * 32),
+        lambda d: d["starts"][0].update(attest="A" * 8000),
+        lambda d: d["starts"][0].update(remote="other"),
+        lambda d: d["starts"][0].update(pcrs={"24": "00" * 32}),
+        lambda d: d["starts"][0].pop("form"),
+    ],
+)
+def test_a_document_of_another_form_is_refused(witness: Witness, change: Callable[[Any], object]) -> None:
+    document = json.loads(format_evidence(witness.kept()))
+    change(document)
+    with pytest.raises(EvidenceInvalid):
+        parse_evidence(json.dumps(document).encode())
+
+
+def test_oversized_and_duplicate_keys_are_refused(witness: Witness) -> None:
+    good = format_evidence(witness.kept())
+    with pytest.raises(EvidenceInvalid, match="larger than"):
+        parse_evidence(good + b" " * LIMIT_BYTES)
+    with pytest.raises(EvidenceInvalid, match="duplicate key"):
+        parse_evidence(good.replace(b'"nonce":', b'"nonce":"00","nonce":', 1))
+
+
+def test_fuzz_a_document_is_read_or_refused(witness: Witness) -> None:
+    good = format_evidence(witness.kept())
+
+    @settings(max_examples=300, deadline=None)
+    @given(hostile(good))
+    def run(data: bytes) -> None:
+        found = value_or_ours(parse_evidence, data)
+        assert found is None or parse_evidence(format_evidence(found)) == found
+
+    run()
+
+
+# --- the appraisal ----------------------------------------------------------------------------------------------------
+
+
+def test_good_evidence_is_accepted_and_says_why(witness: Witness) -> None:
+    found = one(witness.kept(), witness, container_id=CONTAINER, manifest_digest=MANIFEST)
+    assert found.error is None
+    said = " / ".join(found.shown)
+    assert "enrolled device's" in said
+    assert "one nonce, token, container, manifest and audit log" in said
+    assert "PCR 9 (kernel and initrd, as GRUB read them)" in said
+    assert any("audit log" in each for each in found.unchecked)
+
+
+PARTS: dict[str, Callable[[Witness, Witness], KeptEvidence]] = {
+    "another nonce": lambda w, _: w.kept(w.start(1, nonce=bytes(32))),
+    "another token": lambda w, _: w.kept(w.start(1, token_hash=bytes(32))),
+    "another head": lambda w, _: w.kept(w.start(1, audit_head=bytes(32))),
+    "another container": lambda w, _: KeptEvidence("deadbeef", (w.start(),)),
+    "another manifest": lambda w, _: w.kept(w.start(1, manifest_digest="sha256:" + "cd" * 32)),
+    "another start's quote": lambda w, _: w.kept(w.start(1, quote=w.start(2).quote)),
+    "another container's quote": lambda w, _: w.kept(w.start(1, quote=w.start(1, container="x").quote)),
+    "another device's quote": lambda w, o: w.kept(w.start(1, quote=o.start(1).quote)),
+    "another device": lambda w, o: w.kept(w.start(1, quote=o.start(1).quote, ak=public_of(o.ak))),
+    "another owner's": lambda w, o: w.kept(w.start(1, owner_id=o.keyring.owner.owner_id)),
+    "another version": lambda w, _: w.kept(w.start(1, model_version="2")),
+    "values that were not quoted": lambda w, _: w.kept(
+        w.start(1, quote=replace(w.start(1).quote, pcrs={**APPROVED, 9: bytes(32)}))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_swapped_part_is_refused(witness: Witness, other: Witness, name: str) -> None:
+    message = refused(one(PARTS[name](witness, other), witness), EvidenceRefused)
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"container_id": "x"}, {"manifest_digest": "sha256:" + "0" * 64}, {"token_hash": b"x"}]
+)
+def test_good_evidence_about_something_else_is_refused(witness: Witness, wanted: dict[str, Any]) -> None:
+    assert "about another" in refused(one(witness.kept(), witness, **wanted), EvidenceRefused)
+
+
+def test_another_boot_state_is_named(witness: Witness) -> None:
+    changed = witness.start(1, pcrs={**APPROVED, 8: b"x" * 32})
+    assert "PCR 8" in refused(one(witness.kept(changed), witness), BootStateRefused)
+    lied = witness.start(1, form_policy=bytes(32))
+    assert "the one that the evidence names" in refused(one(witness.kept(lied), witness), BootStateRefused)
+
+
+def test_the_boot_policy_is_the_owner_s_for_this_line_and_class(witness: Witness, other: Witness) -> None:
+    for policies in ((), (other.policy(),), (witness.policy("large"),), (witness.policy(device_class="edge"),)):
+        refused(one(witness.kept(), witness, boot_policies=policies), BootPolicyRefused)
+    several = (witness.policy("large"), witness.policy())
+    assert one(witness.kept(), witness, boot_policies=several).error is None
+
+
+def test_the_model_s_name_is_the_host_s_word_without_the_owner_s_records(witness: Witness) -> None:
+    renamed = witness.kept(witness.start(1, model_version="2"))
+    found = one(renamed, witness, manifests=None)
+    assert found.error is None
+    assert any("host's word" in each for each in found.unchecked)
+
+
+def test_what_a_remote_verifier_said_is_not_believed(witness: Witness) -> None:
+    found = one(witness.kept(witness.start(1, remote="keylime")), witness)
+    assert any("a diagnosis" in each for each in found.unchecked)
+
+
+def test_each_start_has_its_own_result(witness: Witness) -> None:
+    kept = witness.kept(witness.start(1), witness.start(2, nonce=bytes(32)), witness.start(3))
+    assert [each.error is None for each in appraise_kept(kept, witness.references(), None)] == [True, False, True]
+
+
+def test_fuzz_no_flipped_bit_of_a_quote_is_accepted(witness: Witness) -> None:
+    start = witness.start()
+    quote = start.quote
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.sampled_from(["attest", "signature"]), st.integers(0, 10_000), st.integers(0, 7))
+    def run(name: str, place: int, bit: int) -> None:
+        data = bytearray(getattr(quote, name))
+        data[place % len(data)] ^= 1 << bit
+        changed = replace(start, quote=replace(quote, **{name: bytes(data)}))
+        refused(one(witness.kept(changed), witness), EvidenceRefused)
+
+    run()
+
+
+# --- the audit log ----------------------------------------------------------------------------------------------------
+
+
+def granted(start: StartEvidence, **changes: Any) -> Verified:
+    record = {
+        "event": "grant",
+        "container": CONTAINER,
+        "model": start.model_name,
+        "version": start.model_version,
+        "manifest": start.manifest_digest,
+        "quoted": start.audit_head.hex(),
+    }
+    return Verified({**record, **changes}, b"g" * 32)
+
+
+def test_the_audit_log_bears_it_out(witness: Witness) -> None:
+    start = witness.start()
+    log = [Verified({"event": "closed"}, HEAD), Verified({"event": "closed"}, b"x" * 32), granted(start)]
+    found = one(witness.kept(start), witness, log)
+    assert found.error is None
+    assert found.unchecked == ()
+    first = witness.start(1, head=EMPTY_HEAD)
+    assert one(witness.kept(first), witness, [granted(first)]).error is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"event": "refuse"}, {"container": "x"}, {"model": "x"}, {"version": "2"}, {"manifest": "x"}, {"quoted": ""}],
+)
+def test_a_start_that_the_host_did_not_log_is_refused(witness: Witness, changes: dict[str, str]) -> None:
+    start = witness.start()
+    log = [Verified({"event": "closed"}, HEAD), granted(start, **changes)]
+    assert "no grant" in refused(one(witness.kept(start), witness, log), EvidenceRefused)
+
+
+def test_another_log_or_order_is_refused(witness: Witness) -> None:
+    start = witness.start()
+    logs: Iterator[list[Verified]] = iter(([], [granted(start)], [Verified({}, b"x" * 32), granted(start)]))
+    for log in logs:
+        assert "no record with the head" in refused(one(witness.kept(start), witness, log), EvidenceRefused)
+    backwards = [granted(start), Verified({}, HEAD)]
+    assert "no grant" in refused(one(witness.kept(start), witness, backwards), EvidenceRefused)
