@@ -11,6 +11,7 @@ from typing import Any
 
 from oci_hook.documents import Fields
 from oci_hook.errors import SczError
+from oci_hook.tee_policy import TeePolicy, parse_tee_policy, tee_policy_document
 from oci_hook.trust import PLAIN_TEXT
 
 RUNTIMES = ("runc", "crun", "runsc", "kata", "process")
@@ -31,7 +32,10 @@ class AcceptedIdentity:
 
 @dataclass(frozen=True, slots=True)
 class AccessPolicy:
-    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised."""
+    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised.
+
+    `tee` is what it asks of a trusted execution environment; None: nothing.
+    """
 
     identities: tuple[AcceptedIdentity, ...]
     token_age_seconds: int
@@ -39,6 +43,7 @@ class AccessPolicy:
     not_after: int | None
     runtimes: tuple[str, ...]
     share: bool
+    tee: TeePolicy | None = None
 
 
 def _identity(value: object, error: type[SczError]) -> AcceptedIdentity:
@@ -76,6 +81,7 @@ def parse_access_policy(value: object, *, error: type[SczError]) -> AccessPolicy
             else ()
         ),
         share=fields.boolean("share"),
+        tee=parse_tee_policy(fields.take("tee"), error=error) if fields.has("tee") else None,
     )
     fields.finish()
     if policy.not_before is not None and policy.not_after is not None and policy.not_before >= policy.not_after:
@@ -104,4 +110,6 @@ def access_policy_document(policy: AccessPolicy) -> dict[str, Any]:
         document["not_after"] = policy.not_after
     if policy.runtimes:
         document["runtimes"] = list(policy.runtimes)
+    if policy.tee is not None:
+        document["tee"] = tee_policy_document(policy.tee)
     return document

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from oci_hook.attestation.appraisal import appraise_evidence
+from oci_hook.attestation.appraisal import AttestationResult, appraise_evidence
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.deadline import Standby
-from oci_hook.attestation.evidence import qualifying_data
+from oci_hook.attestation.evidence import Evidence, qualifying_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.audit import AuditLog
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
@@ -66,7 +66,10 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """One model that one container may have: made by `admit` alone, used by the delivery, then gone."""
+    """One model that one container may have: made by `admit` alone, used by the delivery, then gone.
+
+    `tee` says what a TEE's report had to do with it: `sev-snp` was appraised, `sev_guest (not appraised)` was there.
+    """
 
     request: ModelRequest
     manifest: Manifest
@@ -74,6 +77,8 @@ class Admission:
     identity: Identity
     content_key: ContentKey
     audit_head: bytes
+    evidence_digest: bytes = b""
+    tee: str = ""
 
     def delivery(self) -> ModelDelivery:
         """What the delivery needs of it."""
@@ -139,11 +144,32 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     tpm = HostTpm(host.config, host.device, host.standby)
     nonce = host.random(32)
     extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
-    evidence = tpm.collect_evidence(boot_policy, extra_data)
-    result = appraise_evidence(evidence, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy)
+    #    So does the hardware of a TEE for its guest, where there is one; the owner may insist.
+    evidence, result = _attest(tpm, manifest, boot_policy, extra_data, now)
     # 10. The TPM itself, by the sealed object's policy, releases the key.
     content_key = release_key(result, identity, tpm=tpm, grant=grant, owner=owner)
-    return Admission(request, manifest, layout, identity, content_key, head.digest)
+    return Admission(
+        request, manifest, layout, identity, content_key, head.digest, result.evidence_digest, _tee_of(evidence, result)
+    )
+
+
+def _attest(
+    tpm: HostTpm, manifest: Manifest, boot_policy: BootPolicy, extra_data: bytes, now: float
+) -> tuple[Evidence, AttestationResult]:
+    asked = manifest.access.tee
+    evidence = tpm.collect_evidence(boot_policy, extra_data)
+    evidence = tpm.add_tee_report(evidence, extra_data, required=asked is not None)
+    expectation = tpm.tee_expectation(asked, now)
+    result = appraise_evidence(
+        evidence, ak=tpm.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy, tee=expectation
+    )
+    return evidence, result
+
+
+def _tee_of(evidence: Evidence, result: AttestationResult) -> str:
+    if result.tee is not None:
+        return result.tee.kind
+    return f"{evidence.tee.provider} (not appraised)" if evidence.tee is not None else ""
 
 
 def _verify_access_window(manifest: Manifest, now: float) -> None:

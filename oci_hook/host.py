@@ -231,6 +231,7 @@ def audit_grants(host: Host, container: Container, admissions: Sequence[Admissio
             issuer=admission.identity.issuer.issuer,
             subject=admission.identity.subject,
             quoted=admission.audit_head.hex(),
+            **({"tee": admission.tee, "evidence": admission.evidence_digest.hex()} if admission.tee else {}),
         )
         model = f"{admission.manifest.model.name}:{admission.manifest.model.version}"
         tell(
