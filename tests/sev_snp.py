@@ -107,7 +107,7 @@ def certificate(
     ca: int | None = None,
     may_sign: bool = True,
     amd: dict[str, bytes] | None = None,
-    dates: tuple[datetime, datetime] = (NOW - timedelta(days=400), NOW + timedelta(days=400)),
+    dates: tuple[datetime, datetime] = (NOW - timedelta(days=4000), NOW + timedelta(days=12000)),
     pss: padding.PSS | None = PSS,
     hash_: hashes.HashAlgorithm | None = None,
 ) -> bytes:
