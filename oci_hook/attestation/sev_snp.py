@@ -3,7 +3,7 @@
 Pure: bytes in, frozen values out. Versions 2 to 5 are known; of another one, and of a bit that is reserved there, is
 refused, as nobody here knows what it would say. Whether a report is acceptable is for `tee` to say, whose key signed it
 for `sev_snp_chain`.
-Specification: AMD 56860, SEV Secure Nested Paging Firmware ABI, 1.58: "ATTESTATION_REPORT", "Guest Policy",
+Specification: AMD 56860, SEV Secure Nested Paging Firmware ABI: "ATTESTATION_REPORT", "Guest Policy",
 "TCB_VERSION", "ECDSA P-384 with SHA-384".
 """
 
