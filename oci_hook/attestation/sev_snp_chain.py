@@ -155,7 +155,7 @@ def _verify(
     kind = report.signing_key
     ark, ask, leaf = (_load(certificates[role], role, error) for role in ("ark", "ask", kind))
     # 1. The root's key is one that the owner pinned, and it signed itself.
-    root = hashlib.sha256(ark.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
+    root = _digest(ark)
     if root not in roots:
         raise error(f"SEV-SNP certificates: the root's key {root.hex()} is none that the model's owner accepts")
     _verify_issued(ark, ark, "ark", error)
@@ -181,6 +181,36 @@ def _verify(
     # 7. It is of the chip that the report names, or of a cloud that the owner accepts.
     _verify_holder(leaf, report, product, vlek_providers, error)
     return Endorsement(key, kind, product, tcb, root)
+
+
+def claimed_by(
+    certificates: Mapping[Role, bytes], kind: SigningKey, *, error: type[SczError]
+) -> tuple[bytes, str | None]:
+    """What certificates say of themselves, for a person to compare: nothing of it is verified here.
+
+    Args:
+        certificates: As for `verify_endorsement`.
+        kind: The report's signing key.
+        error: What to raise.
+
+    Returns:
+        The digest of the root's key; of a VLEK the cloud that it calls its own.
+
+    Raises:
+        SczError: The class `error`: one is malformed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ark, leaf = (_load(certificates[role], role, error) for role in ("ark", kind))
+            return _digest(ark), _ia5(leaf, "5", error) if kind == "vlek" else None
+    except _X509_RAISES as cause:
+        raise error("SEV-SNP certificates: one is malformed") from cause
+
+
+def _digest(certificate: x509.Certificate) -> bytes:
+    key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(key).digest()
 
 
 def _load(der: bytes, role: str, error: type[SczError]) -> x509.Certificate:

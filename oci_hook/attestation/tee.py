@@ -21,7 +21,7 @@ from oci_hook.key_errors import TeeRefused, TeeUnavailable
 from oci_hook.tee_policy import SEV_SNP, TeePolicy
 
 SEV_GUEST: Final = "sev_guest"  # configfs-tsm's name of the format
-_TCBS: Final = ("reported", "current", "committed", "launch")
+TCBS: Final = ("reported", "current", "committed", "launch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +60,10 @@ def appraise_tee(report: TeeReport | None, *, expected_data: bytes, expectation:
     # 1. There is a report, of the kind that the owner asks for.
     if report is None:
         raise TeeUnavailable("the model's owner asks for an SEV-SNP guest, and this machine gives no report of a TEE")
-    if report.provider != SEV_GUEST:
-        raise TeeUnavailable(f"the model's owner asks for an SEV-SNP guest; reports here are of {report.provider}")
+    verify_provider(report)
     # 2. It is well-formed. 3. Its certificates end in a root that the owner pinned.
     parsed = parse_report(report.report, error=TeeRefused)
-    certificates = {**kept, **parse_table(report.certificates, error=TeeRefused)}
-    missing = [role for role in ("ark", "ask", parsed.signing_key) if role not in certificates]
-    if missing:
-        raise TeeUnavailable(
-            f"neither the hypervisor nor this host's store has the certificates {', '.join(missing)}",
-            remedy="let the hypervisor hand them over, or put AMD's into the folder tee of the store (docs/tee.md)",
-        )
+    certificates = certificates_for(parsed, report, kept)
     endorsement = verify_endorsement(
         certificates,
         parsed,
@@ -90,6 +83,33 @@ def appraise_tee(report: TeeReport | None, *, expected_data: bytes, expectation:
     return AppraisedTee(SEV_SNP, endorsement.product, endorsement.kind, parsed.measurement, endorsement.tcb)
 
 
+def verify_provider(report: TeeReport) -> None:
+    """Verify that a report is of the one kind that is known here.
+
+    Raises:
+        TeeUnavailable: It is another hardware's.
+    """
+    if report.provider != SEV_GUEST:
+        raise TeeUnavailable(f"an SEV-SNP guest is asked for; reports here are of {report.provider}")
+
+
+def certificates_for(parsed: SnpReport, report: TeeReport, kept: Mapping[Role, bytes]) -> Mapping[Role, bytes]:
+    """The certificates that a report needs: the hypervisor's and, for roles that it does not have, those kept here.
+
+    Raises:
+        TeeRefused: The hypervisor's table is malformed.
+        TeeUnavailable: One is nowhere.
+    """
+    certificates = {**kept, **parse_table(report.certificates, error=TeeRefused)}
+    missing = [role for role in ("ark", "ask", parsed.signing_key) if role not in certificates]
+    if missing:
+        raise TeeUnavailable(
+            f"neither the hypervisor nor this host's store has the certificates {', '.join(missing)}",
+            remedy="let the hypervisor hand them over, or put AMD's into the folder tee of the store (docs/tee.md)",
+        )
+    return certificates
+
+
 def _verify_guest(report: SnpReport, policy: TeePolicy) -> None:
     # 6. It was launched from what the owner knows.
     if report.measurement not in policy.measurements:
@@ -104,7 +124,7 @@ def _verify_guest(report: SnpReport, policy: TeePolicy) -> None:
 
 
 def _verify_tcb(report: SnpReport, product: Product, policy: TeePolicy) -> None:
-    levels = {name: parse_tcb(raw, product, error=TeeRefused) for name, raw in zip(_TCBS, report.tcbs, strict=True)}
+    levels = {name: parse_tcb(raw, product, error=TeeRefused) for name, raw in zip(TCBS, report.tcbs, strict=True)}
     if policy.minimum_tcb and product not in policy.minimum_tcb:
         raise TeeRefused(f"the model's owner names patch levels, and none for {product}")
     minimum = policy.minimum_tcb.get(product, {})

@@ -38,6 +38,7 @@ _MODULES = {
     "cdi": "cdi",
     "sweep": "sweep",
     "doctor": "doctor",
+    "tee": "tee",
     "ps": "containers",
     "release": "release",
     "metrics": "metrics",
