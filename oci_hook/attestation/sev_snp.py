@@ -35,7 +35,6 @@ _POLICY_ONE: Final = 1 << 17  # reserved, must be one
 _POLICY_KNOWN: Final = (1 << 26) - 1
 _POLICY_MIGRATION, _POLICY_DEBUG = 1 << 18, 1 << 19
 _PLATFORM_KNOWN: Final = 0b1011_1111
-_KEY_MASKED: Final = 1 << 1
 _SIGNING_KEYS: Final[dict[int, SigningKey]] = {0: "vcek", 1: "vlek"}  # 7: none
 
 # Version 3 added the processor's family, model and stepping, version 5 two mitigation vectors; zero before.
@@ -68,7 +67,7 @@ class SnpReport:
         vmpl: The privilege level that asked.
         report_data: What the guest gave, 64 bytes.
         measurement: Of the launch, 48 bytes.
-        chip_id: 64 bytes; None if the host has it masked.
+        chip_id: 64 bytes; None if the host has it masked (MaskChipId: zeros).
         tcbs: Reported, current, committed and at launch, in this order.
         signature: r and s.
     """
@@ -130,7 +129,7 @@ def parse_report(data: bytes, *, error: type[SczError]) -> SnpReport:
     r, s = (data[low : low + _NUMBER_BYTES] for low in (SIGNED_BYTES, SIGNED_BYTES + _NUMBER_BYTES))
     if any(r[_P384_BYTES:] + s[_P384_BYTES:]):
         raise error("SEV-SNP report: the signature's numbers are longer than the curve's")
-    chip_id = _chip_id(data[0x1A0:0x1E0], masked=bool(key_info & _KEY_MASKED), error=error)
+    chip_id = data[0x1A0:0x1E0]
     return SnpReport(
         version=version,
         guest_svn=guest_svn,
@@ -140,17 +139,11 @@ def parse_report(data: bytes, *, error: type[SczError]) -> SnpReport:
         product=_product(data[0x188], data[0x189], error) if version >= 3 else None,
         report_data=data[0x50:0x90],
         measurement=data[0x90:0xC0],
-        chip_id=chip_id,
+        chip_id=chip_id if any(chip_id) else None,
         tcbs=(data[0x180:0x188], data[0x38:0x40], data[0x1E0:0x1E8], data[0x1F0:0x1F8]),
         signed=data[:SIGNED_BYTES],
         signature=(int.from_bytes(r, "little"), int.from_bytes(s, "little")),
     )
-
-
-def _chip_id(value: bytes, *, masked: bool, error: type[SczError]) -> bytes | None:
-    if masked != (not any(value)):
-        raise error("SEV-SNP report: the chip's number and its mask disagree")
-    return None if masked else value
 
 
 def _product(family: int, model: int, error: type[SczError]) -> Product:

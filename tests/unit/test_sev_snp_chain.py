@@ -191,6 +191,12 @@ def test_names_that_do_not_fit(role: str, changes: dict[str, Any]) -> None:
     refused({**MILAN.chain(), "vcek": getattr(MILAN, role)(**changes)}, "are no chain of a vcek")
 
 
+def test_a_product_s_name_without_its_stepping() -> None:
+    turin = of("Turin")
+    amd = {**extensions("Turin", hwid=turin.chip), "2": ia5("Turin")}  # as AMD writes it
+    assert verify({**turin.chain(), "vcek": turin.leaf(amd=amd)}, turin.report()).product == "turin"
+
+
 def test_a_chain_of_another_product_than_the_report() -> None:
     refused(MILAN.chain(), "they are of milan, the report of genoa", report=of("Genoa").report())
 
@@ -203,7 +209,9 @@ def test_vleks_need_the_owner_s_word_and_an_intermediate_of_their_own() -> None:
     # What signed a cloud's keys cannot sign a chip's, whatever that chip's certificate says.
     forged = replace(VLEK, kind="vlek").leaf(subject="SEV-VCEK", amd=extensions("Milan"))
     refused({"ark": VLEK.ark(), "ask": VLEK.ask(), "vcek": forged}, "are no chain of a vcek")
-    assert verify(VLEK.chain(), VLEK.report(key_info=4 | 2, chip_id=bytes(64)), providers=("cloud-1",)).kind == "vlek"
+    for key_info in (4, 4 | 2):
+        masked = VLEK.report(key_info=key_info, chip_id=bytes(64))
+        assert verify(VLEK.chain(), masked, providers=("cloud-1",)).kind == "vlek"
 
 
 @pytest.mark.parametrize("oid", ["3.1", "3.2", "3.3", "3.8"])
@@ -215,7 +223,9 @@ def test_other_patch_levels_than_the_report_s(oid: str, product: str) -> None:
 
 
 def test_a_chip_s_number_that_is_masked_or_another() -> None:
-    refused(MILAN.chain(), "masks the chip's number", report=MILAN.report(key_info=2, chip_id=bytes(64)))
+    for key_info in (0, 2):
+        masked = MILAN.report(key_info=key_info, chip_id=bytes(64))
+        refused(MILAN.chain(), "masks the chip's number", report=masked)
     refused(MILAN.chain(), "another chip's", report=MILAN.report(chip_id=bytes(63) + b"\1"))
     turin = of("Turin")
     refused(turin.chain(), "another chip's", report=turin.report(chip_id=turin.chip[:63] + b"\1"))
