@@ -25,8 +25,10 @@ from tests.sev_snp import (
     REAL_ROOT,
     TCB,
     Maker,
+    ec_key,
     of,
     policy_document,
+    signature,
     table,
 )
 
@@ -122,6 +124,11 @@ def test_without_the_owner_s_word_no_vlek() -> None:
 
 def test_a_root_of_the_guest_s_own() -> None:
     refused(evidence(), "is none that the model's owner accepts", expected=expectation(roots=[REAL_ROOT.hex()]))
+
+
+def test_signed_by_another_key_than_the_certificate_s() -> None:
+    body = MILAN.report(DATA)[:0x2A0]
+    refused(replace(evidence(), report=body + signature(ec_key("other"), body)), "not signed by the key")
 
 
 def test_another_occasion() -> None:
