@@ -11,6 +11,7 @@ from typing import Any
 
 from oci_hook.documents import Fields
 from oci_hook.errors import SczError
+from oci_hook.tee_policy import TeePolicy, parse_tee_policy, tee_policy_document
 from oci_hook.trust import PLAIN_TEXT
 
 RUNTIMES = ("runc", "crun", "runsc", "kata", "process")
@@ -36,6 +37,7 @@ class AccessPolicy:
 
     `broker`: a key needs a broker's share beside the TPM's. `appraisal` is `keylime` if a remote verifier has to
     accept the evidence, too.
+    `tee` is what it asks of a trusted execution environment; None: nothing.
     """
 
     identities: tuple[AcceptedIdentity, ...]
@@ -46,6 +48,7 @@ class AccessPolicy:
     share: bool
     broker: bool = False
     appraisal: str | None = None
+    tee: TeePolicy | None = None
 
 
 def _identity(value: object, error: type[SczError]) -> AcceptedIdentity:
@@ -85,6 +88,7 @@ def parse_access_policy(value: object, *, error: type[SczError]) -> AccessPolicy
         share=fields.boolean("share"),
         broker=fields.boolean("broker") if fields.has("broker") else False,
         appraisal=fields.string("appraisal", pattern="|".join(APPRAISALS)) if fields.has("appraisal") else None,
+        tee=parse_tee_policy(fields.take("tee"), error=error) if fields.has("tee") else None,
     )
     fields.finish()
     if policy.not_before is not None and policy.not_after is not None and policy.not_before >= policy.not_after:
@@ -117,4 +121,6 @@ def access_policy_document(policy: AccessPolicy) -> dict[str, Any]:
         document["broker"] = True
     if policy.appraisal is not None:
         document["appraisal"] = policy.appraisal
+    if policy.tee is not None:
+        document["tee"] = tee_policy_document(policy.tee)
     return document

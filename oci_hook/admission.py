@@ -71,7 +71,8 @@ class Host:
 class Admission:
     """One model that one container may have: made by `admit` alone, used by the delivery, then gone.
 
-    `evidence` is what was appraised, for others to look at.
+    `evidence` is what was appraised, for others to look at. `tee` says what a TEE's report had to do with it: `sev-snp`
+    was appraised, `sev_guest (not appraised)` was there.
     """
 
     request: ModelRequest
@@ -81,6 +82,7 @@ class Admission:
     content_key: ContentKey
     audit_head: bytes
     evidence: StartEvidence
+    tee: str = ""
 
     def delivery(self) -> ModelDelivery:
         """What the delivery needs of it."""
@@ -150,7 +152,9 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     #     gives the other against the container's token.
     broker = ContainerAtBroker(host.config, container.token.data)
     content_key = release_key(result, identity, tpm=tpm, broker=broker, grant=grant, owner=owner)
-    return Admission(request, manifest, layout, identity, content_key, head.digest, evidence)
+    return Admission(
+        request, manifest, layout, identity, content_key, head.digest, evidence, _tee_of(evidence.quote, result)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +174,18 @@ def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult,
     """Quote and appraise; the result, and what it rests on, for others to look at."""
     manifest, token_hash, nonce = asked.manifest, asked.identity.token_hash, host.random(32)
     extra_data = qualifying_data(nonce, token_hash, asked.container_id, manifest.digest, asked.audit_head)
-    quote = tpm.collect_evidence(asked.boot_policy, extra_data)
-    result = appraise_evidence(quote, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=asked.boot_policy)
+    # So does the hardware of a TEE for its guest, where there is one; the owner may insist.
+    wanted = manifest.access.tee
+    quote = tpm.add_tee_report(
+        tpm.collect_evidence(asked.boot_policy, extra_data), extra_data, required=wanted is not None
+    )
+    result = appraise_evidence(
+        quote,
+        ak=host.device.ak,
+        expected_extra_data=extra_data,
+        boot_policy=asked.boot_policy,
+        tee=tpm.tee_expectation(wanted, asked.now),
+    )
     # 9a. If the owner wants that, a remote verifier says so, too. This host asks it about itself: a diagnosis.
     remote = manifest.access.appraisal
     if remote is not None:
@@ -193,6 +207,12 @@ def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult,
         remote=remote,
     )
     return result, evidence
+
+
+def _tee_of(evidence: Evidence, result: AttestationResult) -> str:
+    if result.tee is not None:
+        return result.tee.kind
+    return f"{evidence.tee.provider} (not appraised)" if evidence.tee is not None else ""
 
 
 def _appraise_remotely(quote: Evidence, extra_data: bytes, host: Host) -> None:

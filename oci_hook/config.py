@@ -39,6 +39,7 @@ class Config:
     trust_directory: str = "/etc/scz-smm/trust"
     runtime_directory: str = "/run/scz-smm"
     audit_file: str = "/var/log/scz-smm/audit.jsonl"
+    tsm_directory: str = "/sys/kernel/config/tsm/report"
     nri_engine: Engine = "containerd"
     nri_socket: str = "/var/run/nri/nri.sock"
     nri_vm_handlers: tuple[str, ...] = ("kata*",)
@@ -99,6 +100,7 @@ def parse_config(data: bytes) -> Config:
         trust_directory=text(paths, "trust", default.trust_directory, _ABSOLUTE),
         runtime_directory=text(paths, "runtime", default.runtime_directory, _ABSOLUTE),
         audit_file=text(paths, "audit", default.audit_file, _ABSOLUTE),
+        tsm_directory=text(paths, "tsm", default.tsm_directory, _ABSOLUTE),
         nri_engine=cast(Engine, text(nri, "engine", default.nri_engine, "containerd|cri-o")),
         nri_socket=text(nri, "socket", default.nri_socket, _ABSOLUTE),
         nri_vm_handlers=patterns(nri, "vm_handlers", default.nri_vm_handlers),

@@ -8,22 +8,33 @@ whatever happens to it, the lock goes with it.
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from oci_hook.attestation.appraisal import AttestationResult
 from oci_hook.attestation.boot_policy import BootForm, BootPolicy
 from oci_hook.attestation.deadline import Standby, with_deadline
-from oci_hook.attestation.evidence import Evidence
+from oci_hook.attestation.evidence import Evidence, tee_report_data
 from oci_hook.attestation.host_device import HostDevice
-from oci_hook.attestation.transactions import quote_request, read_quote, unseal_request
+from oci_hook.attestation.transactions import quote_request, read_quote, tee_request, unseal_request
 from oci_hook.broker import ContainerAtBroker
 from oci_hook.bundle.grant import Grant, unwrap_content_key
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.config import Config
+from oci_hook.errors import TpmTimeout
 from oci_hook.identity.token import Identity
+from oci_hook.key_errors import TeeUnavailable
 from oci_hook.standby import transaction
+from oci_hook.tee_policy import TeePolicy
 from oci_hook.trust import Owner
+
+if TYPE_CHECKING:
+    from oci_hook.attestation.tee import TeeExpectation
+
+_TEE_MARGIN_SECONDS = 5.0  # the report's own deadline comes first, and leaves the process that serves requests alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,52 @@ class HostTpm:
         """
         return read_quote(self._ask(quote_request(self.device, boot_policy.forms, extra_data)))
 
+    def add_tee_report(self, evidence: Evidence, extra_data: bytes, *, required: bool) -> Evidence:
+        """Let a TEE's report over the same data and this quote join the evidence, where the machine can make one.
+
+        Args:
+            evidence: A quote for this start.
+            extra_data: The 32 bytes that bind it to this start.
+            required: Whether the model's owner asks for a report; else none is as good as one.
+
+        Raises:
+            TeeUnavailable: It is required, and there is none.
+        """
+        directory = self.config.tsm_directory
+        if not os.path.isdir(directory):
+            return evidence
+        from oci_hook.attestation.tee_collection import read_tee_report
+
+        seconds = self.config.tpm_timeout_seconds
+        data = tee_report_data(extra_data, evidence.quote_digest)
+        try:
+            answer = self._ask(tee_request(directory, data, seconds), seconds + _TEE_MARGIN_SECONDS)
+            return replace(evidence, tee=read_tee_report(answer))
+        except TeeUnavailable:
+            if required:
+                raise
+            return evidence
+        except TpmTimeout as cause:
+            raise TeeUnavailable("configfs-tsm does not answer") from cause
+
+    def tee_expectation(self, policy: TeePolicy | None, now: float) -> TeeExpectation | None:
+        """What a TEE's report is held against; None: the model's owner asks for none.
+
+        Args:
+            policy: Of the access policy.
+            now: Seconds since 1970.
+
+        Raises:
+            TeeUnavailable: A certificate that is kept here cannot be used.
+        """
+        if policy is None:
+            return None
+        from oci_hook.attestation.tee import TeeExpectation
+        from oci_hook.attestation.tee_collection import load_certificates
+
+        kept = load_certificates(os.path.join(self.config.store_directory, "tee"))
+        return TeeExpectation(policy, kept, datetime.fromtimestamp(now, UTC))
+
     def unseal(self, grant: Grant, form: BootForm, owner: Owner) -> bytes:
         """The 32-byte secret that the grant's owner sealed to this device.
 
@@ -68,8 +125,8 @@ class HostTpm:
             )
         )
 
-    def _ask(self, request: bytes) -> bytes:
-        seconds = self.config.tpm_timeout_seconds
+    def _ask(self, request: bytes, seconds: float | None = None) -> bytes:
+        seconds = self.config.tpm_timeout_seconds if seconds is None else seconds
         if self.standby is not None:
             return self.standby.ask(request, seconds)
         perform = transaction(self.config)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from oci_hook.attestation.boot_policy import BootForm, BootPolicy
-from oci_hook.attestation.evidence import Evidence, verify_quote
+from oci_hook.attestation.evidence import Evidence, tee_report_data, verify_quote
 from oci_hook.attestation.structures import Public
 from oci_hook.errors import BootStateRefused, EvidenceRefused
+
+if TYPE_CHECKING:
+    from oci_hook.attestation.tee import AppraisedTee, TeeExpectation
 
 # UAPI group, "Linux TPM PCR registry", and GRUB's manual.
 PCR_WORDS: Final[Mapping[int, str]] = {
@@ -45,13 +48,15 @@ _SIGN_REMEDY: Final = (
 
 @dataclass(frozen=True, slots=True)
 class AttestationResult:
-    """Proof that the seven checks passed: the form that the machine is in, and the evidence's digest (32 bytes).
+    """Proof that the checks passed: the form that the machine is in, and the evidence's digest (32 bytes).
 
-    Only `appraise_evidence` makes one, so that what asks for it can not run before the appraisal.
+    `tee` is what a TEE's report proved, where the model's owner asks for one. Only `appraise_evidence` makes a result,
+    so that what asks for it can not run before the appraisal.
     """
 
     form: BootForm
     evidence_digest: bytes
+    tee: AppraisedTee | None = None
     maker: InitVar[object] = None
 
     def __post_init__(self, maker: object) -> None:
@@ -95,15 +100,21 @@ def _state_refused(form: BootForm, differing: tuple[int, ...]) -> BootStateRefus
 
 
 def appraise_evidence(
-    evidence: Evidence, *, ak: Public, expected_extra_data: bytes, boot_policy: BootPolicy
+    evidence: Evidence,
+    *,
+    ak: Public,
+    expected_extra_data: bytes,
+    boot_policy: BootPolicy,
+    tee: TeeExpectation | None = None,
 ) -> AttestationResult:
-    """Run the seven checks.
+    """Run the seven checks, and those of a TEE's report where the model's owner asks for one.
 
     Args:
         evidence: The quote and the PCR values beside it.
         ak: The attestation key, as enrolled.
         expected_extra_data: `qualifying_data` of this start, 32 bytes.
         boot_policy: Verified; its values are the reference values.
+        tee: What the access policy asks of a TEE; None: nothing, and a report that is there is not looked at.
 
     Returns:
         The result, with the form that the machine is in.
@@ -111,6 +122,7 @@ def appraise_evidence(
     Raises:
         EvidenceRefused: Checks 1 to 6: it is no quote, or does not say what was asked.
         BootStateRefused: Check 7: a genuine quote of a state that is not approved; the message names the PCRs.
+        TeeRefused, TeeUnavailable: Of `tee.appraise_tee`.
     """
     # 1. A TPM made it, as a quote. 2. The enrolled attestation key signed it. 3. It was made for this start: nonce,
     #    token, container, manifest and audit log are in the extraData. 4. The signer is no other key (qualifiedSigner).
@@ -124,4 +136,10 @@ def appraise_evidence(
     differing = differing_pcrs(form, evidence.pcrs)
     if differing:
         raise _state_refused(form, differing)
-    return AttestationResult(form, evidence.digest, maker=_MADE_HERE)
+    appraised = None
+    if tee is not None:
+        from oci_hook.attestation.tee import appraise_tee  # certificates: an import that other starts need not pay
+
+        data = tee_report_data(expected_extra_data, evidence.quote_digest)
+        appraised = appraise_tee(evidence.tee, expected_data=data, expectation=tee)
+    return AttestationResult(form, evidence.digest, appraised, maker=_MADE_HERE)

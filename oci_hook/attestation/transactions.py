@@ -1,5 +1,7 @@
 """The hook's two transactions with the TPM, a quote and a release, as requests for a process that does them.
 
+A TEE's report is a third: none with the TPM, but as slow, and made by whoever holds no key either.
+
 A request is JSON from this program to a child of its own (`deadline`), so that the child may be forked before anything
 is known that the request says. It carries no secret. What comes back is bytes. Specification: docs/specification.md,
 "Evidence at a container's start" and "TPM policy".
@@ -64,8 +66,13 @@ def unseal_request(
     )
 
 
+def tee_request(directory: str, data: bytes, seconds: float) -> bytes:
+    """A request for `tee_collection.collect_report`, which says what each of these is."""
+    return canonical({"tee": data.hex(), "directory": directory, "seconds": seconds})
+
+
 def perform(request: bytes, *, tcti: str, lock_file: str, timeout_seconds: float) -> bytes:
-    """Do what a request asks for: one transaction, under the TPM's lock.
+    """Do what a request asks for: one transaction, under the TPM's lock if it is the TPM's.
 
     Args:
         request: As the functions above make it.
@@ -74,15 +81,19 @@ def perform(request: bytes, *, tcti: str, lock_file: str, timeout_seconds: float
         timeout_seconds: How long to wait for the lock.
 
     Returns:
-        A quote for `read_quote`, or the secret.
+        A quote for `read_quote`, the secret, or a report for `read_tee_report`.
 
     Raises:
         Refused: The TPM says no.
         CouldNotTell: The TPM is away, slow, locked out or faulty.
     """
+    asked = json.loads(request)
+    if "tee" in asked:
+        from oci_hook.attestation.tee_collection import collect_report
+
+        return collect_report(asked["directory"], bytes.fromhex(asked["tee"]), asked["seconds"])
     from oci_hook.attestation.tpm import open_tpm
 
-    asked = json.loads(request)
     device = parse_host_device(asked["device"].encode())
     forms = [_form(document) for document in asked["forms"]]
     with open_tpm(tcti, lock_file, timeout_seconds=timeout_seconds) as tpm:

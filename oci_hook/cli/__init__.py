@@ -39,6 +39,7 @@ _MODULES = {
     "cdi": "cdi",
     "sweep": "sweep",
     "doctor": "doctor",
+    "tee": "tee",
     "ps": "containers",
     "release": "release",
     "evidence": "evidence",

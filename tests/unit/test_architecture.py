@@ -39,7 +39,7 @@ FLOORS = {
         "invocation",
         "disk_space",
     },
-    2: {"access_policy", "trust", "oci/", "linux/", "openbao"},
+    2: {"access_policy", "tee_policy", "trust", "oci/", "linux/", "openbao"},
     3: {"held", "evidence_files", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "boot_signatures",
