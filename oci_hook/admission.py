@@ -20,16 +20,18 @@ from oci_hook.audit import AuditLog
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest, model_document
+from oci_hook.bundle.revocations import Revocations
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import ModelDelivery
-from oci_hook.errors import AccessWindowRefused, ClockRefused, RequirementRefused
+from oci_hook.errors import AccessWindowRefused, BootPolicyRefused, ClockRefused, RequirementRefused
 from oci_hook.identity.binding import Bindings, verify_pod_binding
 from oci_hook.identity.sources import TokenFile
 from oci_hook.identity.token import Identity, verify_token
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.provenance import verified_manifest, verify_device
 from oci_hook.release import HostTpm, release_key
+from oci_hook.revoked import is_of_device, load_list, verify_generation, verify_in_force
 from oci_hook.store import Store
 from oci_hook.trust import Issuer, Owner
 
@@ -121,6 +123,8 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     grant = _verified_grant(manifest, owner, host)
     # 5. The owner signed a boot policy for this model line and device class.
     boot_policy = _verified_boot_policy(manifest, owner, grant, host)
+    #    Nor has the owner revoked this version: the list says so, the counter beside the quote that it is the latest.
+    revocations = _revocations(manifest, owner, grant, host)
     # 6. The container's token is by a trusted issuer, fresh, and names a workload of the access policy.
     identity = verify_token(
         container.token.data,
@@ -139,8 +143,9 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     tpm = HostTpm(host.config, host.device, host.standby)
     nonce = host.random(32)
     extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
-    evidence = tpm.collect_evidence(boot_policy, extra_data)
+    evidence = tpm.collect_evidence(boot_policy, extra_data, grant.counter.index)
     result = appraise_evidence(evidence, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy)
+    verify_in_force(revocations, evidence.counter, host.device.counter_values.get(owner.owner_id))
     # 10. The TPM itself, by the sealed object's policy, releases the key.
     content_key = release_key(result, identity, tpm=tpm, grant=grant, owner=owner)
     return Admission(request, manifest, layout, identity, content_key, head.digest)
@@ -170,11 +175,26 @@ def _verified_grant(manifest: Manifest, owner: Owner, host: Host) -> Grant:
     return grant
 
 
+def _revocations(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> Revocations | None:
+    """The list of this enrolment, if there is one, and the check of the manifest's generation against it."""
+    found = load_list(host.store, owner)
+    if found is not None and not is_of_device(found, grant.ak_name, grant.counter.index, grant.counter.name):
+        found = None  # of an earlier enrolment: as if there were none, and the counter tells whether one is missing
+    verify_generation(found, manifest.model)
+    return found
+
+
 def _verified_boot_policy(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> BootPolicy:
     data = host.store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
-    return verify_boot_policy(
+    boot_policy = verify_boot_policy(
         parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
     )
+    if boot_policy.policy_ref != grant.policy_ref:
+        raise BootPolicyRefused(
+            f"the boot policy is of epoch {boot_policy.epoch}, the grant is not: the owner withdrew one of them",
+            remedy="`sczctl add` the owner's latest boot policy and grant of this model",
+        )
+    return boot_policy
 
 
 def _verify_binding(identity: Identity, container: Container, host: Host) -> None:

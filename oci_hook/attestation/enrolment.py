@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from oci_hook.attestation.attest import verify_attest
+from oci_hook.attestation.attest import parse_attest, verify_attest
 from oci_hook.attestation.device_record import COUNTER_LIMIT, DeviceRecord
 from oci_hook.attestation.ek_chain import CaCertificates, EkCertificate, verify_ek_certificate
 from oci_hook.attestation.enrolment_documents import (
@@ -170,6 +170,7 @@ def verify_answer(
             selections=[MEASURED_PCRS],
             error=EnrolmentRefused,
         )
+    attest = parse_attest(answer.quote.attest, error=EnrolmentRefused)
     return DeviceRecord(
         device=request.device,
         device_class=device_class,
@@ -181,6 +182,8 @@ def verify_answer(
         counter=request.counter,
         counter_value=value,
         pcrs=answer.quote.pcrs,
+        resets=attest.reset_count,
+        clock_ms=attest.clock,
     )
 
 

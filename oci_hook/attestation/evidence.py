@@ -21,11 +21,16 @@ _LABEL: Final = b"scz-smm/evidence/v1"
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A quote: TPMS_ATTEST, TPMT_SIGNATURE, and the PCR values (SHA-256 bank) that were read beside it."""
+    """A quote: TPMS_ATTEST, TPMT_SIGNATURE, and the PCR values (SHA-256 bank) that were read beside it.
+
+    `counter` is the owner's counter as the bus delivered it in the same transaction, if it was asked for and there is
+    one; no signature covers it: the TPM enforces the grant's maximum itself.
+    """
 
     attest: bytes
     signature: bytes
     pcrs: Mapping[int, bytes]
+    counter: int | None = None
 
     @property
     def digest(self) -> bytes:

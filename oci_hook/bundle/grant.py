@@ -21,6 +21,7 @@ from oci_hook.bundle.segments import KEY_BYTES, TAG_BYTES, ContentKey
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid, GrantInvalid, GrantRefused, KeyRefused, SczError
 from oci_hook.jws import UnverifiedJws, parse_document, verify_compact
+from oci_hook.lease import Lease, parse_lease
 from oci_hook.trust import NAME, NAME_LIMIT, Owner
 
 GRANT_TYP = "scz-smm-grant+jwt"
@@ -68,6 +69,7 @@ class Grant:
     counter: Counter
     sealed: SealedKey
     wrapped_key: bytes = field(repr=False)
+    lease: Lease | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ def _parse_payload(payload: bytes, *, owner_id: str, error: type[SczError]) -> G
             seed=sealed.base64url("seed", low=1, high=_TPM_LIMIT_BYTES),
         ),
         wrapped_key=fields.base64url("wrapped_key", low=WRAPPED_BYTES, high=WRAPPED_BYTES),
+        lease=parse_lease(fields, "lease", error=error),
     )
     for part in (device, policy, counter, sealed, fields):
         part.finish()
@@ -200,6 +203,7 @@ def sign_grant(grant: Grant, *, key: ec.EllipticCurvePrivateKey) -> bytes:
                 "seed": encode_base64url(grant.sealed.seed),
             },
             "wrapped_key": encode_base64url(grant.wrapped_key),
+            **({"lease": grant.lease.document()} if grant.lease else {}),
         }
     )
     _parse_payload(payload, owner_id=grant.owner_id, error=DeviceInvalid)

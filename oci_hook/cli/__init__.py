@@ -24,6 +24,8 @@ _MODULES = {
     "keygen": "owner",
     "pack": "packing",
     "grant": "owner",
+    "lease": "lease",
+    "revoke": "revoke",
     "inspect": "owner",
     "verify": "owner",
     "boot-policy": "boot_policy",

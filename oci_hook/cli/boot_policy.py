@@ -176,12 +176,14 @@ def sign(
     if not devices and not measured:
         raise click.UsageError("say which states: --device or --measured")
     verify_new_output(output)
-    states, classes = _states(OwnerRecords(Path(keys)), devices, measured)
+    records = OwnerRecords(Path(keys))
+    states, classes = _states(records, devices, measured)
     if device_class is None and len(classes) > 1:
         raise click.UsageError(f"the devices are of several classes ({', '.join(sorted(classes))}): give --class")
     signed_class = device_class or classes.pop()
     forms = list({tuple(state[pcr] for pcr in pcrs): {pcr: state[pcr] for pcr in pcrs} for state in states}.values())
     _verify_forms(forms)  # before a person is asked for the passphrase
+    epoch = records.load_line(model).epoch(signed_class)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     document = sign_boot_policy(
         forms,
@@ -190,10 +192,11 @@ def sign(
         device_class=signed_class,
         created=int(time.time()),
         key=keyring.boot_policy_key,
+        epoch=epoch,
     )
     write_output(output, document)
     if as_json:
-        print_json({"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms)})
+        print_json({"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms), "epoch": epoch})
         return
     listed = ",".join(str(pcr) for pcr in pcrs)
     click.echo(f"boot policy for {model}, device class {signed_class}: {len(forms)} approved state(s), PCRs {listed}")

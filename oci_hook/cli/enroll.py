@@ -220,6 +220,7 @@ def accept(answer_file: str, keys: str, ek_roots: str, device_class: str | None,
     from oci_hook.attestation.enrolment import verify_answer
     from oci_hook.attestation.enrolment_documents import parse_answer, parse_pending
     from oci_hook.owner.records import OwnerRecords
+    from oci_hook.owner.revoking import enrolled_again
 
     records = OwnerRecords(Path(keys))
     found = parse_answer(read_input(answer_file, DeviceInvalid))
@@ -233,6 +234,8 @@ def accept(answer_file: str, keys: str, ek_roots: str, device_class: str | None,
         device_class=device_class or "default",
     )
     state = _verify_same_tpm(records, record.device, record.ek_sha256, replace)
+    known = parse_device_record(records.load_device(record.device)) if record.device in records.devices() else None
+    record = enrolled_again(record, known, forget=replace)
     records.save_device(record.device, format_device_record(record))
     records.remove_pending(record.device)
     click.echo(

@@ -13,6 +13,7 @@ import click
 
 from oci_hook.cli import print_json
 from oci_hook.cli.completion import complete_devices, complete_packed
+from oci_hook.cli.lease import lease_in_words, lease_options, leased
 from oci_hook.cli.options import (
     JSON,
     KEYS,
@@ -86,6 +87,7 @@ def keygen(keys: str, name: str, passphrase_file: str | None, no_passphrase: boo
     default=None,
     help="Opens while the device's counter is at most this; default: its value at enrolment.",
 )
+@lease_options
 @OUTPUT
 @PASSPHRASE_FILE
 @JSON
@@ -94,15 +96,23 @@ def grant(
     keys: str,
     device: str,
     maximum: int | None,
+    lease_boots: int | None,
+    lease_hours: int | None,
+    lease_from: str | None,
     output: str,
     passphrase_file: str | None,
     as_json: bool,
 ) -> None:
-    """Wrap a model's content key for one device's TPM."""
+    """Wrap a model's content key for one device's TPM.
+
+    With a lease it opens for so many boots, or hours of powered-on time, and no longer: a bound for what is stolen, or
+    for a revocation that is withheld. Without --lease-boots a lease can be stretched by cutting the power.
+    """
     from oci_hook.attestation.device_record import parse_device_record
     from oci_hook.owner.granting import make_grant
     from oci_hook.owner.keyring import open_keyring
     from oci_hook.owner.records import OwnerRecords
+    from oci_hook.owner.revoking import remember_grant, verify_allowed
 
     name, version = model
     records = OwnerRecords(Path(keys))
@@ -113,19 +123,29 @@ def grant(
     )
     verify_new_output(output)
     record, content = parse_device_record(records.load_device(device)), records.load_content_key(name, version)
+    verify_allowed(records, content.model)
+    record, lease = leased(record, boots=lease_boots, hours=lease_hours, request_file=lease_from)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     made, compact = make_grant(
-        keyring, content, record, maximum=maximum, created=int(time.time()), random=secrets.token_bytes
+        keyring,
+        content,
+        record,
+        maximum=maximum,
+        created=int(time.time()),
+        random=secrets.token_bytes,
+        epoch=records.load_line(name).epoch(record.device_class),
+        lease=lease,
     )
+    remember_grant(records, record, made, compact)  # first: what nobody remembers cannot be revoked
     write_output(output, compact)
-    records.save_grant(made, compact)
     if as_json:
         granted = {"model": f"{name}:{version}", "device": device, "class": record.device_class}
-        print_json({**granted, "manifest": made.manifest_digest, "counter_maximum": made.counter.maximum})
+        bounds = {"counter_maximum": made.counter.maximum, "lease": lease.document() if lease else None}
+        print_json({**granted, "manifest": made.manifest_digest, **bounds})
         return
     click.echo(
         f"granted {name}:{version} to {device} (class {record.device_class}, "
-        f"while its counter is at most {made.counter.maximum})"
+        f"while its counter is at most {made.counter.maximum}{lease_in_words(lease)})"
     )
 
 

@@ -20,8 +20,36 @@ from oci_hook.bundle.layout import Layout
 from oci_hook.bundle.manifest import Manifest
 from oci_hook.bundle.segments import associated_data, decrypt_stream
 from oci_hook.errors import DeviceInvalid, KeyInvalid
+from oci_hook.lease import Lease
 from oci_hook.owner.keyring import Keyring, open_content_key
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
+
+STEP_LIMIT = 1000  # how far a revocation may count: below what a host counts in one go
+
+
+def boot_policy_key_name(keyring: Keyring) -> bytes:
+    """The Name of the owner's boot-policy key as a TPM object, 34 bytes."""
+    return b"\x00\x0b" + hashlib.sha256(ecdsa_signing_public(keyring.boot_policy_key.public_key())).digest()
+
+
+def _limit(device: DeviceRecord, maximum: int | None) -> int:
+    if device.revoked is not None:
+        raise DeviceInvalid(
+            f"the device {device.device} was revoked",
+            remedy="`sczctl enroll` it anew, with --replace at `accept`, if it is to have models again",
+        )
+    limit = device.counter_value if maximum is None else maximum
+    if limit < device.counter_value:
+        raise DeviceInvalid(
+            f"the counter of {device.device} is {device.counter_value} by now: the grant would never open",
+            remedy="leave --maximum away, or give that value or more",
+        )
+    if limit >= device.counter_value + STEP_LIMIT:
+        raise DeviceInvalid(
+            f"the counter of {device.device} is {device.counter_value}: a revocation could not count beyond {limit}",
+            remedy=f"give --maximum below {device.counter_value + STEP_LIMIT}",
+        )
+    return limit
 
 
 def make_grant(
@@ -32,6 +60,8 @@ def make_grant(
     maximum: int | None,
     created: int,
     random: Callable[[int], bytes],
+    epoch: int = 0,
+    lease: Lease | None = None,
 ) -> tuple[Grant, bytes]:
     """Make and sign a grant.
 
@@ -39,31 +69,29 @@ def make_grant(
         keyring: The owner's, opened.
         content: The model version's sealed content key.
         device: The enrolled device's record.
-        maximum: The highest value of the device's counter at which the grant opens; None: its value at enrolment.
+        maximum: The highest value of the device's counter at which it opens; None: the one that the owner knows.
         created: Seconds since 1970.
         random: Gives so many random bytes, as `os.urandom` does.
+        epoch: Of the boot policy of that model line and device class.
+        lease: The last boot and the last moment at which it opens; None: no such bound.
 
     Returns:
         The grant and its compact bytes.
 
     Raises:
         KeyInvalid: The content key is not this owner's.
-        DeviceInvalid: The device's counter has passed the maximum at its enrolment: the grant would never open.
+        DeviceInvalid: The device's counter has passed the maximum, or the device was revoked.
     """
-    limit = device.counter_value if maximum is None else maximum
-    if limit < device.counter_value:
-        raise DeviceInvalid(
-            f"the counter of {device.device} was {device.counter_value} at its enrolment: the grant would never open",
-            remedy="leave --maximum away, or give that value or more",
-        )
+    limit = _limit(device, maximum)
     content_key = open_content_key(
         content.sealed_key, manifest_digest=content.manifest_digest, recovery_key=keyring.recovery_key
     )
-    key_name = b"\x00\x0b" + hashlib.sha256(ecdsa_signing_public(keyring.boot_policy_key.public_key())).digest()
-    reference = policy_ref(content.model.name, device.device_class)
+    key_name = boot_policy_key_name(keyring)
+    reference = policy_ref(content.model.name, device.device_class, epoch)
     secret = random(SECRET_BYTES)
-    policy = sealed_object_policy(key_name, reference, device.counter.name, limit)
-    wrapped = wrap_secret(device.srk, secret, policy)
+    wrapped = wrap_secret(
+        device.srk, secret, sealed_object_policy(key_name, reference, device.counter.name, limit, lease)
+    )
     grant = Grant(
         model=content.model,
         manifest_digest=content.manifest_digest,
@@ -78,6 +106,7 @@ def make_grant(
         counter=Counter(index=device.counter.index, name=device.counter.name, maximum=limit),
         sealed=SealedKey(wrapped.public, wrapped.duplicate, wrapped.seed),
         wrapped_key=wrap_content_key(content_key, secret, content.manifest_digest, random(NONCE_BYTES)),
+        lease=lease,
     )
     return grant, sign_grant(grant, key=keyring.manifest_key)
 

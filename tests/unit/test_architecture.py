@@ -37,7 +37,7 @@ FLOORS = {
         "invocation",
         "disk_space",
     },
-    2: {"access_policy", "trust", "oci/", "linux/"},
+    2: {"access_policy", "lease", "trust", "oci/", "linux/"},
     3: {"held", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "provenance",
@@ -45,6 +45,7 @@ FLOORS = {
         "store",
         "trust_folder",
         "placement",
+        "revoked",
         "incoming",
         "intake",
         "release",

@@ -95,7 +95,7 @@ def test_without_a_maximum_the_value_at_enrolment_counts(owner: Owner) -> None:
 
 @pytest.mark.parametrize("maximum", [0, 2])
 def test_a_grant_that_could_never_open_is_not_made(owner: Owner, maximum: int) -> None:
-    with pytest.raises(DeviceInvalid, match="was 3") as caught:
+    with pytest.raises(DeviceInvalid, match="is 3") as caught:
         owner.make(maximum=maximum)
     assert "--maximum" in caught.value.advice
 
