@@ -108,8 +108,7 @@ class Intake:
     def take(self, incoming: Incoming) -> Taken:
         """Verify everything, then place it, lists of revocations first; at the end the counters are counted up.
 
-        From the moment that a list is here to the end of the count nothing of its owner starts (76): whatever ends this
-        in between, and whenever, the old state is whole or refuses, and the same call again goes on.
+        While a list is here and its count not at the end nothing of its owner starts (76); the same call again goes on.
 
         Raises:
             SczError: The first check that failed; nothing was placed.
@@ -121,8 +120,8 @@ class Intake:
         ):
             self._verify_room(incoming, folder)
             staged = [(self._stage(path, os.path.join(folder, str(n))), n) for n, path in enumerate(incoming.bundles)]
-            grants, policies = self._grants(incoming), self._policies(incoming)
             self._lists = self._verified_lists(incoming)
+            grants, policies = self._grants(incoming), self._policies(incoming)
             lists = [(each.revocations.owner_id, each.compact) for each in self._lists]
             documents = [(self._store.revocations_path(owner_id), data) for owner_id, data in lists]
             documents += [(self._store.grant_path(grant.manifest_digest), data) for grant, data in grants]
@@ -139,7 +138,7 @@ class Intake:
                 self._lists = self._verified_lists(incoming)  # again, as well
                 place(self._store, bundles, documents)
                 for each in self._lists:
-                    self._count_up(each)
+                    each.count_up()
         return taken
 
     def _taken(self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]) -> Taken:
@@ -154,10 +153,6 @@ class Intake:
 
     def _verified_lists(self, incoming: Incoming) -> list[IncomingList]:
         return verify_incoming(incoming.revocations, self._store, self._owners, self._device, self._counting)
-
-    def _count_up(self, each: IncomingList) -> None:
-        if self._counting is not None:
-            self._counting.raise_to(each.counter, each.revocations.value)
 
     # --- bundles ---
 
@@ -251,7 +246,13 @@ class Intake:
     # --- grants and boot policies: older ones first, so that the newest of several stays ---
 
     def _grants(self, incoming: Incoming) -> list[tuple[Grant, bytes]]:
-        grants = [(self._verified_grant(data), data) for data in incoming.grants]
+        grants = []
+        for data in incoming.grants:
+            try:
+                grants.append((self._verified_grant(data), data))
+            except ModelUnknown:
+                if not self._lists:  # a revocation grants anew what the device may have, whether it is here or not
+                    raise
         for grant, _ in grants:
             self._verify_newer(self._store.grant_path(grant.manifest_digest), grant.created, self._stored_grant_time)
         return sorted(grants, key=lambda item: item[0].created)

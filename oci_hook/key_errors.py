@@ -71,7 +71,7 @@ class RevocationsMissing(CouldNotTell):
         76,
         "the owner's list of revocations is missing, unusable, or not the one of the device's counter",
     )
-    remedy = "`sczctl add` the folder of the owner's latest revocation for this device, whole"
+    remedy = "`sczctl add` the folder of the owner's latest revocation for this device; if there was none, enrol again"
 
 
 def all_errors() -> dict[int, type[SczError]]:

@@ -133,11 +133,16 @@ def verify_in_force(revocations: Revocations | None, counter: int | None, enroll
 
 @dataclass(frozen=True, slots=True)
 class IncomingList:
-    """A list that may be applied, with its bytes and its owner's counter."""
+    """A list that may be applied, with its bytes, its owner's counter, and what counts that."""
 
     revocations: Revocations
     compact: bytes
     counter: NvPublic
+    counting: Counting
+
+    def count_up(self) -> None:
+        """Put the list in force, for good; see `Counting.raise_to`."""
+        self.counting.raise_to(self.counter, self.revocations.value)
 
 
 def verify_incoming(
@@ -167,7 +172,7 @@ def verify_incoming(
                 remedy="`sczctl add` the folder that the owner made for this device",
             )
         _verify_newer(revocations, store, owner, counting.value(counter))
-        found.append(IncomingList(revocations, compact, counter))
+        found.append(IncomingList(revocations, compact, counter, counting))
     return sorted(found, key=lambda each: (each.revocations.value, each.revocations.created))
 
 
@@ -226,13 +231,14 @@ def _reason(store: Store, owner: Owner, manifest_digest: str) -> str | None:
     """Why a model would be refused now, in one word of the documents that it is started by; None: it would not."""
     try:
         revocations = load_list(store, owner)
+        if revocations is None:
+            return None
         if not store.has_grant(manifest_digest):
-            return None if revocations is None else "no grant"
+            return "no grant"
         grant = verify_grant_signature(parse_grant(store.load_grant(manifest_digest)), owner=owner)
-        if revocations is not None:
-            if grant.counter.maximum < revocations.value:
-                return "revoked grant"
-            verify_generation(revocations, grant.model)
+        if grant.counter.maximum < revocations.value:
+            return "revoked grant"
+        verify_generation(revocations, grant.model)
         return None if _has_its_boot_policy(store, owner, grant) else "withdrawn boot policy"
     except GenerationRefused:
         return "revoked generation"

@@ -64,6 +64,11 @@ class UnverifiedRevocations:
     owner_id: str
     _jws: UnverifiedJws
 
+    @property
+    def unverified_payload(self) -> bytes:
+        """What it says, for `sczctl inspect`."""
+        return self._jws.unverified_payload
+
 
 def parse_revocations(compact: bytes) -> UnverifiedRevocations:
     """Take a list's compact bytes, at most 1 MiB, apart.

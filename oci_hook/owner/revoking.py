@@ -97,7 +97,9 @@ def remember_grant(records: OwnerRecords, record: DeviceRecord, grant: Grant, co
         FileUnreadable: The system said no.
     """
     highest = max(record.highest_maximum or 0, grant.counter.maximum)
-    records.save_device(record.device, format_device_record(replace(record, highest_maximum=highest)))
+    data = format_device_record(replace(record, highest_maximum=highest))
+    if data != records.load_device(record.device):
+        records.save_device(record.device, data)
     records.save_grant(grant, compact)
 
 
@@ -122,16 +124,20 @@ def plan_revocation(records: OwnerRecords, wanted: Wanted, *, now: int) -> Plan:
     for grant in records.grants():
         granted.setdefault(grant.device_name, []).append(grant)
     plans = []
+    manifests = {records.load_content_key(name, version).manifest_digest for name, version in records.content_keys()}
     for name in records.devices():
         record = parse_device_record(records.load_device(name))
-        whole = name in wanted.devices
+        whole = name in wanted.devices or record.revoked is not None
         # Grants to keys that the device had before it was enrolled again open no more; nothing is to be renewed.
         own = [grant for grant in granted[name] if (grant.ak_name, grant.srk_name) == (record.ak.name, record.srk.name)]
-        locked = tuple(grant for grant in own if whole or not _line(lines, grant.model.name).allows(grant.model))
+        locked = [grant for grant in own if whole or not _line(lines, grant.model.name).allows(grant.model)]
         withdrawn = any((grant.model.name, grant.device_class) in wanted.boot_policies for grant in own)
-        if locked or withdrawn or whole:
-            raised = replace(_counted_up(record, own), revoked=now if whole else record.revoked)
-            plans.append(DevicePlan(raised, locked, tuple(grant for grant in own if grant not in locked)))
+        if locked or withdrawn or name in wanted.devices:
+            raised = replace(_counted_up(record, own), revoked=now if name in wanted.devices else record.revoked)
+            # What was packed again, or whose key is gone, cannot be granted anew: it is locked with the rest.
+            locked += [grant for grant in own if grant not in locked and grant.manifest_digest not in manifests]
+            renewed = tuple(grant for grant in own if grant not in locked)
+            plans.append(DevicePlan(raised, tuple(locked), renewed))
     return Plan({name: line for name, line in lines.items() if line != before.get(name)}, tuple(plans))
 
 

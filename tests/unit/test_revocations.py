@@ -56,7 +56,7 @@ def signed(keyring: Keyring, payload: object, typ: str = REVOCATIONS_TYP) -> byt
 
 def document(keyring: Keyring) -> dict[str, Any]:
     compact = sign_revocations(a_list(keyring), key=keyring.manifest_key)
-    loaded: dict[str, Any] = json.loads(parse_revocations(compact)._jws.unverified_payload)
+    loaded: dict[str, Any] = json.loads(parse_revocations(compact).unverified_payload)
     return loaded
 
 

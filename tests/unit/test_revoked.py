@@ -266,3 +266,15 @@ def test_who_holds_what_was_revoked(host: Host) -> None:
     done(sczctl(*words))
     host.take(host.house.usb / "last" / "edge-1")
     assert reasons(host, holder) == ["revoked grant"]
+
+
+def test_a_revocation_is_applied_though_a_model_of_it_is_not_here(host: Host) -> None:
+    """The operator may have removed a model that the owner grants anew: that must not keep the revocation out."""
+    host.house.pack("more", version="2")
+    host.house.grant(host.house.usb, model="minilm:2", file="second.jwt")
+    folder = host.revoked()
+    assert sorted(path.name for path in folder.iterdir()) == ["minilm@1.jwt", "minilm@2.jwt", "revocations.jwt"]
+    taken = host.take(folder)
+    assert [grant.model.version for grant in taken.grants] == ["1"]
+    assert (host.now(), host.is_in_force()) == (2, True)
+    assert host.house.verified_models() == {"minilm:1": True}

@@ -258,3 +258,35 @@ def test_an_enrolment_again_forgets_no_revocation(house: Household) -> None:
     assert enrolled_again(again, waiting, forget=True).counter_value == 9
     other = record_of(house, "edge-2")  # another TPM's counter: nothing of the old one's value is true of it
     assert enrolled_again(other, waiting, forget=True).counter_value == other.counter_value
+
+
+def test_a_list_can_be_inspected(house: Household) -> None:
+    revoke(house, "--model", "minilm:1")
+    shown = done(sczctl("inspect", house.usb / "revoked" / "edge-1" / "revocations.jwt", "--json")).json
+    assert (shown["kind"], shown["owner"]) == ("list of revocations", house.owner.owner_id)
+    assert shown["lines"] == [{"model": "minilm", "lowest_generation": 2}]
+    grant = done(sczctl("inspect", house.usb / "revoked" / "edge-1" / "minilm@2.jwt", "--json")).json
+    assert grant["kind"] == "grant"
+
+
+def test_what_cannot_be_granted_anew_is_locked_with_the_rest(house: Household) -> None:
+    """A key that is gone, or a version that was packed again, must not stand in the way of a revocation."""
+    (house.keys / "models" / "whisper" / "1.json").unlink()
+    out = house.usb / "packed-again"
+    out.mkdir()
+    done(sczctl(*house.pack_words(out / "bundle", name="whisper", version="1"), "--generation", 4))
+    (house.keys / "models" / "minilm" / "2.json").unlink()
+    said = revoke(house, "--model", "minilm:1")
+    assert sorted(said["devices"][0]["locked"]) == ["minilm:1", "minilm:2", "whisper:1"]
+    assert grants_of(house, "edge-1") == {}
+
+
+def test_a_revoked_device_does_not_stand_in_the_way_either(house: Household) -> None:
+    record = record_of(house, "edge-2")
+    OwnerRecords(house.keys).save_device("edge-2", format_device_record(replace(record, revoked=5)))  # killed then
+    said = revoke(house, "--model", "minilm:1")
+    assert [(row["device"], len(row["locked"]), row["granted"] == []) for row in said["devices"]] == [
+        ("edge-1", 1, False),
+        ("edge-2", 3, True),
+    ]
+    assert record_of(house, "edge-2").revoked == 5
