@@ -12,11 +12,12 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from oci_hook.attestation.policy import policy_ref
-from oci_hook.errors import BootPolicyRefused, KeyRefused, Revoked
+from oci_hook.errors import BootPolicyRefused, DeviceInvalid, DeviceNotEnrolled, KeyRefused, Revoked
 from oci_hook.key_errors import LeaseExpired
 from oci_hook.lease import Lease
 from oci_hook.owner.keyring import Keyring
@@ -191,3 +192,35 @@ def test_an_epoch_withdraws_what_was_signed_before(host: Host, keyring: Keyring)
         replace(sealing, form=new.forms[0]).open()
     with host.refused(KeyRefused):
         replace(renewed, form=old, reference=policy_ref(MODEL, CLASS)).open()
+
+
+# --- counting an owner's counter up -----------------------------------------------------------------------------------
+
+
+def test_a_counter_is_counted_up_and_no_further(host: Host, keyring: Keyring) -> None:
+    counter, value = host.counter(keyring), host.count(keyring)
+    with host.transaction() as tpm:
+        for asked, reached in ((value - 1, value), (value, value), (value + 3, value + 3), (value + 1, value + 3)):
+            assert tpm.raise_counter(counter, asked) == reached
+        assert tpm.counter_if_any(counter.index) == value + 3
+    with host.refused(DeviceInvalid, "more than 1024"), host.transaction() as tpm:
+        tpm.raise_counter(counter, value + 3 + 1025)
+    assert host.count(keyring) == value + 3  # too far is seen before the first step
+
+
+def test_another_index_in_the_counter_s_place_is_not_counted(host: Host, tmp_path: Path) -> None:
+    keyring = attestation._keyring(tmp_path / "keys", "brief")
+    host.provision(keyring.owner.owner_id)
+    assert host.device.counter_values[keyring.owner.owner_id] == host.count(keyring)
+    counter = host.counter(keyring)
+    host.tool("tpm2_nvundefine", "-C", "o", hex(counter.index))
+    with host.refused(DeviceNotEnrolled), host.transaction() as tpm:
+        tpm.raise_counter(counter, 1 << 40)
+    with host.transaction() as tpm:
+        assert tpm.counter_if_any(counter.index) is None
+    host.tool("tpm2_nvdefine", hex(counter.index), "-C", "o", "-s", "8", "-a", "nt=counter|authread|authwrite")
+    with host.refused(DeviceNotEnrolled), host.transaction() as tpm:
+        tpm.raise_counter(counter, 1 << 40)
+    with host.transaction() as tpm:
+        assert tpm.counter_if_any(counter.index) is None  # never written
+    host.tool("tpm2_nvundefine", "-C", "o", hex(counter.index))
