@@ -61,6 +61,8 @@ def leased(
             raise click.UsageError("--lease-from goes with --lease-boots, --lease-hours or both")
         request = parse_lease_request(read_input(request_file, DeviceInvalid))
         record = verify_lease_request(request, record, now=int(time.time()))
+    if hours is not None and boots is None:
+        click.echo("a lease of hours alone is stretched by cutting the power: give --lease-boots as well", err=True)
     return record, lease_from(record, boots=boots, hours=hours)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
@@ -283,7 +284,7 @@ def _parse_content_key(data: bytes) -> ContentKeyRecord:
     return record
 
 
-def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, str | int]]:
+def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Who can open what: one row a grant, as `sczctl list --grants` prints it.
 
     Raises:
@@ -298,6 +299,7 @@ def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, str | int]]:
             "manifest": grant.manifest_digest,
             "created": grant.created,
             "counter_maximum": grant.counter.maximum,
+            "lease": grant.lease.document() if grant.lease else None,
         }
         for grant in OwnerRecords(Path(folder)).grants()
     ]

@@ -290,3 +290,23 @@ def test_a_revoked_device_does_not_stand_in_the_way_either(house: Household) -> 
         ("edge-2", 3, True),
     ]
     assert record_of(house, "edge-2").revoked == 5
+
+
+def test_a_lease_by_hours_alone_is_warned_of_and_seen_in_the_list(house: Household) -> None:
+    words = ("grant", "minilm:2", "--keys", house.keys, "--device", "edge-1", "-o")
+    refused(sczctl(*words, house.usb / "no.jwt", "--lease-boots", 1), DeviceInvalid.code, "sczctl lease request")
+    misused(sczctl(*words, house.usb / "no.jwt", "--lease-from", house.usb / "absent"), "--lease-boots")
+    misused(sczctl(*words, house.usb / "no.jwt", "--lease-hours", 0))
+    misused(sczctl(*words, house.usb / "no.jwt", "--lease-boots", -1))
+    assert not (house.usb / "no.jwt").exists()
+    record = replace(record_of(house, "edge-1"), resets=5, clock_ms=1000)
+    OwnerRecords(house.keys).save_device("edge-1", format_device_record(record))
+    hours = done(sczctl(*words, house.usb / "hours.jwt", "--lease-hours", 2))
+    assert "give --lease-boots as well" in hours.err
+    both = done(sczctl(*words, house.usb / "both.jwt", "--lease-hours", 2, "--lease-boots", 0))
+    assert "--lease-boots" not in both.err
+    rows = done(sczctl("list", "--grants", "--keys", house.keys, "--json")).json
+    leases = {(row["model"], row["device"]): row["lease"] for row in rows}
+    assert leases.pop(("minilm:2", "edge-1")) == {"resets": 5, "clock_ms": 7_201_000}
+    assert set(leases.values()) == {None}
+    assert done(sczctl("list", "--grants", "--keys", house.keys)).out.count("  leased\n") == 1
