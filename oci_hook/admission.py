@@ -23,16 +23,18 @@ from oci_hook.broker import ContainerAtBroker
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest, model_document
+from oci_hook.bundle.revocations import Revocations
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import ModelDelivery
-from oci_hook.errors import AccessWindowRefused, ClockRefused, RequirementRefused
+from oci_hook.errors import AccessWindowRefused, BootPolicyRefused, ClockRefused, RequirementRefused
 from oci_hook.identity.binding import Bindings, verify_pod_binding
 from oci_hook.identity.sources import TokenFile
 from oci_hook.identity.token import Identity, verify_token
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.provenance import verified_manifest, verify_device
 from oci_hook.release import HostTpm, release_key
+from oci_hook.revoked import is_of_device, load_list, verify_generation, verify_in_force
 from oci_hook.store import Store
 from oci_hook.trust import Issuer, Owner
 
@@ -130,6 +132,8 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     grant = _verified_grant(manifest, owner, host)
     # 5. The owner signed a boot policy for this model line and device class.
     boot_policy = _verified_boot_policy(manifest, owner, grant, host)
+    #    Nor has the owner revoked this version: the list says so, the counter beside the quote that it is the latest.
+    revocations = _revocations(manifest, owner, grant, host)
     # 6. The container's token is by a trusted issuer, fresh, and names a workload of the access policy.
     identity = verify_token(
         container.token.data,
@@ -148,6 +152,7 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     tpm = HostTpm(host.config, host.device, host.standby)
     asked = _Asked(manifest, grant, boot_policy, identity, container.container_id, int(now), head.digest)
     result, evidence = _attest(asked, tpm, host)
+    verify_in_force(revocations, evidence.quote.counter, host.device.counter_values.get(owner.owner_id))
     # 10. The TPM itself, by the sealed object's policy, releases the key; if the owner wants two shares, the broker
     #     gives the other against the container's token.
     broker = ContainerAtBroker(host.config, container.token.data)
@@ -177,7 +182,9 @@ def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult,
     # So does the hardware of a TEE for its guest, where there is one; the owner may insist.
     wanted = manifest.access.tee
     quote = tpm.add_tee_report(
-        tpm.collect_evidence(asked.boot_policy, extra_data), extra_data, required=wanted is not None
+        tpm.collect_evidence(asked.boot_policy, extra_data, asked.grant.counter.index),
+        extra_data,
+        required=wanted is not None,
     )
     result = appraise_evidence(
         quote,
@@ -253,12 +260,26 @@ def _verified_grant(manifest: Manifest, owner: Owner, host: Host) -> Grant:
     return grant
 
 
+def _revocations(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> Revocations | None:
+    """The list of this enrolment, if there is one, and the check of the manifest's generation against it."""
+    found = load_list(host.store, owner)
+    if found is not None and not is_of_device(found, grant.ak_name, grant.counter.index, grant.counter.name):
+        found = None  # of an earlier enrolment: as if there were none, and the counter tells whether one is missing
+    verify_generation(found, manifest.model)
+    return found
+
+
 def _verified_boot_policy(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> BootPolicy:
     data = host.store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
-    verified = verify_boot_policy(
+    boot_policy = verify_boot_policy(
         parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
     )
-    return with_signatures_of_host(verified, host.config)
+    if boot_policy.policy_ref != grant.policy_ref:
+        raise BootPolicyRefused(
+            f"the boot policy is of epoch {boot_policy.epoch}, the grant is not: the owner withdrew one of them",
+            remedy="`sczctl add` the owner's latest boot policy and grant of this model",
+        )
+    return with_signatures_of_host(boot_policy, host.config)
 
 
 def _verify_binding(identity: Identity, container: Container, host: Host) -> None:

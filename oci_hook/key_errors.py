@@ -67,8 +67,11 @@ class TeeUnavailable(CouldNotTell):
 
 
 class RevocationsMissing(CouldNotTell):
-    code, summary = 76, "the owner's list of revocations is missing or older than the device's counter"
-    remedy = "`sczctl add` the latest list of the model's owner"
+    code, summary = (
+        76,
+        "the owner's list of revocations is missing, unusable, or not the one of the device's counter",
+    )
+    remedy = "`sczctl add` the folder of the owner's latest revocation for this device; if there was none, enrol again"
 
 
 def all_errors() -> dict[int, type[SczError]]:

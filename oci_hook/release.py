@@ -20,6 +20,7 @@ from oci_hook.attestation.deadline import Standby, with_deadline
 from oci_hook.attestation.evidence import Evidence, tee_report_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.transactions import quote_request, read_quote, tee_request, unseal_request
+from oci_hook.attestation.unsealing import Unsealing
 from oci_hook.broker import ContainerAtBroker
 from oci_hook.bundle.grant import Grant, unwrap_content_key
 from oci_hook.bundle.segments import ContentKey
@@ -48,17 +49,18 @@ class HostTpm:
     device: HostDevice
     standby: Standby | None = None
 
-    def collect_evidence(self, boot_policy: BootPolicy, extra_data: bytes) -> Evidence:
+    def collect_evidence(self, boot_policy: BootPolicy, extra_data: bytes, counter_index: int) -> Evidence:
         """Quote the PCRs of the boot policy's form that fits the running system best.
 
         Args:
             boot_policy: The verified forms.
             extra_data: 32 bytes that bind the quote to this start.
+            counter_index: Of the owner's counter, which is read beside it.
 
         Raises:
             CouldNotTell: The TPM is away, slow, locked out or faulty.
         """
-        return read_quote(self._ask(quote_request(self.device, boot_policy.forms, extra_data)))
+        return read_quote(self._ask(quote_request(self.device, boot_policy.forms, extra_data, counter_index)))
 
     def add_tee_report(self, evidence: Evidence, extra_data: bytes, *, required: bool) -> Evidence:
         """Let a TEE's report over the same data and this quote join the evidence, where the machine can make one.
@@ -110,20 +112,19 @@ class HostTpm:
         """The 32-byte secret that the grant's owner sealed to this device.
 
         Raises:
-            Refused: The TPM says no: another boot state, a revoked grant, another device's blob.
+            Refused: The TPM says no: another boot state, a revoked grant, a lease that ended, another device's blob.
             CouldNotTell: The TPM is away, slow, locked out or faulty.
         """
-        return self._ask(
-            unseal_request(
-                self.device,
-                sealed=grant.sealed,
-                form=form,
-                boot_policy_key=owner.boot_policy_key,
-                policy_ref=grant.policy_ref,
-                counter_index=grant.counter.index,
-                counter_maximum=grant.counter.maximum,
-            )
+        asked = Unsealing(
+            sealed=grant.sealed,
+            form=form,
+            boot_policy_key=owner.boot_policy_key,
+            policy_ref=grant.policy_ref,
+            counter_index=grant.counter.index,
+            counter_maximum=grant.counter.maximum,
+            lease=grant.lease,
         )
+        return self._ask(unseal_request(self.device, asked))
 
     def _ask(self, request: bytes, seconds: float | None = None) -> bytes:
         seconds = self.config.tpm_timeout_seconds if seconds is None else seconds

@@ -34,6 +34,7 @@ LIMIT_BYTES: Final = 1 << 20
 FORMS_LIMIT: Final = 32
 _OWNER_ID: Final = r"[A-Za-z0-9_-]{43}"
 _TIME_LIMIT: Final = 1 << 40
+EPOCH_LIMIT: Final = (1 << 31) - 1
 
 # Kernel, initrd and command line: by a unified kernel image, or by GRUB.
 COVERAGE: Final = (frozenset({11, 12}), frozenset({4, 8, 9}))
@@ -68,11 +69,12 @@ class UnverifiedBootPolicy:
     unverified_device_class: str
     unverified_created: int
     unverified_forms: tuple[BootForm, ...]
+    unverified_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BootPolicy:
-    """A boot policy by a trusted owner, for one model line and device class."""
+    """A boot policy by a trusted owner, for one model line and device class; `epoch`: see `policy.policy_ref`."""
 
     owner_id: str
     model_name: str
@@ -80,6 +82,7 @@ class BootPolicy:
     created: int
     forms: tuple[BootForm, ...]
     policy_ref: bytes
+    epoch: int = 0
 
 
 def verify_coverage(pcrs: Mapping[int, bytes], error: type[SczError], *, signed: SignedPcrs | None = None) -> None:
@@ -170,6 +173,7 @@ def parse_boot_policy(data: bytes) -> UnverifiedBootPolicy:
         unverified_device_class=fields.string("class", pattern=NAME, limit=NAME_LIMIT),
         unverified_created=fields.integer("created", low=0, high=_TIME_LIMIT),
         unverified_forms=fields.items("forms", _parse_form, low=1, high=FORMS_LIMIT),
+        unverified_epoch=fields.integer("epoch", low=1, high=EPOCH_LIMIT) if fields.has("epoch") else 0,
     )
     fields.finish()
     return unverified
@@ -196,7 +200,7 @@ def verify_boot_policy(
         raise BootPolicyRefused(f"the boot policy is for the model {unverified.unverified_model_name}")
     if unverified.unverified_device_class != device_class:
         raise BootPolicyRefused(f"the boot policy is for the device class {unverified.unverified_device_class}")
-    reference = policy_ref(model_name, device_class)
+    reference = policy_ref(model_name, device_class, unverified.unverified_epoch)
     key = ec_public_key(owner.boot_policy_key, error=BootPolicyRefused)
     for number, form in enumerate(unverified.unverified_forms, 1):
         # 2. Each policy is that of the PCR values, and the signer's key, beside it: they are shown to people and used
@@ -212,6 +216,7 @@ def verify_boot_policy(
         created=unverified.unverified_created,
         forms=unverified.unverified_forms,
         policy_ref=reference,
+        epoch=unverified.unverified_epoch,
     )
 
 
@@ -257,6 +262,7 @@ def sign_boot_policy(
     created: int,
     key: ec.EllipticCurvePrivateKey,
     nested: Sequence[tuple[Mapping[int, bytes], SignedPcrs]] = (),
+    epoch: int = 0,
 ) -> bytes:
     """Sign a boot policy.
 
@@ -268,6 +274,7 @@ def sign_boot_policy(
         created: Seconds since 1970.
         key: The owner's boot-policy key, on P-256.
         nested: Further forms: PCR values, and the PCRs that another key approves.
+        epoch: The current one of the model line and class, 0 to 2³¹−1.
 
     Returns:
         The document.
@@ -275,7 +282,7 @@ def sign_boot_policy(
     Raises:
         BootPolicyInvalid: No form or more than 32, a form twice, or one that covers too little.
     """
-    reference = policy_ref(model_name, device_class)
+    reference = policy_ref(model_name, device_class, epoch)
     forms = []
     for pcrs, signed in [*((pcrs, None) for pcrs in forms_pcrs), *nested]:
         verify_coverage(pcrs, BootPolicyInvalid, signed=signed)
@@ -287,7 +294,9 @@ def sign_boot_policy(
         forms.append({**form, **by_key, "signature": signature})
     if len({form["policy"] for form in forms}) != len(forms):
         raise BootPolicyInvalid("two forms of the boot policy are the same")
-    document = {"schema": SCHEMA, "owner": owner_id, "model": model_name, "class": device_class, "created": created}
-    data = canonical({**document, "forms": forms})
+    document: dict[str, object] = {"schema": SCHEMA, "owner": owner_id, "model": model_name, "class": device_class}
+    if epoch:  # 0 is not written: versions that know no epochs read the document
+        document["epoch"] = epoch
+    data = canonical({**document, "created": created, "forms": forms})
     parse_boot_policy(data)  # what a reader would refuse is never written
     return data

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from oci_hook.attestation.attest import verify_attest
+from oci_hook.attestation.attest import parse_attest, verify_attest
 from oci_hook.attestation.device_record import COUNTER_LIMIT, DeviceRecord, Vouched
 from oci_hook.attestation.ek_chain import CaCertificates, verify_ek_certificate
 from oci_hook.attestation.ek_list import EkList, verify_listed, verify_not_listed_otherwise
@@ -218,6 +218,7 @@ def verify_answer(
             selections=[MEASURED_PCRS],
             error=EnrolmentRefused,
         )
+    attest = parse_attest(answer.quote.attest, error=EnrolmentRefused)
     return DeviceRecord(
         device=request.device,
         device_class=device_class,
@@ -230,6 +231,8 @@ def verify_answer(
         counter_value=value,
         pcrs=answer.quote.pcrs,
         vouched=verified.ek.vouched,
+        resets=attest.reset_count,
+        clock_ms=attest.clock,
     )
 
 

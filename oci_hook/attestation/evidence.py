@@ -34,12 +34,15 @@ class Evidence:
     """A quote: TPMS_ATTEST, TPMT_SIGNATURE, and the PCR values (SHA-256 bank) that were read beside it.
 
     `tee` is a report over the same data and that quote, where the machine is a guest that can ask for one.
+    `counter` is the owner's counter as the bus delivered it in the same transaction, if it was asked for and there is
+    one; no signature covers it: the TPM enforces the grant's maximum itself.
     """
 
     attest: bytes
     signature: bytes
     pcrs: Mapping[int, bytes]
     tee: TeeReport | None = None
+    counter: int | None = None
 
     @property
     def quote_digest(self) -> bytes:

@@ -7,11 +7,11 @@ answers on the bus today. It holds no secret. Specification: docs/specification.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
-from oci_hook.attestation.device_record import counter_document, take_counter, take_public
+from oci_hook.attestation.device_record import COUNTER_LIMIT, counter_document, take_counter, take_public
 from oci_hook.attestation.structures import NvPublic, Public
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid
@@ -28,7 +28,8 @@ _OWNER_ID: Final = r"[A-Za-z0-9_-]{43}"
 class HostDevice:
     """This host's keys in its TPM, and for each owner (by id) the NV counter.
 
-    `srk_serialised` is tpm2-tss's form of the SRK (ESYS_TR_Serialize): handle, Name and public area.
+    `srk_serialised` is tpm2-tss's form of the SRK (ESYS_TR_Serialize): handle, Name and public area. `counter_values`
+    has each counter's value at its enrolment; not those of owners with whom an earlier version enrolled.
     """
 
     srk_handle: int
@@ -37,10 +38,18 @@ class HostDevice:
     ak_handle: int
     ak: Public
     counters: Mapping[str, NvPublic]
+    counter_values: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
-    def with_counter(self, owner_id: str, counter: NvPublic) -> HostDevice:
-        """The same device with an owner's counter set."""
-        return replace(self, counters=MappingProxyType({**self.counters, owner_id: counter}))
+    def with_counter(self, owner_id: str, counter: NvPublic, value: int | None = None) -> HostDevice:
+        """The same device with an owner's counter set, and its value at the enrolment, if that is known."""
+        values = {owner: known for owner, known in self.counter_values.items() if owner != owner_id}
+        if value is not None:
+            values[owner_id] = value
+        return replace(
+            self,
+            counters=MappingProxyType({**self.counters, owner_id: counter}),
+            counter_values=MappingProxyType(values),
+        )
 
 
 def format_host_device(device: HostDevice) -> bytes:
@@ -54,9 +63,15 @@ def format_host_device(device: HostDevice) -> bytes:
                 "serialised": encode_base64url(device.srk_serialised),
             },
             "ak": {"handle": device.ak_handle, "public": encode_base64url(device.ak.marshalled)},
-            "counters": {owner_id: counter_document(counter) for owner_id, counter in device.counters.items()},
+            "counters": {owner_id: _counter_document(device, owner_id) for owner_id in device.counters},
         }
     )
+
+
+def _counter_document(device: HostDevice, owner_id: str) -> dict[str, object]:
+    document = counter_document(device.counters[owner_id])
+    value = device.counter_values.get(owner_id)
+    return document if value is None else {**document, "value": value}
 
 
 def parse_host_device(data: bytes) -> HostDevice:
@@ -69,13 +84,15 @@ def parse_host_device(data: bytes) -> HostDevice:
     fields = Fields(document, what="device.json", error=DeviceInvalid)
     fields.literal("schema", SCHEMA)
     srk, ak = fields.fields("srk"), fields.fields("ak")
+    counters, values = _counters(fields.take("counters"))
     device = HostDevice(
         srk_handle=_handle(srk),
         srk=take_public(srk, "public"),
         srk_serialised=srk.base64url("serialised", low=1, high=_SERIALISED_LIMIT_BYTES),
         ak_handle=_handle(ak),
         ak=take_public(ak, "public"),
-        counters=_counters(fields.take("counters")),
+        counters=counters,
+        counter_values=values,
     )
     for part in (srk, ak, fields):
         part.finish()
@@ -86,15 +103,17 @@ def _handle(fields: Fields) -> int:
     return fields.integer("handle", low=_PERSISTENT[0], high=_PERSISTENT[1])
 
 
-def _counters(value: object) -> Mapping[str, NvPublic]:
+def _counters(value: object) -> tuple[Mapping[str, NvPublic], Mapping[str, int]]:
     if not isinstance(value, dict) or len(value) > OWNERS_LIMIT:
         raise DeviceInvalid(f"device.json: counters is not an object of at most {OWNERS_LIMIT} owners")
-    found = {}
+    found, values = dict[str, NvPublic](), dict[str, int]()
     for owner_id, counter in value.items():
         Fields({"owner": owner_id}, what="device.json: counters", error=DeviceInvalid).string(
             "owner", pattern=_OWNER_ID
         )
         part = Fields(counter, what=f"device.json: {shown(owner_id)}", error=DeviceInvalid)
         found[owner_id] = take_counter(part)
+        if part.has("value"):
+            values[owner_id] = part.integer("value", low=0, high=COUNTER_LIMIT)
         part.finish()
-    return MappingProxyType(found)
+    return MappingProxyType(found), MappingProxyType(values)

@@ -42,6 +42,8 @@ class ProvisioningCommands(Protocol):
 
     def increment_counter(self, index: int) -> int: ...
 
+    def read_counter(self, index: int) -> int: ...
+
     def provision(self, owner_id: str, known: HostDevice | None) -> HostDevice:
         """Make, or find again, what an enrolment with this owner needs.
 
@@ -57,9 +59,11 @@ class ProvisioningCommands(Protocol):
         """
         srk_handle, srk, serialised = self._srk(known)
         ak_handle, ak = self._ak(known)
-        counters = {} if known is None else dict(known.counters)
-        device = HostDevice(srk_handle, srk, serialised, ak_handle, ak, MappingProxyType(counters))
-        return device.with_counter(owner_id, self._counter(owner_id, device))
+        counters, values = ({}, {}) if known is None else (dict(known.counters), dict(known.counter_values))
+        places = MappingProxyType(counters), MappingProxyType(values)
+        device = HostDevice(srk_handle, srk, serialised, ak_handle, ak, *places)
+        counter = self._counter(owner_id, device)
+        return device.with_counter(owner_id, counter, self.read_counter(counter.index))
 
     def _holds(self, handle: int, name: bytes) -> bool:
         found = self._find(handle)

@@ -24,6 +24,7 @@ from oci_hook.attestation.attest import pcr_digest
 from oci_hook.attestation.esapi import NONE, selection, step, unmarshal
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.key_checks import COUNTER_BYTES
+from oci_hook.attestation.policy import RESETS_PLACE
 from oci_hook.attestation.provisioning import ProvisioningCommands
 from oci_hook.attestation.sealed import SealedBlob, WrappedSecret
 from oci_hook.attestation.structures import Handle, ObjectAttributes, Public
@@ -189,6 +190,13 @@ class Tpm(EnrolmentCalls, ReleaseCommands, EvidenceCommands, ProvisioningCommand
         operand = tss.TPM2B_OPERAND(maximum.to_bytes(COUNTER_BYTES, "big"))
         with step("compare the owner's counter with the grant's maximum", tpm_codes.POLICY_NV):
             self._esys.policy_nv(counter, counter, session, operand, tss.TPM2_EO.UNSIGNED_LE)
+
+    def _policy_counter_timer(self, session: Handle, place: tuple[int, int], maximum: int) -> None:
+        offset, size = place
+        operand = tss.TPM2B_OPERAND(maximum.to_bytes(size, "big"))
+        what = "boots" if place == RESETS_PLACE else "powered-on time"
+        with step(f"compare the TPM's {what} with the grant's lease", tpm_codes.POLICY_COUNTER_TIMER):
+            self._esys.policy_counter_timer(session, operand, tss.TPM2_EO.UNSIGNED_LE, offset=offset)
 
     def _policy_restart(self, session: Handle) -> None:
         with step("begin the policy again"):

@@ -22,6 +22,7 @@ from oci_hook.errors import (
     TpmLockout,
     TpmUnavailable,
 )
+from oci_hook.key_errors import LeaseExpired
 
 # Format 1 (bits 0 to 5 and 7 name the error, the others the parameter, handle or session).
 RC_VALUE: Final = 0x084
@@ -80,6 +81,7 @@ VERIFY_SIGNATURE: Final[Refusals] = {ANY_PARAMETER: BootPolicyRefused}
 POLICY_PCR: Final[Refusals] = {RC_VALUE: BootStateRefused}
 POLICY_AUTHORIZE: Final[Refusals] = {ANY_PARAMETER: BootPolicyRefused}
 POLICY_NV: Final[Refusals] = {RC_POLICY: Revoked, RC_NV_UNINITIALIZED: Revoked}
+POLICY_COUNTER_TIMER: Final[Refusals] = {RC_POLICY: LeaseExpired}
 UNSEAL: Final[Refusals] = {
     RC_POLICY_FAIL: KeyRefused,  # sealed to another key, policyRef, counter or maximum
     RC_AUTH_FAIL: KeyRefused,  # the session was salted to a key that this TPM does not hold

@@ -13,12 +13,14 @@ from typing import Any, Final, Literal
 import tpm2_pytss as tss
 from tpm2_pytss import utils
 
+from oci_hook.attestation import tpm_codes
 from oci_hook.attestation.ek_chain import is_certificate, split_certificates, without_padding
 from oci_hook.attestation.esapi import Esapi, parsed, step
 from oci_hook.attestation.key_checks import COUNTER_BYTES, counter_public
 from oci_hook.attestation.structures import Handle, NvPublic, Public, parse_nv_public
-from oci_hook.errors import DeviceInvalid, TpmFailed
+from oci_hook.errors import DeviceInvalid, DeviceNotEnrolled, TpmFailed
 
+COUNT_LIMIT: Final = 1024  # a revocation counts by one or a few; more would wear the TPM's memory out
 _EK_TEMPLATES: Final = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-ECC384")  # TCG EK Credential Profile: L-1, L-2, H-3
 _WITHOUT_CERTIFICATE: Final = ((tss.TPM2_ALG.RSA, "EK-RSA2048"), (tss.TPM2_ALG.ECC, "EK-ECC256"))
 _EK_CHAIN: Final = range(0x01C00100, 0x01C00200)  # TCG EK Credential Profile 2.5, 2.2.1.5
@@ -120,6 +122,45 @@ class EnrolmentCalls(Esapi):
         with step(f"increment the counter at {index:#x}"):
             self._esys.nv_increment(self._esys.tr_from_tpmpublic(index))
         return self.read_counter(index)
+
+    def counter_if_any(self, index: int) -> int | None:
+        """A counter's value, as the bus delivers it; None if there is none, or it was never written."""
+        found = self._find(index)
+        if found is None:
+            return None
+        try:
+            return int.from_bytes(bytes(self._esys.nv_read(found, COUNTER_BYTES)), "big")
+        except tss.TSS2_Exception as cause:
+            if int(cause.rc) == tpm_codes.RC_NV_UNINITIALIZED:
+                return None
+            raise tpm_codes.error_for(int(cause.rc), f"read the counter at {index:#x}") from cause
+
+    def raise_counter(self, counter: NvPublic, value: int) -> int:
+        """Count an owner's counter up to a value; nothing happens if it is there already.
+
+        Args:
+            counter: As enrolled.
+            value: At most `COUNT_LIMIT` above what it is.
+
+        Returns:
+            Its value afterwards, which is at least `value`.
+
+        Raises:
+            DeviceNotEnrolled: It was deleted, or another index lies there.
+            DeviceInvalid: `value` is too far above.
+        """
+        found = self._find(counter.index)
+        if found is None or self._name(found) != counter.name:
+            raise DeviceNotEnrolled(f"the TPM no longer holds the enrolled counter at {counter.index:#x}")
+        now = self.read_counter(counter.index)
+        if value - now > COUNT_LIMIT:
+            raise DeviceInvalid(
+                f"the counter is at {now}: more than {COUNT_LIMIT} steps below {value}",
+                remedy="enrol again (`sczctl enroll request`), then ask the model's owner for new grants",
+            )
+        while now < value:
+            now = self.increment_counter(counter.index)
+        return now
 
     def read_counter(self, index: int) -> int:
         """A counter's value, as the bus delivers it."""

@@ -23,6 +23,7 @@ from oci_hook.documents import Fields, canonical, encode_base64url, parse_object
 from oci_hook.errors import DeviceInvalid, GrantInvalid, GrantRefused, KeyRefused, SczError
 from oci_hook.jws import UnverifiedJws, parse_document, verify_compact
 from oci_hook.key_errors import BrokerRefused
+from oci_hook.lease import Lease, parse_lease
 from oci_hook.openbao import SHARE_BYTES
 from oci_hook.trust import NAME, NAME_LIMIT, Owner
 
@@ -75,6 +76,7 @@ class Grant:
     sealed: SealedKey
     wrapped_key: bytes = field(repr=False)
     broker: BrokerShare | None = None
+    lease: Lease | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,7 @@ def _parse_payload(payload: bytes, *, owner_id: str, error: type[SczError]) -> G
         ),
         wrapped_key=fields.base64url("wrapped_key", low=WRAPPED_BYTES, high=WRAPPED_BYTES),
         broker=parse_broker_share(fields.fields("broker")) if fields.has("broker") else None,
+        lease=parse_lease(fields, "lease", error=error),
     )
     for part in (device, policy, counter, sealed, fields):
         part.finish()
@@ -214,6 +217,7 @@ def sign_grant(grant: Grant, *, key: ec.EllipticCurvePrivateKey) -> bytes:
             },
             "wrapped_key": encode_base64url(grant.wrapped_key),
             **({"broker": grant.broker.document()} if grant.broker is not None else {}),
+            **({"lease": grant.lease.document()} if grant.lease else {}),
         }
     )
     _parse_payload(payload, owner_id=grant.owner_id, error=DeviceInvalid)

@@ -24,6 +24,8 @@ _MODULES = {
     "keygen": "owner",
     "pack": "packing",
     "grant": "granting",
+    "lease": "lease",
+    "revoke": "revoke",
     "inspect": "owner",
     "verify": "owner",
     "recover": "recover",

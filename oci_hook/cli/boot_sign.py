@@ -195,7 +195,8 @@ def sign(
     if also_measured and pcr_key is None:
         raise click.UsageError("--also-measured needs --pcr-key")
     verify_new_output(output)
-    states, classes = _states(OwnerRecords(Path(keys)), devices, measured, predicted)
+    records = OwnerRecords(Path(keys))
+    states, classes = _states(records, devices, measured, predicted)
     if device_class is None and len(classes) > 1:
         raise click.UsageError(f"the devices are of several classes ({', '.join(sorted(classes))}): give --class")
     signed_class = device_class or classes.pop()
@@ -205,6 +206,7 @@ def sign(
     nested = _forms(states, set(pcrs) - by_key) if signer is not None else []
     _verify_forms(forms)  # before a person is asked for the passphrase
     _verify_forms(nested, signer)
+    epoch = records.load_line(model).epoch(signed_class)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     document = sign_boot_policy(
         forms,
@@ -213,11 +215,12 @@ def sign(
         device_class=signed_class,
         created=int(time.time()),
         key=keyring.boot_policy_key,
+        epoch=epoch,
         nested=[(form, signer) for form in nested if signer is not None],
     )
     write_output(output, document)
     save_boot_policy(Path(keys), model, signed_class, document)
-    said = {"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms) + len(nested)}
+    said = {"model": model, "class": signed_class, "pcrs": pcrs, "states": len(forms) + len(nested), "epoch": epoch}
     _report(said, signer, as_json=as_json)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import click
 from oci_hook.cli import print_json
 from oci_hook.cli.broker_options import broker_document, broker_options
 from oci_hook.cli.completion import complete_devices, complete_files, complete_packed
+from oci_hook.cli.lease import lease_in_words, lease_options, leased, warn_of_hours_alone
 from oci_hook.cli.options import (
     JSON,
     KEYS,
@@ -24,81 +23,21 @@ from oci_hook.cli.options import (
     name_of,
     names_of,
     passphrase_source,
-    read_input,
     show_progress,
     verify_new_output,
     verify_one_of,
     write_output,
 )
-from oci_hook.errors import DeviceInvalid, KeyInvalid
-from oci_hook.trust import NAME, NAME_LIMIT
+from oci_hook.cli.wanted_devices import WantedDevices
+from oci_hook.errors import KeyInvalid
 
 if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
     from oci_hook.bundle.grant import Grant
+    from oci_hook.lease import Lease
     from oci_hook.owner.broker_shares import EncryptedShare, OwnersBroker
     from oci_hook.owner.keyring import Keyring
-    from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
-
-_ENROLL = "`sczctl enroll` it; check --keys"
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Which devices a command means, by exactly one way."""
-
-    devices: Sequence[str]
-    device_class: str | None
-    everyone: bool
-    file: str | None
-    missing: bool
-
-    def __post_init__(self) -> None:
-        ways = (bool(self.devices), self.device_class is not None, self.everyone, self.file is not None)
-        if sum(ways) != 1:
-            raise click.UsageError("say for whom, in one way: --device, --class, --all-devices or --devices-from")
-        if len(set(self.devices)) != len(self.devices):
-            raise click.UsageError("a --device is named twice")
-
-    @property
-    def is_one(self) -> bool:
-        """Whether the output is a grant's file; otherwise it is a folder."""
-        return len(self.devices) == 1 and not self.missing
-
-    def load(self, records: OwnerRecords) -> list[DeviceRecord]:
-        """Their records (DeviceInvalid: one is not enrolled, or damaged)."""
-        from oci_hook.owner.grant_batch import load_devices
-
-        enrolled = records.devices()
-        names = self.devices if self.file is None else _names_in(self.file)
-        known = set(enrolled)
-        for name in names:
-            if name not in known:
-                verify_one_of("enrolled device", name, enrolled, DeviceInvalid, remedy=_ENROLL)
-        found = load_devices(records, names or enrolled)
-        if self.device_class is not None:
-            found = [each for each in found if each.device_class == self.device_class]
-        if not found:
-            which = f"of class {self.device_class}" if self.device_class is not None else "at all"
-            raise DeviceInvalid(f"there is no enrolled device {which}", remedy="`sczctl enroll` one; check --keys")
-        return found
-
-
-def _names_in(path: str) -> list[str]:
-    """The device names of a file: one a line; empty lines, and what follows `#`, say nothing."""
-    from oci_hook.attestation.ek_list import ENTRY_LIMIT
-    from oci_hook.documents import shown
-
-    lines = read_input(path, DeviceInvalid).decode("utf-8", "replace").split("\n")
-    names = [name for line in lines if (name := line.partition("#")[0].strip(" \t\r"))]
-    remedy = "give a file with a device's name a line"
-    for name in names:
-        if len(name) > NAME_LIMIT or not re.fullmatch(NAME, name):
-            raise DeviceInvalid(f"{path}: {shown(name)} is not a device's name", remedy=remedy)
-    if not 0 < len(names) <= ENTRY_LIMIT or len(set(names)) != len(names):
-        problem = "names nobody" if not names else "names a device twice, or more than 10000"
-        raise DeviceInvalid(f"{path} {problem}", remedy=remedy)
-    return names
+    from oci_hook.owner.records import ContentKeyRecord
 
 
 @click.command()
@@ -126,6 +65,7 @@ def _names_in(path: str) -> list[str]:
     default=None,
     help="Opens while the device's counter is at most this; default: its value at enrolment.",
 )
+@lease_options
 @broker_options
 @click.option(
     "-o",
@@ -146,6 +86,9 @@ def grant(
     file: str | None,
     missing: bool,
     maximum: int | None,
+    lease_boots: int | None,
+    lease_hours: int | None,
+    lease_from: str | None,
     output: str,
     passphrase_file: str | None,
     as_json: bool,
@@ -157,6 +100,9 @@ def grant(
     whole or not at all: if one of the devices cannot be granted, none is. After a kill, run it again without
     --missing.
 
+    With a lease it opens for so many boots, or hours of powered-on time, and no longer: a bound for what is stolen, or
+    for a revocation that is withheld. Without --lease-boots a lease can be stretched by cutting the power.
+
     With --broker, a start needs a second share of the key, which OpenBao or Vault gives against the container's token.
     It is encrypted there now, with your token of the environment's BAO_TOKEN or VAULT_TOKEN, or of --broker-token-file.
     """
@@ -165,12 +111,14 @@ def grant(
     from oci_hook.owner.granting import make_grant
     from oci_hook.owner.keyring import open_keyring
     from oci_hook.owner.records import OwnerRecords
+    from oci_hook.owner.revoking import remember_device, remember_grant, verify_allowed
 
-    wanted, (name, version) = _Wanted(devices, device_class, everyone, file, missing), model
+    wanted, (name, version) = WantedDevices(devices, device_class, everyone, file, missing), model
     records = OwnerRecords(Path(keys))
     packed = [":".join(found) for found in records.content_keys()]
     verify_one_of("packed version", f"{name}:{version}", packed, KeyInvalid, remedy="`sczctl pack` it; check --keys")
     chosen, content = wanted.load(records), records.load_content_key(name, version)
+    verify_allowed(records, content.model)
     verify_share_wanted(content, given=broker is not None)
     verify_new_output(output)
     if missing:
@@ -178,24 +126,39 @@ def grant(
         if not chosen:
             _show([], output, as_json)
             return
+    chosen, leases = _leased(chosen, lease_boots, lease_hours, lease_from)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     asked = partial(make_grant, keyring, content, maximum=maximum, created=int(time.time()), random=secrets.token_bytes)
-    shares = iter(_shares(broker, keyring, content, len(chosen)))
+    shares, line = iter(_shares(broker, keyring, content, len(chosen))), records.load_line(name)
 
     def make(device: DeviceRecord) -> tuple[Grant, bytes]:
-        return asked(device, share=next(shares))
+        given = leases.get(device.device)
+        return asked(device, share=next(shares), epoch=line.epoch(device.device_class), lease=given)
 
     if wanted.is_one:
         made, compact = make(chosen[0])
+        remember_grant(records, chosen[0], made, compact)  # first: what nobody remembers cannot be revoked
         write_output(output, compact)
-        records.save_grant(made, compact)
         _show(made, output, as_json)
         return
     with show_progress("granting", len(chosen)) as progress:
         grants = make_grants(chosen, make, progress)
+    for device, (made, _) in zip(chosen, grants, strict=True):
+        remember_device(records, device, made)
     with show_progress("writing", 2 * len(chosen)) as progress:
         save_grants(records, grants, Path(output), progress)
     _show([each for each, _ in grants], output, as_json)
+
+
+def _leased(
+    chosen: Sequence[DeviceRecord], boots: int | None, hours: int | None, request_file: str | None
+) -> tuple[list[DeviceRecord], dict[str, Lease | None]]:
+    """The devices, and the lease of each; a request is one device's."""
+    if request_file is not None and len(chosen) != 1:
+        raise click.UsageError("--lease-from is of one device: give --device, once")
+    found = [leased(each, boots=boots, hours=hours, request_file=request_file) for each in chosen]
+    warn_of_hours_alone(boots, hours)
+    return [record for record, _ in found], {record.device: lease for record, lease in found}
 
 
 def _shares(
@@ -224,13 +187,18 @@ def _show(granted: Grant | Sequence[Grant], output: str, as_json: bool) -> None:
         return
     click.echo(
         f"granted {row['model']} to {row['device']} (class {row['class']}, "
-        f"while its counter is at most {row['counter_maximum']})"
+        f"while its counter is at most {row['counter_maximum']}{lease_in_words(granted.lease)})"
     )
 
 
 def _row(grant: Grant) -> dict[str, Any]:
     granted = {"model": f"{grant.model.name}:{grant.model.version}", "device": grant.device_name}
-    said = {"class": grant.device_class, "manifest": grant.manifest_digest, "counter_maximum": grant.counter.maximum}
+    said: dict[str, Any] = {
+        "class": grant.device_class,
+        "manifest": grant.manifest_digest,
+        "counter_maximum": grant.counter.maximum,
+    }
+    said["lease"] = grant.lease.document() if grant.lease else None
     return {**granted, **said, **broker_document(grant)}
 
 

@@ -9,7 +9,7 @@ does not derive, or that can be exported, would promise what it does not keep. S
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from oci_hook.attestation.deadline import with_deadline
@@ -98,6 +98,30 @@ class OwnersBroker:
             EncryptedShare(value, BrokerShare(text, self.key, self.mount, self.auth, self.role))
             for value, text in zip(values, ciphertexts, strict=True)
         ]
+
+
+def shares_for(
+    broker: OwnersBroker | None, owner: Owner, contents: Sequence[ContentKeyRecord], random: Callable[[int], bytes]
+) -> list[EncryptedShare | None]:
+    """A share for each grant of a list, in its order; None for versions that need none.
+
+    Raises:
+        GrantInvalid: One needs a share, and there is no broker.
+        BrokerRefused, BrokerUnavailable: As by `encrypt_shares`.
+    """
+    places: dict[str, list[int]] = {}
+    found: list[EncryptedShare | None] = [None] * len(contents)
+    for place, content in enumerate(contents):
+        if content.broker:
+            verify_share_wanted(content, given=broker is not None)
+            places.setdefault(content.manifest_digest, []).append(place)
+    for of_one in places.values() if broker is not None else ():
+        for first in range(0, len(of_one), SHARES_LIMIT):
+            some = of_one[first : first + SHARES_LIMIT]
+            made = broker.encrypt_shares(owner, contents[some[0]], len(some), random)
+            for place, share in zip(some, made, strict=True):
+                found[place] = share
+    return found
 
 
 def verify_share_wanted(content: ContentKeyRecord, *, given: bool) -> None:

@@ -26,6 +26,7 @@ from oci_hook.attestation.tpm import make_credential
 from oci_hook.errors import DeviceInvalid, EnrolmentRefused
 from oci_hook.owner.grant_batch import load_devices
 from oci_hook.owner.records import OwnerRecords
+from oci_hook.owner.revoking import enrolled_again
 
 DEFAULT_CLASS = "default"
 
@@ -117,9 +118,11 @@ class Enroller:
             DeviceInvalid: No challenge waits for this device.
             EnrolmentRefused: A check that failed, by its number; or the name is another TPM's.
         """
-        known = answer.device in self._records.devices()
-        if device_class is None and known:
-            device_class = parse_device_record(self._records.load_device(answer.device)).device_class
+        known = None
+        if answer.device in self._records.devices():
+            known = parse_device_record(self._records.load_device(answer.device))
+        if device_class is None and known is not None:
+            device_class = known.device_class
         record = verify_answer(
             pending or parse_pending(self._records.load_pending(answer.device)),
             answer,
@@ -129,6 +132,7 @@ class Enroller:
             ek_list=self._vouchers.ek_list,
         )
         state = self._verify_name(record.device, VouchedEk(record.vouched, record.ek_sha256, record.ek_subject))
+        record = enrolled_again(record, known, forget=self._replace)
         self._records.save_device(record.device, format_device_record(record))
         self._remember(record)
         self._records.remove_pending(record.device)

@@ -1,4 +1,4 @@
-"""What an owner's folder holds beside the keys: sealed content keys, device records, waiting challenges, grants.
+"""What an owner's folder holds beside the keys: content keys, model lines, devices, waiting challenges, grants.
 
 Files of mode 0600, each there whole or not at all. Device records and challenges are kept as the bytes that
 `attestation.enrolment` reads and writes. Specification: docs/specification.md, "Owner".
@@ -13,12 +13,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
 from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists, SczError
+from oci_hook.owner.lines import Line, format_line, parse_line
 from oci_hook.owner.parallel import map_chunks
 from oci_hook.owner.staged import save_together
 from oci_hook.trust import NAME, NAME_LIMIT, Owner, parse_owner
@@ -125,6 +127,30 @@ class OwnerRecords:
     def _content_key_parts(self, name: str, version: str) -> tuple[str, ...]:
         return "models", _name(name, KeyInvalid), f"{_version(version, KeyInvalid)}.json"
 
+    # --- model lines ---
+
+    def load_line(self, name: str) -> Line:
+        """What was revoked of a model line; nothing, if that was never said.
+
+        Raises:
+            KeyInvalid: Not a name, or the record is malformed.
+            FileUnreadable: The system said no.
+        """
+        if not os.path.lexists(self._folder / "lines" / f"{_name(name, KeyInvalid)}.json"):
+            return Line(name)
+        line = parse_line(self._load(("lines", f"{name}.json"), KeyInvalid, KeyInvalid.remedy))
+        if line.model != name:
+            raise KeyInvalid(f"the record of the model line {name} is that of {line.model}")
+        return line
+
+    def save_line(self, line: Line) -> None:
+        """Keep what was revoked of a model line (FileUnreadable)."""
+        self._save(("lines", f"{_name(line.model, KeyInvalid)}.json"), format_line(line), replace=True)
+
+    def lines(self) -> tuple[Line, ...]:
+        """Every model line of which something was revoked, sorted by name (KeyInvalid, FileUnreadable)."""
+        return tuple(self.load_line(name) for name in self._names(("lines",), suffix=".json", pattern=NAME))
+
     # --- devices ---
 
     def save_device(self, name: str, data: bytes) -> None:
@@ -213,6 +239,14 @@ class OwnerRecords:
         devices = self._names(("grants", name, version), suffix=".grant", pattern=NAME)
         return {device: self._grant(owner, name, version, device) for device in devices}
 
+    def remove_grant(self, grant: Grant) -> None:
+        """Forget a grant that was revoked (FileUnreadable)."""
+        path = self._folder / "grants" / grant.model.name / grant.model.version / f"{grant.device_name}.grant"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as cause:
+            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
+
     def grants(self) -> tuple[Grant, ...]:
         """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
 
@@ -299,7 +333,7 @@ def _parse_content_key(data: bytes) -> ContentKeyRecord:
     return record
 
 
-def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, str | int]]:
+def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Who can open what: one row a grant, as `sczctl list --grants` prints it.
 
     Raises:
@@ -314,6 +348,7 @@ def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, str | int]]:
             "manifest": grant.manifest_digest,
             "created": grant.created,
             "counter_maximum": grant.counter.maximum,
+            "lease": grant.lease.document() if grant.lease else None,
         }
         for grant in OwnerRecords(Path(folder)).grants()
     ]

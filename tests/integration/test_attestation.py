@@ -73,6 +73,7 @@ from oci_hook.attestation.structures import (
 )
 from oci_hook.attestation.tpm import Tpm, make_credential, open_tpm, wrap_secret
 from oci_hook.attestation.tpm_lock import tpm_lock
+from oci_hook.attestation.unsealing import Unsealing
 from oci_hook.errors import (
     BootPolicyRefused,
     BootStateRefused,
@@ -89,6 +90,7 @@ from oci_hook.errors import (
     TpmTimeout,
     TpmUnavailable,
 )
+from oci_hook.lease import Lease
 from oci_hook.linux.syscalls import prctl_set_pdeathsig
 from oci_hook.owner.keyring import Keyring, create_keyring, open_keyring
 from tests.devices import make_device
@@ -177,18 +179,20 @@ class Sealing:
     reference: bytes = field(default_factory=lambda: policy_ref(MODEL, CLASS))
     device: HostDevice | None = None
     counter_index: int | None = None
+    lease: Lease | None = None
 
     def open_in(self, tpm: Tpm) -> bytes:
         index = self.host.counter(self.keyring).index if self.counter_index is None else self.counter_index
-        return tpm.unseal(
-            self.device or self.host.device,
+        asked = Unsealing(
             sealed=self.blob,
             form=self.form,
             boot_policy_key=self.keyring.owner.boot_policy_key,
             policy_ref=self.reference,
             counter_index=index,
             counter_maximum=self.maximum,
+            lease=self.lease,
         )
+        return tpm.unseal(self.device or self.host.device, asked)
 
     def open(self, tcti: str | None = None) -> bytes:
         with self.host.transaction(tcti) as tpm:
@@ -196,7 +200,11 @@ class Sealing:
 
 
 def approve(
-    keyring: Keyring, *states: Mapping[int, bytes], model: str = MODEL, device_class: str = CLASS
+    keyring: Keyring,
+    *states: Mapping[int, bytes],
+    model: str = MODEL,
+    device_class: str = CLASS,
+    epoch: int = 0,
 ) -> BootPolicy:
     """A boot policy that the owner signed and that was verified, as a host has it."""
     owner = keyring.owner
@@ -207,16 +215,20 @@ def approve(
         device_class=device_class,
         created=1_767_225_600,
         key=keyring.boot_policy_key,
+        epoch=epoch,
     )
     return verify_boot_policy(parse_boot_policy(document), owner=owner, model_name=model, device_class=device_class)
 
 
-def wrapped(host: Host, keyring: Keyring, maximum: int, *, model: str = MODEL) -> WrappedSecret:
+def wrapped(
+    host: Host, keyring: Keyring, maximum: int, *, model: str = MODEL, lease: Lease | None = None, epoch: int = 0
+) -> WrappedSecret:
     """The owner's side, which sees public areas only."""
     key = parse_public(
         tpm2b(ecdsa_signing_public(keyring.boot_policy_key.public_key())), what="key", error=DeviceInvalid
     )
-    policy = sealed_object_policy(key.name, policy_ref(model, CLASS), host.counter(keyring).name, maximum)
+    reference = policy_ref(model, CLASS, epoch)
+    policy = sealed_object_policy(key.name, reference, host.counter(keyring).name, maximum, lease)
     return wrap_secret(host.device.srk, SECRET, policy)
 
 
@@ -491,7 +503,7 @@ def test_provisioning_twice_changes_nothing(host: Host, keyring: Keyring) -> Non
 def test_each_owner_has_a_counter_of_its_own(host: Host, keyring: Keyring, stranger: Keyring) -> None:
     before = host.device
     after = host.provision(stranger.owner.owner_id)
-    assert replace(after, counters={}) == replace(before, counters={})
+    assert replace(after, counters={}, counter_values={}) == replace(before, counters={}, counter_values={})
     assert host.counter(stranger).index != host.counter(keyring).index
     assert host.counter(keyring) == before.counters[keyring.owner.owner_id]
     value = host.count(keyring)

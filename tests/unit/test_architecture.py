@@ -39,7 +39,7 @@ FLOORS = {
         "invocation",
         "disk_space",
     },
-    2: {"access_policy", "tee_policy", "trust", "oci/", "linux/", "openbao"},
+    2: {"access_policy", "lease", "tee_policy", "trust", "oci/", "linux/", "openbao"},
     3: {"held", "evidence_files", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "boot_signatures",
@@ -48,6 +48,7 @@ FLOORS = {
         "store",
         "trust_folder",
         "placement",
+        "revoked",
         "incoming",
         "intake",
         "release",

@@ -244,7 +244,7 @@ def test_a_maximum_that_is_no_counter_value(house: Household, out: Path, maximum
 
 def test_a_maximum_that_the_device_has_passed(house: Household, out: Path) -> None:
     before = snapshot(house.keys, house.usb)
-    refused(sczctl(*grant_words(house, out), "--maximum", "1"), DeviceInvalid.code, "was 2")
+    refused(sczctl(*grant_words(house, out), "--maximum", "1"), DeviceInvalid.code, "is 2")
     assert snapshot(house.keys, house.usb) == before
 
 
@@ -401,7 +401,7 @@ def test_sign_approves_the_states_of_the_devices(house: Household) -> None:
     assert [set(form.pcrs) for form in policy.forms] == [{4, 7, 8, 9}] * 2
     assert policy.forms[1].pcrs[8] == b"\x08" * 32
     again = done(sczctl(*sign(house, *devices, "--pcr", "11,12", "--json", output="uki.json")))
-    assert again.json == {"model": "minilm", "class": "default", "pcrs": [11, 12], "states": 1}
+    assert again.json == {"model": "minilm", "class": "default", "pcrs": [11, 12], "states": 1, "epoch": 0}
 
 
 def test_sign_takes_the_key_of_a_systems_signer_for_pcr_11(house: Household) -> None:
