@@ -119,10 +119,7 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     #    head is read first: another start may add a record meanwhile.
     head = host.audit.head()
     now = host.clock()
-    if now < head.seconds - host.config.token_leeway_seconds:
-        raise ClockRefused(
-            f"the clock is {head.seconds - now:.0f} s behind the last record of {host.config.audit_file}"
-        )
+    _verify_clock(now, head.seconds, host.config)
     # 2. An owner whom this host trusts signed the manifest, and the bundle is what it describes.
     manifest, owner = verified_manifest(layout, host.owners)
     # 3. The owner allows the model at this date, under this runtime; the container's own requirements hold.
@@ -234,6 +231,11 @@ def _appraise_remotely(quote: Evidence, extra_data: bytes, host: Host) -> None:
         reference=quote.pcrs,
         timeout_seconds=host.config.keylime_timeout_seconds,
     )
+
+
+def _verify_clock(now: float, last: float, config: Config) -> None:
+    if now < last - config.token_leeway_seconds:
+        raise ClockRefused(f"the clock is {last - now:.0f} s behind the last record of {config.audit_file}")
 
 
 def _verify_access_window(manifest: Manifest, now: float) -> None:

@@ -20,7 +20,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from types import TracebackType
 from typing import Final, NoReturn
 
 from oci_hook.errors import InternalError, SczError, TpmTimeout
@@ -83,9 +82,7 @@ class Deadline:
     def __enter__(self) -> Deadline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)  # not yet reaped: the pid is still ours
@@ -145,9 +142,7 @@ class Standby:
     def __enter__(self) -> Standby:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
         if self._pid is None:
             return
@@ -190,7 +185,7 @@ class Standby:
             raise InternalError(_ENDED) from cause
         finally:  # a signal's `Terminated`, too
             if message is None:
-                self.__exit__(None, None, None)
+                self.__exit__()
         return _open_message(message)
 
 

@@ -211,13 +211,8 @@ def verify_answer(
         value = _verify_counter_certified(request, answer.counter_certify, verifier.counter)
     # 9. The AK quotes PCRs 0 to 15, freshly.
     with _check(9):
-        verify_quote(
-            answer.quote,
-            ak=request.ak,
-            extra_data=verifier.quote,
-            selections=[MEASURED_PCRS],
-            error=EnrolmentRefused,
-        )
+        quote, kinds = answer.quote, [MEASURED_PCRS]
+        verify_quote(quote, ak=request.ak, extra_data=verifier.quote, selections=kinds, error=EnrolmentRefused)
     attest = parse_attest(answer.quote.attest, error=EnrolmentRefused)
     return DeviceRecord(
         device=request.device,

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
     from oci_hook.bundle.grant import Grant
     from oci_hook.lease import Lease
-    from oci_hook.owner.broker_shares import EncryptedShare, OwnersBroker
-    from oci_hook.owner.keyring import Keyring
-    from oci_hook.owner.records import ContentKeyRecord
+    from oci_hook.owner.broker_shares import OwnersBroker
+    from oci_hook.owner.grant_batch import MakeGrant
+    from oci_hook.owner.records import OwnerRecords
 
 
 @click.command()
@@ -106,12 +106,12 @@ def grant(
     With --broker, a start needs a second share of the key, which OpenBao or Vault gives against the container's token.
     It is encrypted there now, with your token of the environment's BAO_TOKEN or VAULT_TOKEN, or of --broker-token-file.
     """
-    from oci_hook.owner.broker_shares import verify_share_wanted
-    from oci_hook.owner.grant_batch import make_grants, save_grants, without_grant
+    from oci_hook.owner.broker_shares import shares_for, verify_share_wanted
+    from oci_hook.owner.grant_batch import without_grant
     from oci_hook.owner.granting import make_grant
     from oci_hook.owner.keyring import open_keyring
     from oci_hook.owner.records import OwnerRecords
-    from oci_hook.owner.revoking import remember_device, remember_grant, verify_allowed
+    from oci_hook.owner.revoking import verify_allowed
 
     wanted, (name, version) = WantedDevices(devices, device_class, everyone, file, missing), model
     records = OwnerRecords(Path(keys))
@@ -129,18 +129,36 @@ def grant(
     chosen, leases = _leased(chosen, lease_boots, lease_hours, lease_from)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     asked = partial(make_grant, keyring, content, maximum=maximum, created=int(time.time()), random=secrets.token_bytes)
-    shares, line = iter(_shares(broker, keyring, content, len(chosen))), records.load_line(name)
+    shares, line = (
+        iter(shares_for(broker, keyring.owner, [content] * len(chosen), secrets.token_bytes)),
+        records.load_line(name),
+    )
 
     def make(device: DeviceRecord) -> tuple[Grant, bytes]:
         given = leases.get(device.device)
         return asked(device, share=next(shares), epoch=line.epoch(device.device_class), lease=given)
 
-    if wanted.is_one:
-        made, compact = make(chosen[0])
-        remember_grant(records, chosen[0], made, compact)  # first: what nobody remembers cannot be revoked
-        write_output(output, compact)
-        _show(made, output, as_json)
-        return
+    write = _write_one if wanted.is_one else _write_many
+    write(records, chosen, make, output, as_json)
+
+
+def _write_one(
+    records: OwnerRecords, chosen: Sequence[DeviceRecord], make: MakeGrant, output: str, as_json: bool
+) -> None:
+    from oci_hook.owner.revoking import remember_grant
+
+    made, compact = make(chosen[0])
+    remember_grant(records, chosen[0], made, compact)  # first: what nobody remembers cannot be revoked
+    write_output(output, compact)
+    _show(made, output, as_json)
+
+
+def _write_many(
+    records: OwnerRecords, chosen: Sequence[DeviceRecord], make: MakeGrant, output: str, as_json: bool
+) -> None:
+    from oci_hook.owner.grant_batch import make_grants, save_grants
+    from oci_hook.owner.revoking import remember_device
+
     with show_progress("granting", len(chosen)) as progress:
         grants = make_grants(chosen, make, progress)
     for device, (made, _) in zip(chosen, grants, strict=True):
@@ -159,15 +177,6 @@ def _leased(
     found = [leased(each, boots=boots, hours=hours, request_file=request_file) for each in chosen]
     warn_of_hours_alone(boots, hours)
     return [record for record, _ in found], {record.device: lease for record, lease in found}
-
-
-def _shares(
-    broker: OwnersBroker | None, keyring: Keyring, content: ContentKeyRecord, count: int
-) -> Sequence[EncryptedShare | None]:
-    """A share of the broker's for each grant."""
-    return (
-        [None] * count if broker is None else broker.encrypt_shares(keyring.owner, content, count, secrets.token_bytes)
-    )
 
 
 def _show(granted: Grant | Sequence[Grant], output: str, as_json: bool) -> None:

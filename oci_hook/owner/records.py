@@ -58,12 +58,12 @@ def _version(value: str, error: type[SczError]) -> str:
     return value
 
 
-class OwnerRecords:
-    """The records of one owner's folder.
+def _grant_parts(grant: Grant) -> tuple[str, ...]:
+    return "grants", grant.model.name, grant.model.version, f"{grant.device_name}.grant"
 
-    Args:
-        folder: As `keyring.create_keyring` made it.
-    """
+
+class OwnerRecords:
+    """The records of one owner's folder, as `keyring.create_keyring` made it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -196,11 +196,7 @@ class OwnerRecords:
         Raises:
             FileUnreadable: The system said no.
         """
-        path = self._folder / "pending" / f"{_name(device, DeviceInvalid)}.json"
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as cause:
-            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
+        self._remove(self._folder / "pending" / f"{_name(device, DeviceInvalid)}.json")
 
     # --- grants that were given ---
 
@@ -210,8 +206,7 @@ class OwnerRecords:
         Raises:
             FileUnreadable: The system said no.
         """
-        parts = ("grants", grant.model.name, grant.model.version, f"{grant.device_name}.grant")
-        self._save(parts, compact, replace=True)
+        self._save(_grant_parts(grant), compact, replace=True)
 
     def save_grants(
         self, made: Sequence[tuple[Grant, bytes]], writers: Executor, progress: Callable[[int], object]
@@ -226,11 +221,7 @@ class OwnerRecords:
         Raises:
             FileUnreadable: The system said no; none was kept.
         """
-        base = self._folder / "grants"
-        files = [
-            (base / grant.model.name / grant.model.version / f"{grant.device_name}.grant", compact)
-            for grant, compact in made
-        ]
+        files = [(self._folder.joinpath(*_grant_parts(grant)), compact) for grant, compact in made]
         save_together(self._folder, files, writers, progress)
 
     def grants_of(self, name: str, version: str) -> dict[str, Grant]:
@@ -241,11 +232,7 @@ class OwnerRecords:
 
     def remove_grant(self, grant: Grant) -> None:
         """Forget a grant that was revoked (FileUnreadable)."""
-        path = self._folder / "grants" / grant.model.name / grant.model.version / f"{grant.device_name}.grant"
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as cause:
-            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
+        self._remove(self._folder.joinpath(*_grant_parts(grant)))
 
     def grants(self) -> tuple[Grant, ...]:
         """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
@@ -283,6 +270,12 @@ class OwnerRecords:
             replace_file(str(path), data, mode=0o600)
         else:
             save_new_file(path, data, mode=0o600)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as cause:
+            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
 
     def _load(self, parts: tuple[str, ...], error: type[SczError], remedy: str) -> bytes:
         try:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from oci_hook.attestation.device_record import COUNTER_LIMIT, DeviceRecord, format_device_record, parse_device_record
@@ -222,34 +223,24 @@ def carry_out(
         GrantInvalid: A grant that is made anew needs a broker's share, and no broker is given.
         BrokerRefused, BrokerUnavailable: The broker encrypts no shares. Nothing was changed.
     """
-    contents = {(old.model.name, old.model.version) for device in plan.devices for old in device.renewed}
-    loaded = {each: records.load_content_key(*each) for each in contents}
-    wanted = [loaded[old.model.name, old.model.version] for device in plan.devices for old in device.renewed]
+    renewals = [old.model for device in plan.devices for old in device.renewed]
+    contents = {(each.name, each.version): records.load_content_key(each.name, each.version) for each in renewals}
+    wanted = [contents[each.name, each.version] for each in renewals]
     shares = iter(shares_for(broker, keyring.owner, wanted, random))
     for line in plan.lines.values():
         records.save_line(line)
     for device in plan.devices:
         records.save_device(device.record.device, format_device_record(device.record))
     lines = tuple((line.model, line.lowest_generation) for line in records.lines() if line.lowest_generation > 1)
-    renewed = []
-    with new_folder(folder) as partial:
+    renewed, make = [], partial(make_grant, keyring, maximum=None, created=created, random=random)
+    with new_folder(folder) as unfinished:
         for device in plan.devices:
-            target = partial / device.record.device
+            target = unfinished / device.record.device
             target.mkdir(mode=0o755)
             for old in device.renewed:
-                content = loaded[old.model.name, old.model.version]
+                content, share = contents[old.model.name, old.model.version], next(shares)
                 epoch = records.load_line(old.model.name).epoch(device.record.device_class)
-                made = make_grant(
-                    keyring,
-                    content,
-                    device.record,
-                    maximum=None,
-                    created=created,
-                    random=random,
-                    share=next(shares),
-                    epoch=epoch,
-                    lease=old.lease,
-                )
+                made = make(content, device.record, share=share, epoch=epoch, lease=old.lease)
                 replace_file(str(target / f"{old.model.name}@{old.model.version}.jwt"), made[1], mode=0o644)
                 renewed.append(made)
                 progress(len(renewed))
@@ -269,17 +260,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
         OutputExists: There is something already.
         FileUnreadable: The system said no.
     """
-    partial = folder.absolute().with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
+    unfinished = folder.absolute().with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(mode=0o755)
-        yield partial
+        unfinished.mkdir(mode=0o755)
+        yield unfinished
         if os.path.lexists(folder):
             raise OutputExists(f"{folder} exists")
-        os.rename(partial, folder)
+        os.rename(unfinished, folder)
     except OSError as cause:
         raise FileUnreadable(f"{cause.filename or folder}: {cause.strerror}") from cause
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _list(keyring: Keyring, record: DeviceRecord, created: int, lines: tuple[tuple[str, int], ...]) -> Revocations:
