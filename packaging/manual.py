@@ -89,7 +89,8 @@ def literal(text: str) -> str:
 
 def prose(text: str) -> str:
     """Paragraphs of a help text as mdoc: one line a sentence at least; what stands in backquotes is bold."""
-    return "\n.Pp\n".join(_paragraph(part) for part in re.split(r"\n\s*\n", text.strip()))
+    text = "\n.Pp\n".join(_paragraph(part) for part in re.split(r"\n\s*\n", text.strip()))
+    return text.replace(".Pp\n.Bd", ".Bd")  # a display begins with a blank line of its own
 
 
 def _paragraph(text: str) -> str:
