@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from oci_hook.admission import Admission, Container, Host
 from oci_hook.audit import AuditLog
@@ -16,7 +17,7 @@ from oci_hook.delivery.deliver import Attached, ContainerView, DeliverySettings
 from oci_hook.delivery.holder import Agent
 from oci_hook.delivery.image_bundle import open_image_bundle
 from oci_hook.documents import shown
-from oci_hook.errors import ModelUnknown, SystemCallFailed
+from oci_hook.errors import ModelUnknown, SczError, SystemCallFailed
 from oci_hook.held import HeldModel
 from oci_hook.identity.binding import Bindings
 from oci_hook.journal import tell
@@ -24,9 +25,11 @@ from oci_hook.oci.annotations import ModelRequest
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Mount, Spec
 from oci_hook.oci.state import State
+from oci_hook.provenance import verified_manifest
 from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.report import forget_refusal
 from oci_hook.store import Store
+from oci_hook.trust import Owner
 from oci_hook.trust_folder import Trust
 from oci_hook.trusted_file import make_private_directory
 
@@ -324,6 +327,21 @@ def shareable(admissions: Sequence[Admission], spec: Spec) -> tuple[Admission, .
     if not spec.can_share:
         return ()
     return tuple(each for each in admissions if each.manifest.access.share and not each.request.requirements.private)
+
+
+def may_share(requests: Sequence[ModelRequest], layouts: Sequence[Layout], owners: Sequence[Owner]) -> bool:
+    """Whether an owner and the container allow for any of the models that others have its copy, as far as can be told.
+
+    Args:
+        requests: What the container asks for.
+        layouts: The bundle of each. What is wrong with one is for the admission to say.
+        owners: Whom this host trusts.
+    """
+    for request, layout in zip(requests, layouts, strict=True):
+        with suppress(SczError):
+            if not request.requirements.private and verified_manifest(layout, owners)[0].access.share:
+                return True
+    return False
 
 
 def bindings_of(config: Config) -> Bindings:

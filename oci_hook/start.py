@@ -26,6 +26,7 @@ from oci_hook.host import (
     delivery_settings,
     held_models,
     load_host,
+    may_share,
     not_delivered,
     open_bundle,
     open_record,
@@ -80,14 +81,13 @@ def deliver(
             return  # reached by two ways, hooks.d and CDI say: once is enough
         # The destinations are resolved and held by a child in the container's mount namespace before any key is here.
         delivery.prepare([request.destination for request in wanted])
-        if spec.can_share:  # children that enter other containers: before any key, and before the token
+        layouts = [bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)) for request in wanted]
+        # Children that enter other containers, if need be: before any key, and before the token.
+        if spec.can_share and may_share(wanted, layouts, host.owners):
             delivery.expect_copies(records.live())
         token = load_token(spec.mounts, requests.token_path or config.token_path)
         container = _container(state, facts, delivery, token)
-        admissions = [
-            admit(request, bundles.enter_context(open_bundle(request, state.bundle, spec, host.store)), container, host)
-            for request in wanted
-        ]
+        admissions = [admit(*each, container, host) for each in zip(wanted, layouts, strict=True)]
         standby.end()  # the TPM has done its part: nothing of it is to be there while the models are decrypted
         shared = delivery.share([each.delivery() for each in shareable(admissions, spec)], records.live)
         delivery.fill([each.delivery() for each in admissions if each.request.destination not in shared])

@@ -99,7 +99,7 @@ class TestOwner:
         shutil.rmtree(source)
         return PackedModel(model.bundle, model.key, files)
 
-    def pack_folder(self, name: str, source: Path) -> PackedModel:
+    def pack_folder(self, name: str, source: Path, *, share: bool = False) -> PackedModel:
         """A bundle `<name>.bundle` of a folder, however large; its files are not kept in memory."""
         key = os.urandom(32)
         pack(
@@ -107,7 +107,7 @@ class TestOwner:
             self.folder / f"{name}.bundle",
             model=ModelId(name, "1", 1),
             access=AccessPolicy(
-                (AcceptedIdentity("issuer", "audience", ("subject",), ()),), 3600, None, None, (), False
+                (AcceptedIdentity("issuer", "audience", ("subject",), ()),), 3600, None, None, (), share
             ),
             fields={},
             created=1,

@@ -143,10 +143,10 @@ class Station:
         self._stack.close()
 
     def add_model(self, name: str, size_bytes: int) -> None:
-        """Pack, grant and add a model."""
+        """Pack, grant and add a model, which its containers may share."""
         source = self._space.plain_folder(size_bytes)
         self._space.say(f"{name}: packing, granting and adding {sized(size_bytes)}")
-        out = self.scene.pack(source, name=name)
+        out = self.scene.pack(source, name=name, extra=("--share",))
         self.scene.grant(out, name=name)
         self.scene.add(out)
         subprocess.run(["/bin/rm", "-r", str(out)], check=True)

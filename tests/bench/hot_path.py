@@ -31,7 +31,7 @@ from oci_hook.linux.namespaces import Channel, Child, Report
 from oci_hook.linux.processes import lock_memory
 from tests.bench.rows import Row, make_row, sized
 from tests.bench.timing import take_turns
-from tests.bench.workspace import GIB, Workspace, warm
+from tests.bench.workspace import GIB, Workspace, touch_memory, warm
 
 Pages = Literal["within_size", "always", "never"]
 HUGE, SMALL = "cp, huge-page tmpfs", "cp, default tmpfs"
@@ -61,6 +61,7 @@ class Work:
     def decrypt(self, pages: Pages = "within_size") -> float:
         """Seconds of one decryption."""
         warm(self.space.packed(self.size_bytes).bundle)
+        touch_memory(self.size_bytes)
         with self.target(pages) as target:
             return _fill(target)
 
@@ -70,6 +71,7 @@ class Work:
         warm(source)
         files = sorted(source.iterdir())
         size = sum(-(-path.stat().st_size // mounts.PAGE_BYTES) for path in files) * mounts.PAGE_BYTES
+        touch_memory(size)
         with memory(size, len(files) + 1, pages) as mount:
             return run_into(mount, ["/bin/cp", *map(str, files), "{}"])
 

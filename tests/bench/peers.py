@@ -23,7 +23,7 @@ from oci_hook.linux import mounts
 from tests.bench.hot_path import Work, memory, run_into
 from tests.bench.rows import Row, failed, make_row, sized
 from tests.bench.timing import take_turns
-from tests.bench.workspace import Workspace, warm
+from tests.bench.workspace import Workspace, touch_memory, warm
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSWORD = "correct horse battery staple"
@@ -233,6 +233,7 @@ def _action(space: Workspace, peer: Peer, size: int) -> Iterator[Callable[[], fl
 
         def decrypt(*, compare: bool = False) -> float:
             warm(folder / "sealed")
+            touch_memory(size)
             with memory(size + _SPARE_BYTES, 64, "within_size") as mount:
                 took = run_into(mount, command, env=environment)
                 if compare:

@@ -14,7 +14,7 @@ from tests.bench.containers import Started, Station, memory_file_systems
 from tests.bench.hot_path import HUGE, Work
 from tests.bench.rows import Row, failed, make_row, sized
 from tests.bench.timing import Samples, take_turns
-from tests.bench.workspace import Workspace, warm
+from tests.bench.workspace import Workspace, touch_memory, warm
 
 _MIB = 1 << 20
 _CHECKS = "AES-256-GCM, every segment; manifest, grant, token, TPM"
@@ -69,8 +69,9 @@ def measure_start(space: Workspace, stations: Stations) -> list[Row]:
         station, model = stations.model(size)
         work = Work(space, size)
 
-        def hook(station: Station = station, model: str = model) -> float:
+        def hook(station: Station = station, model: str = model, size: int = size) -> float:
             warm(station.store)
+            touch_memory(size)
             return _once(station, model).hook_seconds
 
         actions: dict[str, Callable[[], float]] = {"hook": hook, "cp": work.copy}

@@ -120,6 +120,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found | {"folder": folder, "stdout": done.stdout}
 
 
+def test_the_second_container_takes_the_copy_of_the_first(run: dict[str, Any]) -> None:
+    rows = {row["key"]: row for row in run["rows"]}
+    for key in ("sharing.second", "sharing.second-memory"):
+        assert not rows[key]["left_out"] or cannot_be_had(key, rows[key]["left_out"])
+    if not rows["sharing.second"]["left_out"]:
+        assert "says shared 0 of" not in rows["sharing.second"]["note"]
+        assert rows["sharing.second-memory"]["median"] == 0
+
+
 def test_every_row_has_a_baseline_of_the_same_rounds(run: dict[str, Any]) -> None:
     rows = {row["key"]: row for row in run["rows"]}
     without = {f"crowd-memory.{count}" for count in (1, 2) if rows[f"crowd.{count}"]["left_out"]}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.bundle.layout import open_layout
 from oci_hook.config import load_config
-from oci_hook.host import close_ended, container_view, not_delivered
+from oci_hook.host import close_ended, container_view, may_share, not_delivered
 from oci_hook.oci.annotations import parse_requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import parse_spec
@@ -17,6 +18,7 @@ from oci_hook.oci.state import State
 from oci_hook.records import ContainerRecord, ContainerRecords
 from oci_hook.store import Store
 from tests.commands import Household
+from tests.models import TestOwner
 
 POD = EngineFacts(container_name="app", pod_uid="0b61", in_sandbox=True)
 KUBELET = "/var/lib/kubelet/pods/0b61/volumes/kubernetes.io~empty-dir/models"
@@ -54,6 +56,26 @@ def test_what_is_no_empty_dir_of_the_pod(source: str) -> None:
 def test_without_an_engine_that_vouches_for_a_pod_there_is_none() -> None:
     assert view(KUBELET, EngineFacts()) == frozenset()
     assert view(KUBELET, kind="tmpfs") == frozenset()
+
+
+def test_whether_a_model_may_be_shared(tmp_path: Path) -> None:
+    for name in ("theirs", "ours"):
+        (tmp_path / name).mkdir()
+    owner, stranger = TestOwner(tmp_path / "ours"), TestOwner(tmp_path / "theirs")
+    (source := tmp_path / "source").mkdir()
+    (source / "weights").write_bytes(b"1")
+    yes, no = (owner.pack_folder(f"m{share}".lower(), source, share=share).bundle for share in (True, False))
+    asked, private = (
+        parse_requests({"smm.scz/model": "m", **more}).models[0] for more in ({}, {"smm.scz/require": "private"})
+    )
+    with open_layout(yes) as shared, open_layout(no) as alone:
+        assert may_share([asked], [shared], [owner.owner])
+        assert may_share([asked, asked], [alone, shared], [stranger.owner, owner.owner])
+        assert not may_share([asked], [alone], [owner.owner])
+        assert not may_share([private], [shared], [owner.owner])
+        assert not may_share([private, asked], [shared, alone], [owner.owner])
+        assert not may_share([asked], [shared], [stranger.owner])  # which the admission refuses
+        assert not may_share([], [], [owner.owner])
 
 
 def record(*triples: tuple[str, str, str]) -> ContainerRecord:
