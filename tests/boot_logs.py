@@ -7,14 +7,17 @@ Profile 1.06, chapter 10; systemd-stub(7); drivers/firmware/efi/libstub of Linux
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from oci_hook.attestation.event_log import SHA256, Event, EventLog
 from oci_hook.attestation.pe_image import authenticode_digest, parse_pe_image
 
 _IMAGE, _VARIABLE, _SEPARATOR, _IPL, _TAG = 0x80000003, 0x80000001, 4, 0xD, 6
+_BOOT_VARIABLE, _PARTITIONS = 0x80000002, 0x80000006
 _GLOBAL = bytes.fromhex("61dfe48bca93d211aa0d00e098032b8c")
 
 
@@ -93,4 +96,63 @@ def boot_unified(
     firmware.measure(9, _TAG, tagged, digest_of=f"{options}\0".encode("utf-16-le"))
     tagged = struct.pack("<II", 0x8F3B22EC, 13) + b"Linux initrd\0"
     firmware.measure(9, _TAG, tagged, digest_of=sections[".initrd"])
+    return firmware.bytes
+
+
+# --- boots that were measured, and forms that none of them has --------------------------------------------------------
+
+#: The command line of the boots in `tests/fixtures/boots`, behind the root's; another boot's may be another.
+KEPT_OPTIONS = "console=ttyS0 quiet loglevel=1 panic=-1 nokaslr no_timer_check mitigations=off random.trust_cpu=on"
+_BOOTS = Path(__file__).parent / "fixtures" / "boots"
+
+
+def kept_boot(name: str) -> tuple[bytes, dict[int, bytes]]:
+    """A log of `tests/fixtures/boots` and the values that the TPM had after it."""
+    values = json.loads((_BOOTS / f"{name}.json").read_text())
+    return (_BOOTS / f"{name}.bin").read_bytes(), {int(pcr): bytes.fromhex(value) for pcr, value in values.items()}
+
+
+def part_of(log: EventLog, keep: Callable[[Event], bool]) -> bytes:
+    """The events of a log that are to be kept, as a log."""
+    return log_bytes(event for event in log.events if keep(event))
+
+
+def older_form(log: EventLog) -> bytes:
+    """The same measurements in the form of before TPM 2.0: SHA-1 alone (TCG EFI Platform 1.22, 7.2.1)."""
+    parts = []
+    for event in measured_alone(log):
+        digest = hashlib.sha1(event.data, usedforsecurity=False).digest()
+        parts.append(struct.pack("<II20sI", event.pcr, event.kind, digest, len(event.data)) + event.data)
+    return b"".join(parts)
+
+
+def started_from_locality(log: EventLog, number: int) -> bytes:
+    """The same log, after a firmware that started the TPM from another locality and says so (TCG, 10.4.5.3)."""
+    note = Event(1, 0, 3, {SHA256: bytes(32)}, b"StartupLocality\0" + bytes([number]))
+    return log_bytes([note, *log.events])
+
+
+def boot_by_older_grub(before: Iterable[Event], kernel: bytes, initrd: bytes, options: str) -> bytes:
+    """A boot by GRUB with the words of its first patches for TPMs, which name kernel and RAM disk by fixed texts.
+
+    Args:
+        before: What shim and firmware measured; boot variables are measured with their names, as some firmware does. A
+            partition table, of no partitions, is measured behind them.
+        kernel: The kernel's file, a program for UEFI.
+        initrd: The initial RAM disk.
+        options: The command line, behind the kernel's path.
+    """
+    firmware = Firmware()
+    for event in before:
+        known = b"" if event.kind == _BOOT_VARIABLE else event.digest
+        firmware.measure(event.pcr, event.kind, event.data, digest=known)
+    firmware.measure(5, _PARTITIONS, b"EFI PART" + struct.pack("<II", 0x10000, 92) + bytes(76 + 8))
+    for command in ("set timeout=0", "load_video", f"linux /vmlinuz {options}"):
+        firmware.measure(8, _IPL, f"grub_cmd {command}\0".encode(), digest_of=command.encode())
+    firmware.measure(9, _IPL, b"grub_linuxefi Kernel\0", digest_of=kernel)
+    firmware.load(kernel)
+    line = f"/vmlinuz {options}".encode()
+    firmware.measure(8, _IPL, b"grub_kernel_cmdline " + line + b"\0", digest_of=line)
+    firmware.measure(8, _IPL, b"grub_cmd initrd /initrd\0", digest_of=b"initrd /initrd")
+    firmware.measure(9, _IPL, b"grub_linuxefi Initrd\0", digest_of=initrd)
     return firmware.bytes

@@ -13,6 +13,7 @@ Needs Debian's systemd-boot-efi and binutils. Specification: UAPI group, "Unifie
 
 from __future__ import annotations
 
+import base64
 import gzip
 import os
 import re
@@ -37,6 +38,13 @@ _UNUSED |= {"venv", "wsgiref", "xmlrpc", "curses", "dbm", "sqlite3", "asyncio", 
 _UNUSED_MODULES = re.compile(r"(_test|_xxtest|_codecs_|_ctypes_test|_sqlite|_curses|_decimal|xx|readline|audioop|nis)")
 _PACKAGES = ("cryptography", "tpm2_pytss", "jose", "click", "ecdsa", "rsa", "pyasn1", "six.py", "psutil", "packaging")
 _PACKAGES += ("asn1crypto", "pycparser", "cffi")
+#: A guest's own words for what was measured; `told` and `told_pcrs` read them.
+TELL_THE_BOOT = """
+        for pcr in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
+            echo "guest: pcr $pcr $(cat /sys/class/tpm/tpm0/pcr-sha256/$pcr)"
+        done
+        echo "guest: log $(base64 -w 0 /sys/kernel/security/tpm0/binary_bios_measurements)"
+"""
 _MAIN = f"""#!/bin/sh
 mount -t tmpfs -o mode=0755 run /run
 mkdir -p {SHARED} /var/lib/scz-smm /var/log/scz-smm
@@ -46,10 +54,7 @@ echo "guest: ready"
 while read -r verb id; do
     case $verb in
     log)
-        for pcr in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
-            echo "guest: pcr $pcr $(cat /sys/class/tpm/tpm0/pcr-sha256/$pcr)"
-        done
-        echo "guest: log $(base64 -w 0 /sys/kernel/security/tpm0/binary_bios_measurements)" ;;
+{TELL_THE_BOOT}        ;;
     measure)
         /usr/bin/python3 -I /usr/bin/sczctl boot-policy measure --device guest-1 -o /run/measurement.json &&
             echo "guest: measurement $(base64 -w 0 /run/measurement.json)" ;;
@@ -198,3 +203,15 @@ class MeasuredGuest(Guest):
             del words[where : where + 2]
         outside = [] if self._command_line is None else ["-append", self._command_line]
         return [*words, "-kernel", os.fspath(self._image), *outside]
+
+
+def told(lines: list[str], what: str) -> bytes:
+    """What the guest printed in base64."""
+    (found,) = [line.split()[2] for line in lines if line.startswith(f"guest: {what} ")]
+    return base64.b64decode(found)
+
+
+def told_pcrs(lines: list[str]) -> dict[int, bytes]:
+    """The PCRs as the guest's kernel shows them."""
+    found = [line.split() for line in lines if line.startswith("guest: pcr ")]
+    return {int(words[2]): bytes.fromhex(words[3]) for words in found}

@@ -18,13 +18,12 @@ from oci_hook.documents import canonical
 from oci_hook.errors import BootPolicyInvalid, DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists
 from oci_hook.key_errors import EventLogInvalid
 from tests.boot_images import SECTIONS, write_unified_image
-from tests.boot_logs import boot_unified
+from tests.boot_logs import boot_unified, older_form, part_of
 from tests.commands import Household, done, misused, refused, sczctl, snapshot
 from tests.devices import measured
 from tests.guest_image import STUB
 
-LOGS = Path(__file__).parents[1] / "fixtures" / "event_logs"
-GRUB = LOGS / "rhel9-shim-grub.bin"
+GRUB = Path(__file__).parents[1] / "fixtures/boots/shim-grub.bin"
 OLD = SECTIONS | {".linux": STUB.read_bytes()}
 NEW = OLD | {".cmdline": b"root=/dev/vda2\0"}
 LOADER = STUB.with_name("systemd-bootx64.efi").read_bytes()
@@ -59,17 +58,17 @@ def prediction(path: Path, pcrs: dict[int, bytes], device: str = "edge-1") -> Pa
 def test_a_log_in_words(house: Household) -> None:
     shown = done(house.ctl("boot-policy", "log", GRUB)).out
     assert "PCR 7     4  variable of secure boot: SecureBoot, 1 bytes\n" in shown
-    assert "PCR 4    32  boot program \\EFI\\redhat\\grubx64.efi (claimed)\n" in shown
+    assert "PCR 4    29  boot program \\EFI\\BOOT\\grubx64.efi (claimed)\n" in shown
     assert "secure boot: on\n" in shown
-    assert "sbat level: sbat,1,2021030218" in shown
+    assert "sbat level: sbat,1,2025021800" in shown
     lines = [line for line in shown.splitlines() if line.startswith("PCR ")]
     assert lines == sorted(lines, key=lambda line: (int(line.split()[1]), int(line.split()[2])))
-    assert len(lines) == 96
+    assert len(lines) == 51
 
 
 def test_a_log_as_json(house: Household) -> None:
     found = done(house.ctl("boot-policy", "log", GRUB, "--json")).json
-    (event,) = [event for event in found["events"] if event["event"] == 90]
+    (event,) = [event for event in found["events"] if event["event"] == 44]
     assert (event["pcr"], event["type"], event["proven_by"]) == (4, "EV_EFI_BOOT_SERVICES_APPLICATION", None)
     assert event["digest_is_of"] == "the image"
     assert found["pcrs"]["4"] == replay(parse_event_log(GRUB.read_bytes()))[4].hex()
@@ -91,7 +90,8 @@ def test_logs_that_are_none(house: Household, tmp_path: Path) -> None:
     path.write_bytes(bytes(LIMIT_BYTES + 1))
     refused(house.ctl("boot-policy", "log", path), EventLogInvalid.code, "larger")
     refused(house.ctl("boot-policy", "log", tmp_path), EventLogInvalid.code, "not a regular file")
-    refused(house.ctl("boot-policy", "log", LOGS / "sha1-only.bin"), EventLogInvalid.code, "no SHA-256", "SHA-256 bank")
+    path.write_bytes(older_form(parse_event_log(GRUB.read_bytes())))
+    refused(house.ctl("boot-policy", "log", path), EventLogInvalid.code, "no SHA-256", "SHA-256 bank")
     os.mkfifo(tmp_path / "fifo")
     refused(house.ctl("boot-policy", "log", tmp_path / "fifo"), EventLogInvalid.code)
 
@@ -103,8 +103,9 @@ def test_a_kernel_without_a_log_is_told_what_mends_it(house: Household) -> None:
 
 def test_a_hostile_log_is_no_terminal(house: Household, tmp_path: Path) -> None:
     path = tmp_path / "log"
-    data = GRUB.read_bytes().replace(b"grub_cmd: load_video", b"grub_cmd: \x1b[2Jvideo\n")
-    path.write_bytes(data)
+    data = GRUB.read_bytes()
+    path.write_bytes(data.replace(b"grub_cmd: set default=0", b"grub_cmd: \x1b[2Jefault=\n0"))
+    assert path.read_bytes() != data
     shown = done(house.ctl("boot-policy", "log", path)).out
     assert "\x1b" not in shown
 
@@ -136,12 +137,16 @@ def test_every_component_can_be_named(house: Household, tmp_path: Path) -> None:
     loader.write_bytes(LOADER)
     initrd.write_bytes(b"initrd")
     words = ["--shim", loader, "--boot-loader", loader, "--kernel", loader, "--initrd", initrd, "--cmdline", "quiet"]
-    words += ["--text", "set timeout=5", "set timeout=1", "--replace", f"39={initrd}"]
-    found = done(house.ctl("boot-policy", "predict", GRUB, *words, "--json")).json
+    words += ["--text", "set timeout=0", "set timeout=1", "--replace", f"34={initrd}"]
+    log = tmp_path / "log"
+    log.write_bytes(part_of(parse_event_log(GRUB.read_bytes()), lambda event: b": menuentry" not in event.data))
+    found = done(house.ctl("boot-policy", "predict", log, *words, "--json")).json
     assert found["changed"] == [4, 8, 9]
-    assert [each["event"] for each in found["replaced"]] == [25, 32, 39, 55, 88, 89, 90, 91, 92, 94]
-    (timeout,) = [each for each in found["replaced"] if each["event"] == 55]
+    assert [each["event"] for each in found["replaced"]] == [23, 29, 34, 35, 41, 42, 43, 44, 45, 48]
+    (timeout,) = [each for each in found["replaced"] if each["event"] == 35]
     assert timeout["after"] == hashlib.sha256(b"set timeout=1").hexdigest()
+    with_menu = done(house.ctl("boot-policy", "predict", GRUB, *words, "--json")).json
+    assert (with_menu["changed"], list(with_menu["unknown"])) == ([4, 9], ["8"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The event log: real machines' logs lead where `tpm2_eventlog` says, and none of their bytes can be changed unseen."""
+"""The event log: logs of real boots lead where the TPM was and where `tpm2_eventlog` says, and no byte changes unseen.
+
+Forms that no boot here has (SHA-1 alone, another startup locality, older words of GRUB) are those of `tests.boot_logs`.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oci_hook.attestation.boot_policy import verify_coverage
-from oci_hook.attestation.event_log import LIMIT_BYTES, EventLog, extend, initial_value, parse_event_log, replay
+from oci_hook.attestation.event_log import LIMIT_BYTES, SHA1, EventLog, extend, initial_value, parse_event_log, replay
 from oci_hook.attestation.event_words import Proof, describe, prove, section_name, type_name
 from oci_hook.errors import BootPolicyInvalid
 from oci_hook.key_errors import EventLogInvalid
 from tests.attestation_vectors import changed_bytes
+from tests.boot_logs import KEPT_OPTIONS, boot_by_older_grub, kept_boot, older_form, started_from_locality
+from tests.guest_image import STUB
+from tests.software_tpm import SoftwareTpm
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FOLDER = FIXTURES / "guest_boot"
 LOG = (FOLDER / "event-log.bin").read_bytes()
 VALUES = {int(pcr): bytes.fromhex(value) for pcr, value in json.loads((FOLDER / "pcrs.json").read_text()).items()}
-REAL = {path.stem: path.read_bytes() for path in sorted((FIXTURES / "event_logs").glob("*.bin"))} | {"guest": LOG}
-AGILE = sorted(set(REAL) - {"sha1-only"})
+SHIM_GRUB, SHIM_GRUB_VALUES = kept_boot("shim-grub")
+SYSTEMD_BOOT, SYSTEMD_BOOT_VALUES = kept_boot("systemd-boot")
+BOOTED = {
+    "guest": (LOG, VALUES),
+    "shim-grub": (SHIM_GRUB, SHIM_GRUB_VALUES),
+    "systemd-boot": (SYSTEMD_BOOT, SYSTEMD_BOOT_VALUES),
+}
+PARSED = parse_event_log(SHIM_GRUB)
+LOGS = {name: log for name, (log, _values) in BOOTED.items()} | {
+    "older-grub": boot_by_older_grub(PARSED.events[:29], STUB.read_bytes(), b"initrd", "root=/dev/vda1 ro"),
+    "startup-locality": started_from_locality(PARSED, 3),
+    "sha1-only": older_form(PARSED),
+}
+AGILE = sorted(set(LOGS) - {"sha1-only"})
 BY_LINUX = 10
-INITRAMFS = "boot loader's measurement: (hd0,gpt2)/initramfs-5.14.0-130.el9.x86_64.img"
-# What the laptop's own TPM held (go-eventlog's test): its firmware started the TPM from locality 3.
-LAPTOP_PCR_0 = "0e5ea849d7647a1ac1becc096fee4df98f00f8015f934afadaab0b8aa20b38a5"
+INITRD = "boot loader's measurement: /initrd.img-6.1.0-56-amd64"
+OPTIONS = f"initrd=\\initrd.img-6.1.0-56-amd64 root=/dev/vda1 ro {KEPT_OPTIONS}"
 
 
 def by_tpm2_eventlog(path: Path) -> tuple[list[tuple[int, str, str]], dict[int, str]]:
@@ -57,29 +74,63 @@ def hexadecimal(values: dict[int, bytes]) -> dict[int, str]:
 @pytest.mark.parametrize("name", AGILE)
 def test_tpm2_eventlog_reads_the_same_events_and_values(name: str, tmp_path: Path) -> None:
     path = tmp_path / "log.bin"
-    path.write_bytes(REAL[name])
+    path.write_bytes(LOGS[name])
     events, values = by_tpm2_eventlog(path)
-    log = parse_event_log(REAL[name])
+    log = parse_event_log(LOGS[name])
     assert [(event.pcr, type_name(event.kind), event.digest.hex()) for event in log.events] == events
     ours = hexadecimal(replay(log))
     if log.startup_locality:  # which that program leaves out
-        assert ours.pop(0) == LAPTOP_PCR_0
-        del values[0]
+        del ours[0], values[0]
     assert ours == values
 
 
-def test_the_log_leads_to_the_values() -> None:
-    measured = {pcr: value for pcr, value in VALUES.items() if any(value) and pcr != BY_LINUX}
-    assert {pcr: value for pcr, value in replay(parse_event_log(LOG)).items() if pcr != BY_LINUX} == measured
+@pytest.mark.parametrize("name", sorted(BOOTED))
+def test_the_log_leads_to_the_values(name: str) -> None:
+    log, values = BOOTED[name]
+    measured = {pcr: value for pcr, value in values.items() if any(value) and pcr != BY_LINUX}
+    assert {pcr: value for pcr, value in replay(parse_event_log(log)).items() if pcr != BY_LINUX} == measured
+
+
+def test_a_log_of_several_banks_is_read_whole() -> None:
+    log = parse_event_log(SYSTEMD_BOOT)
+    assert sorted(log.algorithms) == [0x0004, 0x000B, 0x000C]
+    for event in log.events:
+        if prove(event) is Proof.DATA:
+            assert event.digests[0x000C] == hashlib.sha384(event.data).digest()
+
+
+def test_a_tpm_that_was_started_from_another_locality_has_the_value_of_the_log(tmp_path: Path) -> None:
+    log = parse_event_log(LOGS["startup-locality"])
+    digests = [event.digest for event in log.events if event.is_measured and event.pcr == 0]
+    with SoftwareTpm(tmp_path / "tpm", certified=False) as tpm:
+        tpm.restart(locality=log.startup_locality)
+        for digest in digests:
+            tpm.extend_digest(0, digest)
+        words = ["tpm2_pcrread", "sha256:0", "-T", tpm.tcti, "-Q", "-o", tmp_path / "value"]
+        subprocess.run(words, check=True)
+    assert (log.startup_locality, replay(log)[0]) == (3, (tmp_path / "value").read_bytes())
+    assert replay(log)[0] != SHIM_GRUB_VALUES[0]
 
 
 def test_a_log_of_the_older_form_is_told_as_such_and_has_no_values() -> None:
-    log = parse_event_log(REAL["sha1-only"])
-    assert (log.is_crypto_agile, log.algorithms, len(log.events)) == (False, (0x0004,), 17)
+    log = parse_event_log(LOGS["sha1-only"])
+    assert (log.is_crypto_agile, log.algorithms, len(log.events)) == (False, (0x0004,), len(PARSED.events))
     with pytest.raises(EventLogInvalid, match="no SHA-256") as refused:
         replay(log)
     assert "SHA-256 bank" in refused.value.advice
     assert {prove(event) for event in log.events} == {Proof.NONE}
+
+
+def test_tpm2_eventlog_reads_the_older_form_as_we_do(tmp_path: Path) -> None:
+    path = tmp_path / "log.bin"
+    path.write_bytes(LOGS["sha1-only"])
+    said = subprocess.run(["tpm2_eventlog", path], capture_output=True, text=True, check=True).stdout
+    theirs = re.findall(r'PCRIndex: (\d+)\n  EventType: (\S+)\n[^"]*sha1\n    Digest: "([0-9a-f]{40})"', said)
+    ours = [
+        (str(event.pcr), type_name(event.kind), event.digests[SHA1].hex())
+        for event in parse_event_log(LOGS["sha1-only"]).events
+    ]
+    assert theirs == ours
 
 
 def test_the_image_that_ran_is_in_it() -> None:
@@ -112,28 +163,28 @@ def test_it_covers_a_unified_image_and_not_a_boot_loader() -> None:
         ("guest", 21, Proof.NAME, "unified kernel image: name of section .linux"),
         ("guest", 22, Proof.NONE, "unified kernel image: contents of section .linux"),
         ("guest", 31, Proof.NONE, "tagged measurement: Linux initrd"),
-        ("rhel9-shim-grub", 4, Proof.DATA, "variable of secure boot: SecureBoot, 1 bytes"),
-        ("rhel9-shim-grub", 28, Proof.DATA, "authority of a signed program: SbatLevel, 18 bytes"),
-        ("rhel9-shim-grub", 32, Proof.NONE, "boot program \\EFI\\redhat\\grubx64.efi"),
-        ("rhel9-shim-grub", 86, Proof.TEXT, "boot loader's measurement: grub_cmd: set gfxpayload=keep"),
-        (
-            "rhel9-shim-grub",
-            94,
-            Proof.NONE,
-            INITRAMFS,
-        ),
-        ("rhel8-secure-boot", 70, Proof.TEXT, "boot loader's measurement: grub_cmd load_video"),
-        ("fedora37-systemd-boot", 23, Proof.DATA, "boot loader's measurement:  console=ttyS0 console=tty0 efi=debug "),
+        ("shim-grub", 4, Proof.DATA, "variable of secure boot: SecureBoot, 1 bytes"),
+        ("shim-grub", 11, Proof.VALUE, "boot variable: Boot0001, 78 bytes"),
+        ("older-grub", 11, Proof.DATA, "boot variable: Boot0001, 78 bytes"),
+        ("shim-grub", 26, Proof.DATA, "authority of a signed program: SbatLevel, 32 bytes"),
+        ("shim-grub", 27, Proof.NONE, "boot loader's measurement: MokListTrusted"),
+        ("shim-grub", 29, Proof.NONE, "boot program \\EFI\\BOOT\\grubx64.efi"),
+        ("shim-grub", 36, Proof.TEXT, "boot loader's measurement: grub_cmd: set default=0"),
+        ("shim-grub", 49, Proof.NONE, INITRD),
+        ("older-grub", 30, Proof.DATA, "partition table"),
+        ("older-grub", 32, Proof.TEXT, "boot loader's measurement: grub_cmd load_video"),
+        ("systemd-boot", 24, Proof.DATA, f"boot loader's measurement: {OPTIONS}"),
+        ("systemd-boot", 26, Proof.NONE, "tagged measurement: Linux initrd"),
     ],
 )
 def test_an_event_in_words(name: str, number: int, proof: Proof, words: str) -> None:
-    (event,) = [event for event in parse_event_log(REAL[name]).events if event.number == number]
+    (event,) = [event for event in parse_event_log(LOGS[name]).events if event.number == number]
     assert (prove(event), describe(event)) == (proof, words)
 
 
 @pytest.mark.parametrize("name", AGILE)
 def test_data_of_which_a_byte_was_changed_is_proven_no_more(name: str) -> None:
-    log = parse_event_log(REAL[name])
+    log = parse_event_log(LOGS[name])
     proven = [event for event in log.events if prove(event) is Proof.DATA]
     assert len(proven) > 5
     for event in proven:
@@ -157,9 +208,9 @@ def read(data: bytes) -> EventLog | None:
     return log
 
 
-@pytest.mark.parametrize("name", ["guest", "fedora37-systemd-boot", "sha1-only"])
+@pytest.mark.parametrize("name", ["guest", "systemd-boot", "sha1-only"])
 def test_every_byte_changed_gives_a_log_or_our_error(name: str) -> None:
-    good, other = REAL[name], 0
+    good, other = LOGS[name], 0
     values = None if name == "sha1-only" else replay(parse_event_log(good))
     for place in range(len(good)):
         changed = bytearray(good)
@@ -170,14 +221,14 @@ def test_every_byte_changed_gives_a_log_or_our_error(name: str) -> None:
     assert other > len(good) // 8
 
 
-@pytest.mark.parametrize("name", sorted(REAL))
+@pytest.mark.parametrize("name", sorted(LOGS))
 def test_a_log_cut_short_ends_between_two_events_or_is_refused(name: str) -> None:
-    whole = len(parse_event_log(REAL[name]).events)
+    whole = len(parse_event_log(LOGS[name]).events)
     lengths = set()
-    for end in range(0, len(REAL[name]), 7):
+    for end in range(0, len(LOGS[name]), 7):
         log = None
         try:
-            log = parse_event_log(REAL[name][:end])
+            log = parse_event_log(LOGS[name][:end])
         except EventLogInvalid:
             continue
         lengths.add(len(log.events))
@@ -190,7 +241,7 @@ def test_fuzz(data: bytes) -> None:
     assert log is None or len(log.events) < 20_000
 
 
-@given(changed_bytes(REAL["fedora37-systemd-boot"]))
+@given(changed_bytes(LOGS["systemd-boot"]))
 def test_fuzz_of_another(data: bytes) -> None:
     log = read(data)
     assert log is None or log.startup_locality in (0, 3, 4)
