@@ -26,6 +26,7 @@ from oci_hook.trust import NAME, NAME_LIMIT
 SCHEMA: Final = "scz-smm/device/v1"
 LIMIT_BYTES: Final = 1 << 20
 COUNTER_LIMIT: Final = (1 << 63) - 1
+COUNT_LIMIT: Final = 1024  # a revocation counts by one or a few; more in one go would wear the TPM's memory out
 _TIME_LIMIT: Final = 1 << 40
 
 Vouched = Literal["certificate", "list"]
