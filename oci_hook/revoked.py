@@ -200,8 +200,7 @@ def _verify_within_reach(revocations: Revocations, counter: int) -> None:
         raise RevocationsMissing(
             f"the list of revocations is for {revocations.value}, the owner's counter is {counter}: it is counted up "
             f"by at most {COUNT_LIMIT}",
-            remedy=f"delete the counter (`tpm2_nvundefine {revocations.counter_index:#x}`), `sczctl enroll` again, and "
-            "ask the model's owner for new grants",
+            remedy="`sczctl add` the folders that came before it, the oldest first: each counts a part of the way",
         )
 
 

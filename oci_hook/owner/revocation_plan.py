@@ -87,6 +87,7 @@ def plan_revocation(records: OwnerRecords, wanted: Wanted, *, now: int) -> Plan:
         granted.setdefault(grant.device_name, []).append(grant)
     keys = () if alone else records.content_keys()
     manifests = {records.load_content_key(name, version).manifest_digest for name, version in keys}
+    again = _again(before, wanted)
     plans, out_of_reach = [], []
     for name in names:
         record = load_device(records, name)
@@ -95,7 +96,7 @@ def plan_revocation(records: OwnerRecords, wanted: Wanted, *, now: int) -> Plan:
         whole = name in wanted.devices or record.revoked is not None
         locked = [grant for grant in own if whole or not _line(lines, grant.model.name).allows(grant.model)]
         withdrawn = any((grant.model.name, grant.device_class) in wanted.boot_policies for grant in own)
-        if not (locked or withdrawn or name in wanted.devices):
+        if not (locked or withdrawn or again or name in wanted.devices):
             continue
         try:
             raised = _counted_up(record, own)
@@ -111,6 +112,12 @@ def plan_revocation(records: OwnerRecords, wanted: Wanted, *, now: int) -> Plan:
         plans.append(DevicePlan(raised, tuple(locked), renewed))
     changed = {name: line for name, line in lines.items() if line != before.get(name)}
     return Plan(changed, tuple(plans), tuple(out_of_reach))
+
+
+def _again(before: dict[str, Line], wanted: Wanted) -> bool:
+    """Whether something was revoked before, and shall be again: no record tells any longer whose grants it locks."""
+    versions = any(version in _line(before, name).revoked for name, version in wanted.versions)
+    return versions or any(1 < lowest <= _line(before, name).lowest_generation for name, lowest in wanted.below)
 
 
 def _line(lines: dict[str, Line], name: str) -> Line:
@@ -155,7 +162,6 @@ def _counted_up(record: DeviceRecord, own: Iterable[Grant]) -> DeviceRecord:
         raise DeviceInvalid(
             f"the counter of {record.device} would have to go to {value}: at the last enrolment it was at {certified}, "
             f"and counting is limited to {STEP_LIMIT} further",
-            remedy="let the device apply its last folder (`sczctl add`), then `sczctl enroll` it again; or delete its "
-            "counter's index, `sczctl enroll` it again, and grant anew",
+            remedy="let the device apply its last folder (`sczctl add`), `sczctl enroll` it again, and revoke then",
         )
     return replace(record, counter_value=value, highest_maximum=value, certified=certified)

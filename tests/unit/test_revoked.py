@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook import intake
+from oci_hook.attestation.device_record import format_device_record, parse_device_record
 from oci_hook.attestation.structures import NvPublic
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.revocations import Revocations, sign_revocations
@@ -21,6 +22,8 @@ from oci_hook.incoming import collect
 from oci_hook.intake import Intake, Taken
 from oci_hook.key_errors import GenerationRefused, RevocationsMissing
 from oci_hook.owner.keyring import open_keyring
+from oci_hook.owner.records import OwnerRecords
+from oci_hook.owner.revoking import enrolled_again
 from oci_hook.records import ContainerRecord
 from oci_hook.revoked import live_holders, load_list, verify_generation, verify_in_force
 from oci_hook.store import Store
@@ -186,6 +189,26 @@ def test_an_owner_whose_records_went_back_is_told(host: Host, tmp_path: Path) ->
     assert (host.now(), host.is_in_force()) == (3, True)
 
 
+def test_a_revocation_that_was_refused_so_is_repeated(host: Host, tmp_path: Path) -> None:
+    """The owner no longer keeps the grants that it locks; the device enrols again, and gets a list nevertheless."""
+    host.house.pack("more", version="2")
+    shutil.copytree(host.house.keys, tmp_path / "backup")
+    host.take(host.revoked("before"))
+    shutil.rmtree(host.house.keys)
+    shutil.copytree(tmp_path / "backup", host.house.keys)
+    words = ("revoke", "--keys", host.house.keys, "--model", "minilm:1", "-o")
+    done(sczctl(*words, host.house.usb / "refused"))
+    with pytest.raises(RevocationsMissing, match="lock nothing more"):
+        host.take(host.house.usb / "refused" / "edge-1")
+    records = OwnerRecords(host.house.keys)
+    known = parse_device_record(records.load_device("edge-1"))
+    certified = replace(host.device.record, counter_value=host.now())
+    records.save_device("edge-1", format_device_record(enrolled_again(certified, known, forget=False)))
+    done(sczctl(*words, host.house.usb / "again"))
+    assert [each.value for each in host.take(host.house.usb / "again" / "edge-1").revocations] == [3]
+    assert (host.now(), host.is_in_force()) == (3, True)
+
+
 def test_two_lists_for_one_value_do_not_come_together(host: Host) -> None:
     folder = host.revoked()
     other = host.list_with(value=2, created=1)
@@ -218,10 +241,11 @@ def test_a_list_that_cannot_be_counted_to_is_not_placed(host: Host) -> None:
     before = snapshot(host.house.store_folder)
     with pytest.raises(RevocationsMissing, match="at most 1024") as caught:
         host.take(host.list_with(value=1 + 1025))
-    assert "tpm2_nvundefine 0x1" in caught.value.advice
+    assert "the oldest first" in caught.value.advice
     assert (host.now(), snapshot(host.house.store_folder)) == (1, before)
-    host.take(host.list_with(value=1 + 1024))
-    assert host.is_in_force()
+    for value in (1 + 1024, 1 + 2 * 1024):
+        host.take(host.list_with(value=value))
+        assert host.is_in_force()
 
 
 @pytest.mark.parametrize("kind", ["boot policy", "grant"])
