@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
-from oci_hook.bundle.files import closing
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant, verify_grant_signature
 from oci_hook.bundle.layout import BLOBS, INDEX_FILE, LAYOUT_FILE, Layout, open_layout, verify_bundle, verify_digests
 from oci_hook.bundle.manifest import Manifest
 from oci_hook.bundle.revocations import Revocations
-from oci_hook.copying import copy_blob, shares_blocks, write_new
+from oci_hook.copying import copy_blob, is_shared, write_new
 from oci_hook.disk_space import Need, block_bytes, full_disk_explained, verify_room
 from oci_hook.errors import (
     BundleInvalid,
@@ -136,6 +135,7 @@ class Intake:
                     self._verify_name_is_free(model)  # again: another `add` may have been faster
                 bundles = [(os.path.join(folder, str(n)), digest) for digest, n in staged if digest is not None]
                 self._lists = self._verified_lists(incoming)  # again, as well
+                self._verify_none_older(grants, policies)
                 place(self._store, bundles, documents)
                 for each in self._lists:
                     each.count_up()
@@ -167,7 +167,7 @@ class Intake:
         sizes = [_SMALL_BYTES] * documents
         for path in incoming.bundles:
             with open_layout(path) as layout:
-                if folder is None or not _is_shared(layout, folder):
+                if folder is None or not is_shared(layout, folder):
                     sizes += [_SMALL_BYTES] * 2 + [_size_of(path, digest) for digest in _digests(layout)]
         return Need.of(sizes, block_bytes(self._store.nearest_folder()), _MAKE_ROOM)
 
@@ -253,16 +253,22 @@ class Intake:
             except ModelUnknown:
                 if not self._lists:  # a revocation grants anew what the device may have, whether it is here or not
                     raise
-        for grant, _ in grants:
-            self._verify_newer(self._store.grant_path(grant.manifest_digest), grant.created, self._stored_grant_time)
+        self._verify_none_older(grants, [])
         return sorted(grants, key=lambda item: item[0].created)
 
     def _policies(self, incoming: Incoming) -> list[tuple[BootPolicy, bytes]]:
         policies = [(self._verified_policy(data), data) for data in incoming.boot_policies]
+        self._verify_none_older([], policies)
+        return sorted(policies, key=lambda item: item[0].created)
+
+    def _verify_none_older(
+        self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]
+    ) -> None:
+        for grant, _ in grants:
+            self._verify_newer(self._store.grant_path(grant.manifest_digest), grant.created, self._stored_grant_time)
         for policy, _ in policies:
             path = self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class)
             self._verify_newer(path, policy.created, self._stored_policy_time)
-        return sorted(policies, key=lambda item: item[0].created)
 
     def _verify_newer(self, path: str, created: int, stored_time: Callable[[bytes], int]) -> None:
         """An older document must not come back by mistake: it may approve a boot state that its owner withdrew."""
@@ -340,11 +346,3 @@ def _size_of(bundle: str, digest: str) -> int:
         return os.lstat(os.path.join(bundle, *BLOBS, digest.removeprefix("sha256:"))).st_size
     except OSError:
         return 0
-
-
-def _is_shared(layout: Layout, folder: str) -> bool:
-    try:
-        with closing(layout.open_blob(layout.layers[0].digest)) as descriptor:
-            return shares_blocks(descriptor, folder)
-    except SczError:
-        return False  # the copy will say what is wrong

@@ -8,13 +8,13 @@ docs/specification.md, "Revocations"; ADR 19.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from oci_hook.attestation.boot_policy import parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.device_record import COUNT_LIMIT
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.structures import NvPublic
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
@@ -28,6 +28,11 @@ from oci_hook.records import ContainerRecord
 from oci_hook.store import Store
 from oci_hook.trust import Owner
 from oci_hook.trusted_file import make_private_directory
+
+_REVOKE_AGAIN = (
+    "let the model's owner enrol this device again, as its records are behind (from a backup?), then revoke again: a "
+    "new list counts further"
+)
 
 
 class Counting(Protocol):
@@ -156,9 +161,10 @@ def verify_incoming(
     Raises:
         OwnerUntrusted: By nobody whom this host trusts.
         DeviceNotEnrolled: This host is not enrolled.
-        RevocationsMissing: Not for this device; or an older one than is here, or than the counter is at.
+        RevocationsMissing: Not for this device; an older one than is here, or than the counter is at; not the one that
+            was applied for this value; or the counter cannot be counted that far.
     """
-    found = []
+    found: list[IncomingList] = []
     for compact in lists:
         unverified = parse_revocations(compact)
         owner = find_owner(unverified.owner_id, owners)
@@ -171,25 +177,79 @@ def verify_incoming(
                 f"the list of revocations is for the device {revocations.device_name}, whose keys are not this one's",
                 remedy="`sczctl add` the folder that the owner made for this device",
             )
-        _verify_newer(revocations, store, owner, counting.value(counter))
+        now = counting.value(counter)
+        _verify_within_reach(revocations, now)
+        _verify_newer(revocations, compact, _stored(store, owner), now, device.counter_values.get(owner.owner_id))
+        _verify_alone(revocations, compact, found)
         found.append(IncomingList(revocations, compact, counter, counting))
     return sorted(found, key=lambda each: (each.revocations.value, each.revocations.created))
 
 
-def _verify_newer(revocations: Revocations, store: Store, owner: Owner, counter: int) -> None:
+def _stored(store: Store, owner: Owner) -> tuple[Revocations, bytes] | None:
+    """The owner's list that is here, and its bytes; None also if it is damaged: the list that comes takes its place."""
+    try:
+        data = store.load_revocations(owner.owner_id)
+        return None if data is None else (verify_revocations(parse_revocations(data), owner=owner), data)
+    except SczError:
+        return None
+
+
+def _verify_within_reach(revocations: Revocations, counter: int) -> None:
+    """What is placed but cannot be counted would lock everything of its owner, and every later list with it."""
+    if revocations.value - counter > COUNT_LIMIT:
+        raise RevocationsMissing(
+            f"the list of revocations is for {revocations.value}, the owner's counter is {counter}: it is counted up "
+            f"by at most {COUNT_LIMIT}",
+            remedy="`sczctl add` the folders that came before it, the oldest first: each counts a part of the way",
+        )
+
+
+def _verify_newer(
+    revocations: Revocations,
+    compact: bytes,
+    stored: tuple[Revocations, bytes] | None,
+    counter: int,
+    enrolled: int | None,
+) -> None:
+    """Refuse what locks nothing: a list whose value was reached, but for the very one that reached it.
+
+    Two lists of one value are made by an owner whose records went back, as from a backup: the grants that the second
+    one locks would go on opening.
+    """
     if revocations.value < counter:
         raise RevocationsMissing(
             f"the list of revocations is for {revocations.value}, the owner's counter is {counter}: it is an older one"
         )
-    stored = None
-    with contextlib.suppress(SczError):  # damaged: the list that comes takes its place
-        stored = load_list(store, owner)
-    if stored is None or stored.counter_name != revocations.counter_name or stored.ak_name != revocations.ak_name:
-        return
-    if (revocations.value, revocations.created) < (stored.value, stored.created):
+    of_device = revocations.ak_name, revocations.counter_index, revocations.counter_name
+    if stored is None or not is_of_device(stored[0], *of_device):
+        if revocations.value == counter == enrolled:
+            raise RevocationsMissing(
+                f"the list of revocations is for {counter}, where the owner's counter was at the enrolment: it would "
+                "lock nothing",
+                remedy="add what came with it without the list; if it is to lock something, " + _REVOKE_AGAIN,
+            )
+        return  # the list that was applied is gone or damaged: this one takes its place
+    here, here_compact = stored
+    if revocations.value == here.value and compact != here_compact:
         raise RevocationsMissing(
-            f"the list of revocations in the store is newer (for {stored.value}, this one for {revocations.value})"
+            f"the list of revocations is another one than the store's for the same value {here.value}: it would lock "
+            "nothing more",
+            remedy=_REVOKE_AGAIN,
         )
+    if revocations.value < here.value:
+        raise RevocationsMissing(
+            f"the list of revocations in the store is newer (for {here.value}, this one for {revocations.value})"
+        )
+
+
+def _verify_alone(revocations: Revocations, compact: bytes, others: Sequence[IncomingList]) -> None:
+    """The same among lists that come together."""
+    for other in others:
+        of_one_value = revocations.owner_id, revocations.value
+        if of_one_value == (other.revocations.owner_id, other.revocations.value) and compact != other.compact:
+            raise RevocationsMissing(
+                f"two different lists of revocations are for the same value {revocations.value}", remedy=_REVOKE_AGAIN
+            )
 
 
 # --- who still holds a model ------------------------------------------------------------------------------------------
@@ -236,9 +296,11 @@ def _reason(store: Store, owner: Owner, manifest_digest: str) -> str | None:
         if not store.has_grant(manifest_digest):
             return "no grant"
         grant = verify_grant_signature(parse_grant(store.load_grant(manifest_digest)), owner=owner)
-        if grant.counter.maximum < revocations.value:
-            return "revoked grant"
-        verify_generation(revocations, grant.model)
+        # A list of an earlier enrolment is as if there were none, as at a start.
+        if is_of_device(revocations, grant.ak_name, grant.counter.index, grant.counter.name):
+            if grant.counter.maximum < revocations.value:
+                return "revoked grant"
+            verify_generation(revocations, grant.model)
         return None if _has_its_boot_policy(store, owner, grant) else "withdrawn boot policy"
     except GenerationRefused:
         return "revoked generation"

@@ -121,9 +121,10 @@ def enrol_in_software(house: Household, names: list[str], *, device_class: str) 
         random=lambda _size: secret,
     )
     now = datetime.now(UTC)
-    for name, device in made.items():
-        device.secret = secret
-        challenged = enroller.challenge(requests[name], now=now)
-        answer = parse_answer(device.answer({}).encode())
-        enroller.accept(answer, challenged.pending, now=now, device_class=device_class)
+    with enroller.together():
+        for name, device in made.items():
+            device.secret = secret
+            challenged = enroller.challenge(requests[name], now=now)
+            answer = parse_answer(device.answer({}).encode())
+            enroller.accept(answer, challenged.pending, now=now, device_class=device_class)
     return {name: device.srk_key for name, device in made.items()}

@@ -26,6 +26,7 @@ from oci_hook.trust import NAME, NAME_LIMIT
 SCHEMA: Final = "scz-smm/device/v1"
 LIMIT_BYTES: Final = 1 << 20
 COUNTER_LIMIT: Final = (1 << 63) - 1
+COUNT_LIMIT: Final = 1024  # a revocation counts by one or a few; more in one go would wear the TPM's memory out
 _TIME_LIMIT: Final = 1 << 40
 
 Vouched = Literal["certificate", "list"]
@@ -38,6 +39,7 @@ class DeviceRecord:
     Attributes:
         ek_sha256: Of the EK's certificate (DER), or of the EK itself as the owner's list has it (SubjectPublicKeyInfo).
         counter_value: The counter's value at the enrolment, raised by each revocation since.
+        certified: Its value at the enrolment, if it was raised since; None: `counter_value`.
         vouched: By what the EK is a TPM's.
         highest_maximum: Of any grant that was given to the device, if that is above `counter_value`; None: of none.
         resets: The TPM's `resetCount`, certified at the enrolment or by a later lease request; None: not known.
@@ -60,6 +62,7 @@ class DeviceRecord:
     resets: int | None = None
     clock_ms: int | None = None
     revoked: int | None = None
+    certified: int | None = None
 
 
 def format_device_record(record: DeviceRecord) -> bytes:
@@ -67,6 +70,8 @@ def format_device_record(record: DeviceRecord) -> bytes:
     counter = {**counter_document(record.counter), "value": record.counter_value}
     if record.highest_maximum is not None:
         counter["granted"] = record.highest_maximum
+    if record.certified is not None:
+        counter["certified"] = record.certified
     more: dict[str, object] = {} if record.vouched == "certificate" else {"vouched": record.vouched}
     if record.revoked is not None:
         more["revoked"] = record.revoked
@@ -112,7 +117,8 @@ def parse_device_record(data: bytes) -> DeviceRecord:
         counter_value=counter.integer("value", low=0, high=COUNTER_LIMIT),
         pcrs=parse_pcrs(fields, "pcrs", error=DeviceInvalid),
         vouched=_take_vouched(fields),
-        highest_maximum=counter.integer("granted", low=0, high=COUNTER_LIMIT) if counter.has("granted") else None,
+        highest_maximum=_optional_value(counter, "granted"),
+        certified=_optional_value(counter, "certified"),
         resets=None if clock is None else clock.integer("resets", low=0, high=RESETS_LIMIT),
         clock_ms=None if clock is None else clock.integer("ms", low=0, high=CLOCK_LIMIT),
         revoked=fields.integer("revoked", low=0, high=_TIME_LIMIT) if fields.has("revoked") else None,
@@ -122,6 +128,10 @@ def parse_device_record(data: bytes) -> DeviceRecord:
     counter.finish()
     fields.finish()
     return record
+
+
+def _optional_value(counter: Fields, name: str) -> int | None:
+    return counter.integer(name, low=0, high=COUNTER_LIMIT) if counter.has(name) else None
 
 
 def _take_vouched(fields: Fields) -> Vouched:

@@ -14,13 +14,13 @@ import tpm2_pytss as tss
 from tpm2_pytss import utils
 
 from oci_hook.attestation import tpm_codes
+from oci_hook.attestation.device_record import COUNT_LIMIT
 from oci_hook.attestation.ek_chain import is_certificate, split_certificates, without_padding
 from oci_hook.attestation.esapi import Esapi, parsed, step
 from oci_hook.attestation.key_checks import COUNTER_BYTES, counter_public
 from oci_hook.attestation.structures import Handle, NvPublic, Public, parse_nv_public
 from oci_hook.errors import DeviceInvalid, DeviceNotEnrolled, TpmFailed
 
-COUNT_LIMIT: Final = 1024  # a revocation counts by one or a few; more would wear the TPM's memory out
 _EK_TEMPLATES: Final = ("EK-RSA2048", "EK-ECC256", "EK-HIGH-ECC384")  # TCG EK Credential Profile: L-1, L-2, H-3
 _WITHOUT_CERTIFICATE: Final = ((tss.TPM2_ALG.RSA, "EK-RSA2048"), (tss.TPM2_ALG.ECC, "EK-ECC256"))
 _EK_CHAIN: Final = range(0x01C00100, 0x01C00200)  # TCG EK Credential Profile 2.5, 2.2.1.5

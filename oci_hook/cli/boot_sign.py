@@ -206,8 +206,8 @@ def sign(
     nested = _forms(states, set(pcrs) - by_key) if signer is not None else []
     _verify_forms(forms)  # before a person is asked for the passphrase
     _verify_forms(nested, signer)
-    epoch = records.load_line(model).epoch(signed_class)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
+    epoch = records.load_line(model).epoch(signed_class)  # after the passphrase: it may have been raised meanwhile
     document = sign_boot_policy(
         forms,
         owner_id=keyring.owner.owner_id,

@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.batches import documents_in, run_batch
+from oci_hook.cli.enroll_options import DEVICE_CLASS, EK_LIST, EK_ROOTS, REPLACE, UNREVOKE, enroller_of
 from oci_hook.cli.options import (
     JSON,
     KEYS,
-    load_authorities,
-    name_of,
     read_input,
     verify_new_output,
     write_output,
 )
-from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, KeyInvalid, SczError
+from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, SczError
 
 if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
     from oci_hook.attestation.enrolment_documents import Answer, Request
     from oci_hook.owner.enrolling import Challenged, Enroller
 
-EK_ROOTS = click.option(
-    "--ek-roots",
-    type=click.Path(file_okay=False),
-    help="Folder with the CA certificates of the TPM manufacturers that you accept (PEM or DER).",
-)
-EK_LIST = click.option(
-    "--ek-list",
-    type=click.Path(dir_okay=False),
-    help="File with TPMs' EKs and names, as `sczctl enroll ek` prints them: needed for TPMs without certificate.",
-)
-REPLACE = click.option("--replace", is_flag=True, help="The device of this name has a new TPM: forget the old one.")
-DEVICE_CLASS = click.option(
-    "--class",
-    "device_class",
-    metavar="NAME",
-    callback=name_of,
-    help="The device class: devices of one class share a boot policy. Default: as before, or `default`.",
-)
 _OUTPUT = click.option(
     "-o",
     "--output",
@@ -56,25 +35,6 @@ _OUTPUT = click.option(
     required=True,
     help="File to write, or folder for a folder's challenges; nothing is overwritten.",
 )
-
-
-def enroller_of(keys: str, ek_roots: str | None, ek_list: str | None, replace: bool) -> Enroller:
-    """The owner's side, from a command's options."""
-    from oci_hook.attestation.ek_list import parse_ek_list
-    from oci_hook.owner.enrolling import Enroller, Vouchers
-    from oci_hook.owner.keyring import load_owner
-    from oci_hook.owner.records import OwnerRecords
-
-    if ek_roots is None and ek_list is None:
-        raise click.UsageError("give --ek-roots, --ek-list or both: somebody has to vouch for the TPM")
-    vouchers = Vouchers(
-        authorities=None if ek_roots is None else load_authorities(ek_roots),
-        ek_list=None if ek_list is None else parse_ek_list(read_input(ek_list, KeyInvalid)),
-    )
-    owner_id = load_owner(Path(keys)).owner_id
-    return Enroller(
-        OwnerRecords(Path(keys)), owner_id=owner_id, vouchers=vouchers, replace=replace, random=secrets.token_bytes
-    )
 
 
 def challenge_row(challenged: Challenged) -> dict[str, Any]:
@@ -95,7 +55,8 @@ def challenge_line(row: dict[str, Any]) -> str:
 def record_row(record: DeviceRecord, state: str) -> dict[str, Any]:
     """What `--json` says of an enrolled device."""
     said = {"class": record.device_class, "counter": record.counter_value, "vouched": record.vouched}
-    return {"device": record.device, "state": state, **said, "ek_sha256": record.ek_sha256}
+    row = {"device": record.device, "state": state, **said, "ek_sha256": record.ek_sha256}
+    return row if record.revoked is None else {**row, "revoked": record.revoked}
 
 
 def record_line(row: dict[str, Any]) -> str:
@@ -103,7 +64,7 @@ def record_line(row: dict[str, Any]) -> str:
     what = "EK certificate" if row["vouched"] == "certificate" else "EK in your list,"
     return (
         f"enrolled {row['state']} {row['device']} (class {row['class']}, counter {row['counter']}), "
-        f"{what} SHA-256 {row['ek_sha256']}"
+        f"{what} SHA-256 {row['ek_sha256']}{'; it stays revoked' if 'revoked' in row else ''}"
     )
 
 
@@ -136,11 +97,11 @@ def challenge(
     from oci_hook.attestation.enrolment_documents import parse_request
 
     if os.path.isdir(request_file):
-        _challenge_folder(request_file, output, enroller_of(keys, ek_roots, ek_list, replace), as_json)
+        _challenge_folder(request_file, output, enroller_of(keys, ek_roots, ek_list, replace=replace), as_json)
         return
     verify_new_output(output)  # before the waiting challenge is replaced, which an older file may still answer
     found = parse_request(read_input(request_file, DeviceInvalid))
-    row = _challenge_one(found, output, enroller_of(keys, ek_roots, ek_list, replace))
+    row = _challenge_one(found, output, enroller_of(keys, ek_roots, ek_list, replace=replace))
     if as_json:
         print_json({"file": request_file, **row})
         return
@@ -210,6 +171,7 @@ def _one_of_each(paths: list[str]) -> Callable[[Request], None]:
 @EK_LIST
 @DEVICE_CLASS
 @REPLACE
+@UNREVOKE
 @JSON
 def accept(
     answer_file: str,
@@ -218,12 +180,13 @@ def accept(
     ek_list: str | None,
     device_class: str | None,
     replace: bool,
+    unrevoke: bool,
     as_json: bool,
 ) -> None:
     """OWNER: verify the answer, and keep the device's record.
 
-    From then on models can be granted to it. Of a FOLDER each file `*.json` is an answer; one that is refused leaves
-    the others as they are, and the exit code is 1.
+    From then on models can be granted to it, unless it was revoked: that stays so without --unrevoke. Of a FOLDER each
+    file `*.json` is an answer; one that is refused leaves the others as they are, and the exit code is 1.
     """
     from oci_hook.attestation.enrolment_documents import parse_answer
 
@@ -233,13 +196,15 @@ def accept(
     def accepted(enroller: Enroller, answer: Answer) -> dict[str, Any]:
         return record_row(*enroller.accept(answer, now=datetime.now(UTC), device_class=device_class))
 
-    if os.path.isdir(answer_file):
-        paths = documents_in(answer_file, DeviceInvalid)
-        enroller = enroller_of(keys, ek_roots, ek_list, replace)
-        run_batch("accepting", paths, lambda path: accepted(enroller, load(path)), record_line, as_json=as_json)
+    is_folder = os.path.isdir(answer_file)
+    paths = documents_in(answer_file, DeviceInvalid) if is_folder else []
+    found = None if is_folder else load(answer_file)
+    enroller = enroller_of(keys, ek_roots, ek_list, replace=replace, unrevoke=unrevoke)
+    if found is None:
+        with enroller.together():
+            run_batch("accepting", paths, lambda path: accepted(enroller, load(path)), record_line, as_json=as_json)
         return
-    found = load(answer_file)
-    row = accepted(enroller_of(keys, ek_roots, ek_list, replace), found)
+    row = accepted(enroller, found)
     if as_json:
         print_json({"file": answer_file, **row})
     else:

@@ -9,17 +9,8 @@ from typing import Any
 import click
 
 from oci_hook.cli import print_json
-from oci_hook.cli.enroll_owner import (
-    DEVICE_CLASS,
-    EK_LIST,
-    EK_ROOTS,
-    REPLACE,
-    challenge_line,
-    challenge_row,
-    enroller_of,
-    record_line,
-    record_row,
-)
+from oci_hook.cli.enroll_options import DEVICE_CLASS, EK_LIST, EK_ROOTS, REPLACE, UNREVOKE, enroller_of
+from oci_hook.cli.enroll_owner import challenge_line, challenge_row, record_line, record_row
 from oci_hook.cli.far_end import call
 from oci_hook.cli.options import DOCUMENT_BYTES, JSON, KEYS, name_of, read_input
 from oci_hook.cli.streams import STREAM
@@ -39,6 +30,7 @@ from oci_hook.errors import EnrolmentRefused, KeyInvalid
 )
 @DEVICE_CLASS
 @REPLACE
+@UNREVOKE
 @click.option(
     "--timeout",
     "timeout_seconds",
@@ -57,6 +49,7 @@ def run(
     device: str | None,
     device_class: str | None,
     replace: bool,
+    unrevoke: bool,
     timeout_seconds: int,
     as_json: bool,
 ) -> None:
@@ -70,7 +63,7 @@ def run(
     from oci_hook.attestation.enrolment_documents import parse_answer, parse_request
     from oci_hook.owner.keyring import OWNER_FILE
 
-    enroller = enroller_of(keys, ek_roots, ek_list, replace)
+    enroller = enroller_of(keys, ek_roots, ek_list, replace=replace, unrevoke=unrevoke)
     owner = read_input(str(Path(keys, OWNER_FILE)), KeyInvalid)
 
     def far(command: str, words: list[str], data: bytes) -> bytes:

@@ -14,7 +14,7 @@ import click
 from oci_hook.cli import print_json
 from oci_hook.cli.broker_options import broker_document, broker_options
 from oci_hook.cli.completion import complete_devices, complete_files, complete_packed
-from oci_hook.cli.lease import lease_in_words, lease_options, leased, warn_of_hours_alone
+from oci_hook.cli.lease import WantedLease, lease_in_words, lease_options, warn_of_hours_alone
 from oci_hook.cli.options import (
     JSON,
     KEYS,
@@ -34,7 +34,6 @@ from oci_hook.errors import KeyInvalid
 if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
     from oci_hook.bundle.grant import Grant
-    from oci_hook.lease import Lease
     from oci_hook.owner.broker_shares import OwnersBroker
     from oci_hook.owner.grant_batch import MakeGrant
     from oci_hook.owner.records import OwnerRecords
@@ -66,7 +65,7 @@ if TYPE_CHECKING:
     help="Opens while the device's counter is at most this; default: its value at enrolment.",
 )
 @lease_options
-@broker_options
+@broker_options(renewing=False)
 @click.option(
     "-o",
     "--output",
@@ -97,8 +96,8 @@ def grant(
     """Wrap a model's content key for the TPM of one device, or of each of many.
 
     For one --device the output is the grant; otherwise it is a folder with DEVICE.jwt for each. The folder appears
-    whole or not at all: if one of the devices cannot be granted, none is. After a kill, run it again without
-    --missing.
+    whole or not at all: if one of the devices cannot be granted, none is. A revoked device is left out, unless it is
+    named. After a kill, run it again without --missing.
 
     With a lease it opens for so many boots, or hours of powered-on time, and no longer: a bound for what is stolen, or
     for a revocation that is withheld. Without --lease-boots a lease can be stretched by cutting the power.
@@ -106,40 +105,65 @@ def grant(
     With --broker, a start needs a second share of the key, which OpenBao or Vault gives against the container's token.
     It is encrypted there now, with your token of the environment's BAO_TOKEN or VAULT_TOKEN, or of --broker-token-file.
     """
+    wanted = WantedDevices(devices, device_class, everyone, file, missing)
+    lease = WantedLease.of_options(lease_boots, lease_hours, lease_from)
+    _grant(keys, model, wanted, lease, maximum, output, passphrase_file, broker, as_json)
+
+
+def _grant(
+    keys: str,
+    model: tuple[str, str],
+    wanted: WantedDevices,
+    lease: WantedLease,
+    maximum: int | None,
+    output: str,
+    passphrase_file: str | None,
+    broker: OwnersBroker | None,
+    as_json: bool,
+) -> None:
     from oci_hook.owner.broker_shares import shares_for, verify_share_wanted
-    from oci_hook.owner.grant_batch import without_grant
+    from oci_hook.owner.grant_batch import load_devices, without_grant
     from oci_hook.owner.granting import make_grant
     from oci_hook.owner.keyring import open_keyring
     from oci_hook.owner.records import OwnerRecords
     from oci_hook.owner.revoking import verify_allowed
 
-    wanted, (name, version) = WantedDevices(devices, device_class, everyone, file, missing), model
-    records = OwnerRecords(Path(keys))
+    records, (name, version) = OwnerRecords(Path(keys)), model
     packed = [":".join(found) for found in records.content_keys()]
     verify_one_of("packed version", f"{name}:{version}", packed, KeyInvalid, remedy="`sczctl pack` it; check --keys")
     chosen, content = wanted.load(records), records.load_content_key(name, version)
     verify_allowed(records, content.model)
     verify_share_wanted(content, given=broker is not None)
     verify_new_output(output)
-    if missing:
+    if lease.request is not None and len(chosen) != 1:
+        raise click.UsageError("--lease-from is of one device: give --device, once")
+    chosen = [lease.counted(each) for each in chosen]
+    if wanted.missing:
         chosen = without_grant(chosen, records.grants_of(name, version), content, maximum)
         if not chosen:
             _show([], output, as_json)
             return
-    chosen, leases = _leased(chosen, lease_boots, lease_hours, lease_from)
+    for each in chosen:
+        lease.lease(each)  # whatever is missing for it is said now
+    warn_of_hours_alone(lease.boots, lease.hours)
     keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
     asked = partial(make_grant, keyring, content, maximum=maximum, created=int(time.time()), random=secrets.token_bytes)
-    shares, line = (
-        iter(shares_for(broker, keyring.owner, [content] * len(chosen), secrets.token_bytes)),
-        records.load_line(name),
-    )
+    count = len(chosen)
+    shares = iter(shares_for([broker] * count, keyring.owner, [content] * count, secrets.token_bytes))
+    with records.locked():
+        # A person was waited for, and a broker: what was read before may have been changed by others.
+        chosen = [lease.counted(each) for each in load_devices(records, [each.device for each in chosen])]
+        if records.load_content_key(name, version) != content:
+            raise KeyInvalid(f"{name}:{version} was packed again meanwhile", remedy="run it again")
+        verify_allowed(records, content.model)
+        line = records.load_line(name)
 
-    def make(device: DeviceRecord) -> tuple[Grant, bytes]:
-        given = leases.get(device.device)
-        return asked(device, share=next(shares), epoch=line.epoch(device.device_class), lease=given)
+        def make(device: DeviceRecord) -> tuple[Grant, bytes]:
+            epoch = line.epoch(device.device_class)
+            return asked(device, share=next(shares), epoch=epoch, lease=lease.lease(device))
 
-    write = _write_one if wanted.is_one else _write_many
-    write(records, chosen, make, output, as_json)
+        write = _write_one if wanted.is_one else _write_many
+        write(records, chosen, make, output, as_json)
 
 
 def _write_one(
@@ -166,17 +190,6 @@ def _write_many(
     with show_progress("writing", 2 * len(chosen)) as progress:
         save_grants(records, grants, Path(output), progress)
     _show([each for each, _ in grants], output, as_json)
-
-
-def _leased(
-    chosen: Sequence[DeviceRecord], boots: int | None, hours: int | None, request_file: str | None
-) -> tuple[list[DeviceRecord], dict[str, Lease | None]]:
-    """The devices, and the lease of each; a request is one device's."""
-    if request_file is not None and len(chosen) != 1:
-        raise click.UsageError("--lease-from is of one device: give --device, once")
-    found = [leased(each, boots=boots, hours=hours, request_file=request_file) for each in chosen]
-    warn_of_hours_alone(boots, hours)
-    return [record for record, _ in found], {record.device: lease for record, lease in found}
 
 
 def _show(granted: Grant | Sequence[Grant], output: str, as_json: bool) -> None:

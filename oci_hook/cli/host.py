@@ -144,7 +144,7 @@ def _show_models(rows: list[dict[str, Any]]) -> None:
 
 
 def _list_grants(keys: str, as_json: bool) -> None:
-    from oci_hook.owner.records import load_grants
+    from oci_hook.owner.grant_batch import load_grants
 
     rows = load_grants(keys)
     if as_json:

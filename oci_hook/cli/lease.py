@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ from oci_hook.store import Store
 
 if TYPE_CHECKING:
     from oci_hook.attestation.device_record import DeviceRecord
+    from oci_hook.attestation.lease_request import LeaseRequest
     from oci_hook.lease import Lease
 
 _BOOTS = click.option(
@@ -43,25 +45,36 @@ def lease_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _BOOTS(_HOURS(_FROM(command)))
 
 
-def leased(
-    record: DeviceRecord, *, boots: int | None, hours: int | None, request_file: str | None
-) -> tuple[DeviceRecord, Lease | None]:
-    """What those options mean for a device.
+@dataclass(frozen=True)
+class WantedLease:
+    """What those options mean for a device; `now` in seconds since 1970."""
 
-    Returns:
-        The device's record, with what the request says the TPM counts, and the lease.
+    boots: int | None
+    hours: int | None
+    request: LeaseRequest | None
+    now: int
 
-    Raises:
-        DeviceInvalid, EvidenceRefused: The request cannot be used; see `attestation.lease_request`.
-    """
-    from oci_hook.attestation.lease_request import lease_from, parse_lease_request, verify_lease_request
+    @classmethod
+    def of_options(cls, boots: int | None, hours: int | None, request_file: str | None) -> WantedLease:
+        """The options' sum (DeviceInvalid: the request cannot be read)."""
+        from oci_hook.attestation.lease_request import parse_lease_request
 
-    if request_file is not None:
-        if boots is None and hours is None:
+        if request_file is not None and boots is None and hours is None:
             raise click.UsageError("--lease-from goes with --lease-boots, --lease-hours or both")
-        request = parse_lease_request(read_input(request_file, DeviceInvalid))
-        record = verify_lease_request(request, record, now=int(time.time()))
-    return record, lease_from(record, boots=boots, hours=hours)
+        read = None if request_file is None else parse_lease_request(read_input(request_file, DeviceInvalid))
+        return cls(boots, hours, read, int(time.time()))
+
+    def counted(self, record: DeviceRecord) -> DeviceRecord:
+        """The device's record, with what the request says that its TPM counts (EvidenceRefused: it is none of this)."""
+        from oci_hook.attestation.lease_request import verify_lease_request
+
+        return record if self.request is None else verify_lease_request(self.request, record, now=self.now)
+
+    def lease(self, record: DeviceRecord) -> Lease | None:
+        """The lease from what is `counted` (DeviceInvalid: nothing is known of what the TPM counts)."""
+        from oci_hook.attestation.lease_request import lease_from
+
+        return lease_from(record, boots=self.boots, hours=self.hours)
 
 
 def warn_of_hours_alone(boots: int | None, hours: int | None) -> None:

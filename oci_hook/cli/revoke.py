@@ -29,8 +29,8 @@ from oci_hook.cli.options import (
 from oci_hook.documents import shown
 
 if TYPE_CHECKING:
-    from oci_hook.owner.broker_shares import OwnersBroker
-    from oci_hook.owner.revoking import Plan
+    from oci_hook.owner.broker_shares import RenewingBroker
+    from oci_hook.owner.revocation_plan import Plan
 
 
 def _models(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -105,7 +105,7 @@ def _classes(context: click.Context, parameter: click.Parameter, texts: tuple[st
     shell_complete=complete_files,
     help="Folder to make, with a folder for each device that is concerned.",
 )
-@broker_options
+@broker_options(renewing=True)
 @PASSPHRASE_FILE
 @DRY_RUN
 @JSON
@@ -122,7 +122,7 @@ def revoke(
     passphrase_file: str | None,
     dry_run: bool,
     as_json: bool,
-    broker: OwnersBroker | None,
+    broker: RenewingBroker | None,
 ) -> None:
     """OWNER: take back versions, devices or boot states.
 
@@ -131,11 +131,14 @@ def revoke(
     the TPM up, so that no earlier grant opens again. Until then the device has what it had: what bounds that is a lease
     (`sczctl grant --lease-boots`). A container that runs keeps its copy: `add`, and here --applied, name it.
 
-    With --broker fresh grants of versions that were packed so get new shares.
+    With --broker fresh grants of versions that were packed so get new shares, by the keys and roles that they had.
+
+    A device that would have to count further than its TPM was last certified to have counted is left out: enrol it
+    again. The exit code is 1 then, and the others are revoked.
 
     After --boot-policy sign the states that stay good: `sczctl boot-policy sign`.
     """
-    from oci_hook.owner.revoking import Wanted
+    from oci_hook.owner.revocation_plan import Wanted
 
     wanted = Wanted(versions, below, devices, boot_policies)
     if applied:
@@ -155,12 +158,13 @@ def _revoke(
     wanted: Any,
     output: str | None,
     passphrase_file: str | None,
-    broker: OwnersBroker | None,
+    broker: RenewingBroker | None,
     as_json: bool,
 ) -> None:
+    from oci_hook.owner import revoking
     from oci_hook.owner.keyring import load_owner, open_keyring
     from oci_hook.owner.records import OwnerRecords
-    from oci_hook.owner.revoking import carry_out, plan_revocation
+    from oci_hook.owner.revocation_plan import plan_revocation
 
     load_owner(Path(keys))
     records, now = OwnerRecords(Path(keys)), int(time.time())
@@ -170,9 +174,10 @@ def _revoke(
     if output is not None:
         keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
         with show_progress("granting anew", plan.grants) as progress:
-            carry_out(
+            plan = revoking.revoke(
                 keyring,
                 records,
+                wanted,
                 plan,
                 Path(output),
                 created=now,
@@ -184,6 +189,9 @@ def _revoke(
         print_json({"dry_run": output is None, "output": output, **_document(plan)})
     else:
         _show(plan, output)
+    if plan.out_of_reach:
+        _say_out_of_reach(plan)
+        raise click.exceptions.Exit(1)
 
 
 def _document(plan: Plan) -> dict[str, Any]:
@@ -204,7 +212,15 @@ def _document(plan: Plan) -> dict[str, Any]:
             }
             for device in plan.devices
         ],
+        "out_of_reach": list(plan.out_of_reach),
     }
+
+
+def _say_out_of_reach(plan: Plan) -> None:
+    for name in plan.out_of_reach:
+        click.echo(
+            f"{name} is left out, it would have to count too far: `sczctl enroll` it again, then revoke", err=True
+        )
 
 
 def _show(plan: Plan, output: str | None) -> None:

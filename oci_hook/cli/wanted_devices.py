@@ -58,7 +58,21 @@ class WantedDevices:
         if not found:
             which = f"of class {self.device_class}" if self.device_class is not None else "at all"
             raise DeviceInvalid(f"there is no enrolled device {which}", remedy="`sczctl enroll` one; check --keys")
-        return found
+        return self._without_revoked(found, named=bool(names))
+
+    def _without_revoked(self, found: list[DeviceRecord], *, named: bool) -> list[DeviceRecord]:
+        """One revoked device must not stand in the way of a fleet; who names one is told."""
+        revoked = [each.device for each in found if each.revoked is not None]
+        if not revoked:
+            return found
+        if named or len(revoked) == len(found):
+            raise DeviceInvalid(
+                f"the device {revoked[0]} was revoked",
+                remedy="leave it out; or `sczctl enroll` it anew, with --unrevoke at `accept`, if it is to have models "
+                "again",
+            )
+        click.echo(f"left out, as they were revoked: {', '.join(revoked)}", err=True)
+        return [each for each in found if each.revoked is None]
 
 
 def _names_in(path: str) -> list[str]:

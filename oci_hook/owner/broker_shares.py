@@ -21,6 +21,7 @@ from oci_hook.openbao import ANSWER_LIMIT_BYTES, BATCH, SHARE_BYTES, OpenBao
 from oci_hook.owner.records import ContentKeyRecord
 from oci_hook.trust import Owner
 
+_ALL_OPTIONS = "--broker-key, --broker-mount, --broker-auth and --broker-role"
 SHARES_LIMIT = 4096
 """Of one command: its result has to fit into a deadline's 1 MiB."""
 
@@ -100,22 +101,66 @@ class OwnersBroker:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class RenewingBroker:
+    """A broker for grants that take the place of older ones: each goes on with its own key and role.
+
+    Attributes:
+        endpoint, token, seconds: As an `OwnersBroker` has them.
+        key, mount, auth, role: For all of them, whatever they had; None: as each had it.
+    """
+
+    endpoint: Endpoint
+    token: str = field(repr=False)
+    seconds: int
+    key: str | None = None
+    mount: str | None = None
+    auth: str | None = None
+    role: str | None = None
+
+    def like(self, old: BrokerShare | None) -> OwnersBroker:
+        """The broker for the grant that takes the place of one with this share.
+
+        Raises:
+            GrantInvalid: It had none, and not all of key, mount, auth and role are given.
+        """
+        given = {"key": self.key, "mount": self.mount, "auth": self.auth, "role": self.role}
+        had = {name: getattr(old, name, None) for name in given}
+        names = {name: value or had[name] for name, value in given.items()}
+        found = {name: value for name, value in names.items() if isinstance(value, str)}
+        if len(found) < len(given):
+            raise GrantInvalid(
+                f"the grant before names no {min(set(given) - set(found))} of a broker", remedy=f"give {_ALL_OPTIONS}"
+            )
+        return OwnersBroker(self.endpoint, self.token, seconds=self.seconds, **found)
+
+
 def shares_for(
-    broker: OwnersBroker | None, owner: Owner, contents: Sequence[ContentKeyRecord], random: Callable[[int], bytes]
+    brokers: Sequence[OwnersBroker | None],
+    owner: Owner,
+    contents: Sequence[ContentKeyRecord],
+    random: Callable[[int], bytes],
 ) -> list[EncryptedShare | None]:
     """A share for each grant of a list, in its order; None for versions that need none.
+
+    Args:
+        brokers: For each grant; None: there is none.
+        owner: Who grants.
+        contents: The version of each grant.
+        random: Gives so many random bytes, as `os.urandom` does.
 
     Raises:
         GrantInvalid: One needs a share, and there is no broker.
         BrokerRefused, BrokerUnavailable: As by `encrypt_shares`.
     """
-    places: dict[str, list[int]] = {}
+    places: dict[tuple[str, OwnersBroker], list[int]] = {}
     found: list[EncryptedShare | None] = [None] * len(contents)
-    for place, content in enumerate(contents):
+    for place, (content, broker) in enumerate(zip(contents, brokers, strict=True)):
         if content.broker:
             verify_share_wanted(content, given=broker is not None)
-            places.setdefault(content.manifest_digest, []).append(place)
-    for of_one in places.values() if broker is not None else ():
+            if broker is not None:
+                places.setdefault((content.manifest_digest, broker), []).append(place)
+    for (_, broker), of_one in places.items():
         for first in range(0, len(of_one), SHARES_LIMIT):
             some = of_one[first : first + SHARES_LIMIT]
             made = broker.encrypt_shares(owner, contents[some[0]], len(some), random)
@@ -134,7 +179,7 @@ def verify_share_wanted(content: ContentKeyRecord, *, given: bool) -> None:
     if content.broker and not given:
         raise GrantInvalid(
             f"the access policy of {name} asks for a broker's share, and none is given",
-            remedy="give --broker, --broker-ca, --broker-key and --broker-role",
+            remedy="give --broker and --broker-ca; and to `sczctl grant` --broker-key and --broker-role",
         )
     if given and not content.broker:
         raise GrantInvalid(

@@ -6,16 +6,19 @@ and each would hold the owner's keys. What takes longer is the disk, which many 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from oci_hook.attestation.device_record import DeviceRecord, parse_device_record
 from oci_hook.bundle.files import NewFolder, create_file
 from oci_hook.bundle.grant import Grant
 from oci_hook.documents import shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable
+from oci_hook.lease import Lease
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
 DEVICE_LIMIT = 10_000
@@ -34,16 +37,25 @@ def load_devices(records: OwnerRecords, names: Sequence[str]) -> list[DeviceReco
     """
     if len(names) > DEVICE_LIMIT:
         raise DeviceInvalid(f"these are more than {DEVICE_LIMIT} devices", remedy="grant by class, or by shorter lists")
-    return [_load_device(records, name) for name in names]
+    return [load_device(records, name) for name in names]
 
 
-def _load_device(records: OwnerRecords, name: str) -> DeviceRecord:
+def load_device(records: OwnerRecords, name: str) -> DeviceRecord:
+    """One device's record, which is that device's.
+
+    Raises:
+        DeviceInvalid: Missing, damaged or another device's, by its name.
+        FileUnreadable: The system said no.
+    """
     try:
         record = parse_device_record(records.load_device(name))
     except DeviceInvalid as cause:
         raise DeviceInvalid(f"device {name}: {cause.message}", remedy=cause.advice) from cause
     if record.device != name:
-        raise DeviceInvalid(f"the record of {name} is that of {record.device}")
+        raise DeviceInvalid(
+            f"the record of {name} is that of {record.device}",
+            remedy=f"put devices/{name}.json back from a backup, or move it away and enrol {name} again",
+        )
     return record
 
 
@@ -61,8 +73,16 @@ def has_grant(kept: Grant | None, device: DeviceRecord, content: ContentKeyRecor
     enrolled = (device.device, device.device_class, device.ak.name, device.srk.name, device.counter.name)
     granted = (kept.device_name, kept.device_class, kept.ak_name, kept.srk_name, kept.counter.name)
     limit = device.counter_value if maximum is None else maximum
+    if kept.lease is not None and not _is_running(kept.lease, device):
+        return False
     same_version = (kept.model, kept.manifest_digest) == (content.model, content.manifest_digest)
     return same_version and granted == enrolled and kept.counter.maximum >= limit
+
+
+def _is_running(lease: Lease, device: DeviceRecord) -> bool:
+    """Whether a lease has not ended, by what is known of what the device's TPM counts."""
+    bounds = ((lease.resets, device.resets), (lease.clock_ms, device.clock_ms))
+    return all(bound is None or counted is None or counted <= bound for bound, counted in bounds)
 
 
 def without_grant(
@@ -124,3 +144,24 @@ def save_grants(
 def _write(folder: Path, made: tuple[Grant, bytes]) -> None:
     grant, compact = made
     create_file(folder / f"{grant.device_name}{GRANT_SUFFIX}", compact, mode=0o644)
+
+
+def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Who can open what: one row a grant, as `sczctl list --grants` prints it.
+
+    Raises:
+        GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
+        KeyInvalid: Not an owner's folder.
+    """
+    return [
+        {
+            "model": f"{grant.model.name}:{grant.model.version}",
+            "device": grant.device_name,
+            "class": grant.device_class,
+            "manifest": grant.manifest_digest,
+            "created": grant.created,
+            "counter_maximum": grant.counter.maximum,
+            "lease": grant.lease.document() if grant.lease else None,
+        }
+        for grant in OwnerRecords(Path(folder)).grants()
+    ]

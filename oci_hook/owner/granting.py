@@ -25,7 +25,7 @@ from oci_hook.owner.broker_shares import EncryptedShare, verify_share_wanted
 from oci_hook.owner.keyring import Keyring, open_content_key
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
-STEP_LIMIT = 1000  # how far a revocation may count: below what a host counts in one go
+STEP_LIMIT = 1000  # how far from the last certified value a revocation may count: below what a host counts in one go
 
 
 def boot_policy_key_name(keyring: Keyring) -> bytes:
@@ -37,7 +37,7 @@ def _limit(device: DeviceRecord, maximum: int | None) -> int:
     if device.revoked is not None:
         raise DeviceInvalid(
             f"the device {device.device} was revoked",
-            remedy="`sczctl enroll` it anew, with --replace at `accept`, if it is to have models again",
+            remedy="`sczctl enroll` it anew, with --unrevoke at `accept`, if it is to have models again",
         )
     limit = device.counter_value if maximum is None else maximum
     if limit < device.counter_value:
@@ -45,10 +45,13 @@ def _limit(device: DeviceRecord, maximum: int | None) -> int:
             f"the counter of {device.device} is {device.counter_value} by now: the grant would never open",
             remedy="leave --maximum away, or give that value or more",
         )
-    if limit >= device.counter_value + STEP_LIMIT:
+    certified = device.counter_value if device.certified is None else device.certified
+    if limit > device.counter_value and limit >= certified + STEP_LIMIT:
+        below = max(device.counter_value + 1, certified + STEP_LIMIT)
         raise DeviceInvalid(
-            f"the counter of {device.device} is {device.counter_value}: a revocation could not count beyond {limit}",
-            remedy=f"give --maximum below {device.counter_value + STEP_LIMIT}",
+            f"the counter of {device.device} was {certified} at its enrolment: a revocation could not count beyond "
+            f"{limit}",
+            remedy=f"give --maximum below {below}",
         )
     return limit
 

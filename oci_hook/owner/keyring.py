@@ -24,7 +24,7 @@ from oci_hook.bundle.segments import KEY_BYTES, ContentKey
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, KeyInvalid, TrustInvalid
 from oci_hook.jws import PublicJwk, ec_public_key, owner_jwk, public_jwk
-from oci_hook.owner.records import load_grants
+from oci_hook.owner.grant_batch import load_grants
 from oci_hook.trust import NAME, NAME_LIMIT, OWNER_LIMIT_BYTES, Owner, parse_owner
 
 __all__ = [

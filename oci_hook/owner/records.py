@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
-from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
+from oci_hook.bundle.grant import Grant
 from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists, SczError
+from oci_hook.locks import lock_file
+from oci_hook.owner.grant_copies import verify_copy, verify_owned
 from oci_hook.owner.lines import Line, format_line, parse_line
 from oci_hook.owner.parallel import map_chunks
 from oci_hook.owner.staged import save_together
@@ -27,6 +29,7 @@ from oci_hook.trust import NAME, NAME_LIMIT, Owner, parse_owner
 from oci_hook.trusted_file import replace_file
 
 RECORD_LIMIT_BYTES = 2**20
+_LOCK_SECONDS = 120  # longer than thousands of devices take
 _SCHEMA = "scz-smm/content-key/v1"
 _NO_SUCH_KEY = "`sczctl pack` makes a version's key; check --keys and the model's name and version"
 _NO_SUCH_DEVICE = "`sczctl enroll` enrols a device; check --keys and the device's name"
@@ -67,6 +70,15 @@ class OwnerRecords:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder's lock: who changes a record reads it in here, so that nobody's change is undone.
+
+        A passphrase, or another machine, is waited for before. FileUnreadable: others held it for two minutes.
+        """
+        with lock_file(self._folder / ".lock", timeout_seconds=_LOCK_SECONDS, error=FileUnreadable):
+            yield
 
     # --- content keys ---
 
@@ -111,7 +123,10 @@ class OwnerRecords:
             FileUnreadable: The system said no.
         """
         data = self._load(self._content_key_parts(name, version), KeyInvalid, _NO_SUCH_KEY)
-        record = _parse_content_key(data)
+        try:
+            record = _parse_content_key(data)
+        except KeyInvalid as cause:
+            raise KeyInvalid(f"{name}:{version}: {cause.message}", remedy=cause.advice) from cause
         if (record.model.name, record.model.version) != (name, version):
             raise KeyInvalid(f"the content key of {name}:{version} is another model's")
         return record
@@ -138,7 +153,10 @@ class OwnerRecords:
         """
         if not os.path.lexists(self._folder / "lines" / f"{_name(name, KeyInvalid)}.json"):
             return Line(name)
-        line = parse_line(self._load(("lines", f"{name}.json"), KeyInvalid, KeyInvalid.remedy))
+        try:
+            line = parse_line(self._load(("lines", f"{name}.json"), KeyInvalid, KeyInvalid.remedy))
+        except KeyInvalid as cause:
+            raise KeyInvalid(f"{name}: {cause.message}", remedy=cause.advice) from cause
         if line.model != name:
             raise KeyInvalid(f"the record of the model line {name} is that of {line.model}")
         return line
@@ -225,20 +243,24 @@ class OwnerRecords:
         save_together(self._folder, files, writers, progress)
 
     def grants_of(self, name: str, version: str) -> dict[str, Grant]:
-        """The grants of one version that were kept, by device; verified as `grants` does."""
+        """The grants of one version that were kept, by device; the owner's, but one may lie in another's place."""
         owner = self._owner()
         devices = self._names(("grants", name, version), suffix=".grant", pattern=NAME)
-        return {device: self._grant(owner, name, version, device) for device in devices}
+        places = {device: (name, version, device) for device in devices}
+        return {device: verify_owned(self._copy(place), owner, place) for device, place in places.items()}
 
     def remove_grant(self, grant: Grant) -> None:
         """Forget a grant that was revoked (FileUnreadable)."""
         self._remove(self._folder.joinpath(*_grant_parts(grant)))
 
-    def grants(self) -> tuple[Grant, ...]:
+    def grants(self, devices: Collection[str] | None = None) -> tuple[Grant, ...]:
         """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
 
+        Args:
+            devices: Only what was granted to these, so that nothing else can be in the way; None: all.
+
         Raises:
-            GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
+            GrantInvalid, GrantRefused: A file there is not that grant, or not this owner's; the message names it.
             KeyInvalid: Not an owner's folder.
         """
         self._owner()
@@ -247,15 +269,15 @@ class OwnerRecords:
             for name in self._names(("grants",), suffix="", pattern=NAME)
             for version in self._names(("grants", name), suffix="", pattern=VERSION)
             for device in self._names(("grants", name, version), suffix=".grant", pattern=NAME)
+            if devices is None or device in devices
         ]
         return tuple(map_chunks(partial(_verified_grants, self._folder), places))
 
     def _owner(self) -> Owner:
         return parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
 
-    def _grant(self, owner: Owner, name: str, version: str, device: str) -> Grant:
-        data = self._load(("grants", name, version, f"{device}.grant"), KeyInvalid, KeyInvalid.remedy)
-        return verify_grant_signature(parse_grant(data), owner=owner)
+    def _copy(self, place: tuple[str, str, str]) -> bytes:
+        return self._load(("grants", *place[:2], f"{place[2]}.grant"), KeyInvalid, KeyInvalid.remedy)
 
     # --- files ---
 
@@ -306,7 +328,7 @@ def _verified_grants(folder: Path, places: Sequence[tuple[str, str, str]]) -> li
     """The grants by model, version and device; also in a worker (`parallel`)."""
     records = OwnerRecords(folder)
     owner = records._owner()
-    return [records._grant(owner, *place) for place in places]
+    return [verify_copy(records._copy(place), owner, place) for place in places]
 
 
 def _parse_content_key(data: bytes) -> ContentKeyRecord:
@@ -324,24 +346,3 @@ def _parse_content_key(data: bytes) -> ContentKeyRecord:
     )
     fields.finish()
     return record
-
-
-def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Who can open what: one row a grant, as `sczctl list --grants` prints it.
-
-    Raises:
-        GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
-        KeyInvalid: Not an owner's folder.
-    """
-    return [
-        {
-            "model": f"{grant.model.name}:{grant.model.version}",
-            "device": grant.device_name,
-            "class": grant.device_class,
-            "manifest": grant.manifest_digest,
-            "created": grant.created,
-            "counter_maximum": grant.counter.maximum,
-            "lease": grant.lease.document() if grant.lease else None,
-        }
-        for grant in OwnerRecords(Path(folder)).grants()
-    ]

@@ -7,16 +7,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from oci_hook.attestation.device_record import format_device_record
 from oci_hook.attestation.enrolment_documents import parse_request
 from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, KeyInvalid
 from oci_hook.owner.records import OwnerRecords
-from tests.commands import done, flip_bit, sczctl, snapshot
+from tests.commands import Done, done, flip_bit, sczctl, snapshot
 from tests.enrolments import Enrolment, enrolment_in_a_folder, listed
 
 
@@ -44,7 +46,9 @@ def test_another_tpm_cannot_take_a_name(enrolment: Enrolment) -> None:
     # Neither by a challenge that was made while the name was free.
     request = enrolment.request(second, "edge-2")
     _, challenge = enrolment.challenge(request)
-    (enrolment.house.keys / "devices" / "edge-1.json").rename(enrolment.house.keys / "devices" / "edge-2.json")
+    (enrolment.house.keys / "devices" / "edge-1.json").unlink()
+    known = replace(known, device="edge-2")
+    OwnerRecords(enrolment.house.keys).save_device("edge-2", format_device_record(known))
     refused = enrolment.finish(second, challenge)
     assert refused.code == EnrolmentRefused.code
     assert enrolment.record("edge-2") == known
@@ -52,6 +56,69 @@ def test_another_tpm_cannot_take_a_name(enrolment: Enrolment) -> None:
     replaced = done(enrolment.finish(second, challenge, "--replace"))
     assert "replaced device edge-2" in replaced.out
     assert enrolment.record("edge-2").ek_sha256 != known.ek_sha256
+
+
+def enrol(enrolment: Enrolment, config: Path, name: str, *more: str) -> Done:
+    """All four files; the owner's answer, or its refusal of the request."""
+    tried, challenge = enrolment.challenge(enrolment.request(config, name))
+    return tried if tried.code else enrolment.finish(config, challenge, *more)
+
+
+def revoked(enrolment: Enrolment, name: str, folder: str) -> int | None:
+    keys = enrolment.house.keys
+    done(sczctl("revoke", "--keys", keys, "--device", name, "-o", enrolment.house.usb / folder))
+    return enrolment.record(name).revoked
+
+
+def test_a_revoked_tpm_does_not_come_back_by_another_name(enrolment: Enrolment) -> None:
+    config, _ = enrolment.host("only")
+    done(enrol(enrolment, config, "edge-1"))
+    _, early = enrolment.challenge(enrolment.request(config, "edge-8"))  # answered after the revocation
+    assert revoked(enrolment, "edge-1", "r")
+    late = enrolment.finish(config, early, "--unrevoke")
+    assert (late.code, "was revoked as edge-1" in late.err) == (EnrolmentRefused.code, True)
+    before = snapshot(enrolment.house.keys)
+    for more in ((), ("--replace",)):
+        tried, _ = enrolment.challenge(enrolment.request(config, "edge-9"), *more)
+        assert (tried.code, "was revoked as edge-1" in tried.err) == (EnrolmentRefused.code, True)
+    assert snapshot(enrolment.house.keys) == before
+    assert OwnerRecords(enrolment.house.keys).devices() == ("edge-1",)
+    # Nor if its EK was known by another digest, as that of a list: its AK is the same.
+    record = replace(enrolment.record("edge-1"), ek_sha256="0" * 64, vouched="list")
+    OwnerRecords(enrolment.house.keys).save_device("edge-1", format_device_record(record))
+    tried, _ = enrolment.challenge(enrolment.request(config, "edge-9"))
+    assert (tried.code, "was revoked as edge-1" in tried.err) == (EnrolmentRefused.code, True)
+
+
+def test_a_revoked_device_stays_so_until_that_is_said(enrolment: Enrolment) -> None:
+    config, _ = enrolment.host("only")
+    done(enrol(enrolment, config, "edge-1"))
+    when = revoked(enrolment, "edge-1", "r")
+    for more in ((), ("--replace",)):
+        said = done(enrol(enrolment, config, "edge-1", *more))
+        assert "known device edge-1" in said.out
+        assert "it stays revoked" in said.out
+        assert enrolment.record("edge-1").revoked == when
+    requests, answers = (enrolment.directory / name for name in ("requests", "answers"))
+    for folder in (requests, answers):
+        folder.mkdir()
+    shutil.copy(enrolment.request(config, "edge-1"), requests / "a.json")
+    words = ("--keys", enrolment.house.keys, "--ek-roots", enrolment.roots, "--replace")
+    done(sczctl("enroll", "challenge", requests, *words, "-o", enrolment.directory / "challenges"))
+    enrolment.answer(config, enrolment.directory / "challenges" / "edge-1.json", answers / "a.json")
+    (row,) = done(sczctl("enroll", "accept", answers, *words, "--json")).json
+    assert (row["state"], row["revoked"]) == ("known device", when)
+    # As its own successor, whose EK was known by another digest, it stays so, too.
+    record = replace(enrolment.record("edge-1"), ek_sha256="0" * 64, vouched="list")
+    OwnerRecords(enrolment.house.keys).save_device("edge-1", format_device_record(record))
+    tried, challenge = enrolment.challenge(enrolment.request(config, "edge-1"), "--replace")
+    assert "known device edge-1" in done(tried).out
+    assert "it stays revoked" in done(enrolment.finish(config, challenge, "--replace")).out
+    said = done(enrol(enrolment, config, "edge-1", "--replace", "--unrevoke"))
+    assert "unrevoked device edge-1" in said.out
+    assert "stays revoked" not in said.out
+    assert enrolment.record("edge-1").revoked is None
+    assert enrolment.record("edge-1").counter_value == 2  # the revocation still waits to be applied
 
 
 def test_the_same_tpm_enrols_again_and_keeps_its_class(enrolment: Enrolment) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from oci_hook.bundle.broker_share import BrokerShare
-from oci_hook.bundle.grant import parse_grant, unwrap_content_key, verify_grant
+from oci_hook.bundle.grant import parse_grant, unwrap_content_key, verify_grant, verify_grant_signature
 from oci_hook.bundle.layout import open_layout
-from oci_hook.errors import GrantInvalid
+from oci_hook.errors import DeviceInvalid, GrantInvalid
 from oci_hook.key_errors import BrokerRefused
-from oci_hook.owner.broker_shares import EncryptedShare
+from oci_hook.owner import broker_shares, revoking
+from oci_hook.owner.broker_shares import EncryptedShare, OwnersBroker
 from oci_hook.owner.granting import make_grant
 from oci_hook.owner.keyring import open_keyring
 from oci_hook.owner.records import OwnerRecords
 from oci_hook.provenance import verified_manifest
 from tests.bundles import CREATED, read_bundle
-from tests.commands import FILES, Household, done, misused, refused, sczctl
+from tests.commands import FILES, Household, done, misused, refused, sczctl, snapshot
 from tests.tls import TestAuthority
 
 MEMBER = BrokerShare("vault:v1:" + 80 * "A", "models", "transit", "auth/jwt", "recommender")
@@ -157,3 +160,87 @@ def test_both_shares_open_what_was_granted_and_neither_alone(house: Household) -
             unwrap_content_key(grant.wrapped_key, secret, grant.manifest_digest, wrong)
     key = unwrap_content_key(grant.wrapped_key, secret, grant.manifest_digest, share.value)
     assert read_bundle(house.usb / "bundle", house.owner, key)[1] == FILES
+
+
+# --- shares of what a revocation grants anew --------------------------------------------------------------------------
+
+
+def far_end(monkeypatch: pytest.MonkeyPatch) -> list[OwnersBroker]:
+    """A broker that gives any share, and whom it was asked as."""
+    asked = list[OwnersBroker]()
+
+    def encrypt_shares(
+        self: OwnersBroker, _owner: object, _content: object, count: int, random: Callable[[int], bytes]
+    ) -> list[EncryptedShare]:
+        asked.append(self)
+        member = BrokerShare(MEMBER.ciphertext, self.key, self.mount, self.auth, self.role)
+        return [EncryptedShare(random(32), member) for _ in range(count)]
+
+    monkeypatch.setattr(OwnersBroker, "encrypt_shares", encrypt_shares)
+    monkeypatch.setenv("BAO_TOKEN", "t")
+    return asked
+
+
+def member_of(house: Household, path: Path) -> BrokerShare | None:
+    return verify_grant_signature(parse_grant(path.read_bytes()), owner=house.owner).broker
+
+
+def test_each_grant_that_is_made_anew_keeps_its_key_and_role(house: Household, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = far_end(monkeypatch)
+    done(sczctl(*house.pack_words(house.usb / "payroll", name="payroll"), "--broker"))
+    out = ["--keys", house.keys, "--device", "edge-1", "-o"]
+    staff = {"broker-key": "hr", "broker-role": "payroll", "broker-mount": "hr-transit", "broker-auth": "auth/hr-jwt"}
+    done(sczctl("grant", "minilm:1", *out, house.usb / "m.jwt", *broker(house)))
+    done(sczctl("grant", "payroll:1", *out, house.usb / "p.jwt", *broker(house, **staff)))
+    done(sczctl("grant", "minilm:0", *out, house.usb / "plain.jwt"))
+    asked.clear()
+    revoke = ["revoke", "--keys", house.keys, "--model", "minilm:0"]
+    before = snapshot(house.keys, house.usb)
+    tried = sczctl(*revoke, "-o", house.usb / "no")
+    assert (tried.code, "asks for a broker's share" in tried.err) == (GrantInvalid.code, True)
+    assert snapshot(house.keys, house.usb) == before
+    address = broker(house, **{"broker-key": None, "broker-role": None})
+    done(sczctl(*revoke, "-o", house.usb / "r", *address))
+    folder = house.usb / "r" / "edge-1"
+    assert member_of(house, folder / "minilm@1.jwt") == MEMBER
+    assert member_of(house, folder / "payroll@1.jwt") == BrokerShare(
+        MEMBER.ciphertext, "hr", "hr-transit", "auth/hr-jwt", "payroll"
+    )
+    assert {each.key for each in asked} == {"models", "hr"}
+    assert {each.endpoint.address for each in asked} == {"https://127.0.0.1:1"}
+
+
+def test_a_key_that_is_given_is_for_all_of_them(house: Household, monkeypatch: pytest.MonkeyPatch) -> None:
+    far_end(monkeypatch)
+    out = ["--keys", house.keys, "--device", "edge-1", "-o"]
+    done(sczctl("grant", "minilm:1", *out, house.usb / "m.jwt", *broker(house, **{"broker-mount": "old"})))
+    done(sczctl("grant", "minilm:0", *out, house.usb / "plain.jwt"))
+    moved = broker(house, **{"broker-key": "moved", "broker-role": None})
+    done(sczctl("revoke", "--keys", house.keys, "--model", "minilm:0", "-o", house.usb / "r", *moved))
+    found = member_of(house, house.usb / "r" / "edge-1" / "minilm@1.jwt")
+    assert found is not None
+    assert (found.key, found.mount, found.role) == ("moved", "old", "recommender")
+
+
+def test_what_needs_a_share_and_changes_meanwhile_is_not_revoked_half(
+    house: Household, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shares were encrypted for other grants than those that would be made anew now."""
+    far_end(monkeypatch)
+    out = ["--keys", house.keys, "--device", "edge-1", "-o"]
+    done(sczctl("grant", "minilm:0", *out, house.usb / "plain.jwt"))
+    real = broker_shares.shares_for
+
+    def slower(*arguments: Any) -> Any:
+        found = real(*arguments)
+        monkeypatch.setattr(revoking, "shares_for", real)
+        done(sczctl("grant", "minilm:1", *out, house.usb / "m.jwt", *broker(house)))
+        return found
+
+    monkeypatch.setattr(revoking, "shares_for", slower)
+    revoke = ["revoke", "--keys", house.keys, "--model", "minilm:0", *broker(house)]
+    tried = sczctl(*revoke, "-o", house.usb / "r")
+    assert (tried.code, "changed meanwhile" in tried.err) == (DeviceInvalid.code, True)
+    assert not (house.usb / "r").exists()
+    assert OwnerRecords(house.keys).load_line("minilm").revoked == ()
+    done(sczctl(*revoke, "-o", house.usb / "r"))

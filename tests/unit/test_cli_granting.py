@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from oci_hook.attestation.device_record import format_device_record
-from oci_hook.bundle.grant import parse_grant, unwrap_content_key, verify_grant_signature
+from oci_hook.attestation.device_record import format_device_record, parse_device_record
+from oci_hook.bundle.grant import parse_grant, sign_grant, unwrap_content_key, verify_grant_signature
 from oci_hook.errors import DeviceInvalid, FileUnreadable, GrantInvalid, KeyInvalid, OutputExists
 from oci_hook.owner.keyring import open_content_key, open_keyring
 from oci_hook.owner.records import OwnerRecords
@@ -263,18 +263,60 @@ def test_the_passphrase_is_asked_once(tmp_path: Path, house: Household) -> None:
     assert len(done(sczctl(*words, "--passphrase-file", path, "--json")).json) == len(DEVICES)
 
 
+# --- leases that ended, devices that were revoked ---------------------------------------------------------------------
+
+
+def counted(house: Household, name: str, **counts: int | None) -> None:
+    """What the owner knows of a device by a later request."""
+    records = OwnerRecords(house.keys)
+    record = replace(parse_device_record(records.load_device(name)), **counts)  # type: ignore[arg-type]
+    records.save_device(name, format_device_record(record))
+
+
+def test_a_lease_that_ended_is_no_grant(house: Household) -> None:
+    for name in DEVICES:
+        counted(house, name, resets=5, clock_ms=1000)
+    done(grant(house, "--all-devices", "--lease-boots", 2, "--lease-hours", 1))
+    for name, resets, clock_ms in (("edge-1", 7, 3_601_000), ("edge-2", 8, 1001), ("edge-3", 6, 3_601_001)):
+        counted(house, name, resets=resets, clock_ms=clock_ms)
+    assert missing(house, output="a") == ["edge-2", "edge-3"]
+    assert missing(house, output="b") == []  # these have no lease, and open
+
+
+def test_a_revoked_device_does_not_stand_in_the_way_of_the_others(house: Household) -> None:
+    done(grant(house, "--all-devices"))
+    done(sczctl("revoke", "--keys", house.keys, "--device", "edge-2", "-o", house.usb / "revoked"))
+    house.pack("second", version="2")
+    for number, words in enumerate((["--all-devices"], ["--class", "edges"], ["--all-devices", "--missing"])):
+        (house.keys / "grants" / "minilm" / "2" / "edge-1.grant").unlink(missing_ok=True)
+        said = done(grant(house, *words, output=f"grants-{number}", model="minilm:2"))
+        assert "left out, as they were revoked: edge-2" in said.err
+        found = names(house, f"grants-{number}")
+        assert ("edge-1.jwt" in found, "edge-2.jwt" in found) == (True, False)
+    listed = house.usb / "names"
+    listed.write_text("edge-1\nedge-2\n")
+    for words in (["--device", "edge-1", "--device", "edge-2"], ["--devices-from", listed]):
+        refused(grant(house, *words, model="minilm:2", output="no"), DeviceInvalid.code, "edge-2 was revoked")
+    done(sczctl("revoke", "--keys", house.keys, "--device", "till-1", "-o", house.usb / "tills"))
+    refused(grant(house, "--class", "tills", model="minilm:2", output="no"), DeviceInvalid.code, "till-1 was revoked")
+    assert not (house.usb / "no").exists()
+
+
 # --- a list of very many ----------------------------------------------------------------------------------------------
 
 
 def test_more_grants_than_one_process_reads(house: Household) -> None:
-    """One signed file under many names: it is the list that counts here. A bad one among them is found, too."""
+    """It is the list that counts here: one grant to many names. A bad one among them is found, too."""
     done(grant(house, "--all-devices"))
     kept = house.keys / "grants" / "minilm" / "1"
+    one = verify_grant_signature(parse_grant((kept / "edge-1.grant").read_bytes()), owner=house.owner)
+    key = open_keyring(house.keys, lambda: "").manifest_key
     for number in range(1200):
-        os.link(kept / "edge-1.grant", kept / f"more-{number}.grant")
+        name = f"more-{number}"
+        (kept / f"{name}.grant").write_bytes(sign_grant(replace(one, device_name=name), key=key))
     rows = done(sczctl("list", "--grants", "--keys", house.keys, "--json")).json
     assert len(rows) == 1204
-    assert [row["device"] for row in rows] == [*DEVICES[:3], *["edge-1"] * 1200, "till-1"]
+    assert [row["device"] for row in rows] == sorted([*DEVICES, *(f"more-{number}" for number in range(1200))])
     (kept / "more-700.grant").unlink()
     (kept / "more-700.grant").write_bytes(b"x.y.z")
-    refused(sczctl("list", "--grants", "--keys", house.keys), GrantInvalid.code)
+    refused(sczctl("list", "--grants", "--keys", house.keys), GrantInvalid.code, "more-700")

@@ -20,6 +20,7 @@ from oci_hook.bundle.manifest import Manifest
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.errors import DeviceInvalid, GrantRefused, KeyInvalid, OutputExists
+from oci_hook.owner.grant_batch import load_grants
 from oci_hook.owner.keyring import (
     KEY_FILES,
     SEALED_BYTES,
@@ -30,7 +31,7 @@ from oci_hook.owner.keyring import (
     open_keyring,
     seal_content_key,
 )
-from oci_hook.owner.records import ContentKeyRecord, OwnerRecords, load_grants
+from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 from tests.bundles import CREATED, FIELDS, MODEL, POLICY, OwnerKeys, make_grant, value_or_none
 
 DIGEST = "sha256:" + 64 * "a"

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from oci_hook import intake
+from oci_hook.attestation.device_record import format_device_record, parse_device_record
 from oci_hook.attestation.structures import NvPublic
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.revocations import Revocations, sign_revocations
-from oci_hook.errors import DeviceNotEnrolled, OwnerUntrusted, TpmUnavailable
+from oci_hook.errors import DeviceNotEnrolled, OutputExists, OwnerUntrusted, TpmUnavailable
 from oci_hook.held import HeldModel
 from oci_hook.incoming import collect
 from oci_hook.intake import Intake, Taken
 from oci_hook.key_errors import GenerationRefused, RevocationsMissing
 from oci_hook.owner.keyring import open_keyring
+from oci_hook.owner.records import OwnerRecords
+from oci_hook.owner.revoking import enrolled_again
 from oci_hook.records import ContainerRecord
 from oci_hook.revoked import live_holders, load_list, verify_generation, verify_in_force
+from oci_hook.store import Store
 from oci_hook.trust_folder import Trust
 from tests.commands import Household, crashed, done, sczctl, snapshot
 from tests.devices import SoftwareDevice
 
 LIST = Revocations("A" * 43, "edge-1", b"\0\x0b" + bytes(32), 0x01800123, b"\0\x0b" + bytes(32), 5, 1, (("m", 3),))
+
+NOW = int(time.time())
 
 
 class Counter:
@@ -158,9 +168,117 @@ def test_an_older_list_is_refused(host: Host) -> None:
     host.counter.path.write_text("1")
     with pytest.raises(RevocationsMissing, match="newer"):
         host.take(first)
-    with pytest.raises(RevocationsMissing, match="newer"):
+    with pytest.raises(RevocationsMissing, match="another one than the store's"):
         host.take(host.list_with(value=3, created=1))  # of the same value, but made before
     assert (host.now(), snapshot(host.house.store_folder)) == (1, before)
+
+
+def test_an_owner_whose_records_went_back_is_told(host: Host, tmp_path: Path) -> None:
+    """Its next list would be for a value that was reached: what it locks would go on opening."""
+    shutil.copytree(host.house.keys, tmp_path / "backup")
+    host.take(host.revoked("before"))
+    shutil.rmtree(host.house.keys)
+    shutil.copytree(tmp_path / "backup", host.house.keys)
+    after = host.revoked("after")
+    before = snapshot(host.house.store_folder)
+    with pytest.raises(RevocationsMissing, match="another one than the store's for the same value 2") as caught:
+        host.take(after)
+    assert "enrol this device again" in caught.value.advice
+    assert (host.now(), snapshot(host.house.store_folder)) == (2, before)
+    host.take(host.revoked("next"))  # this one counts further
+    assert (host.now(), host.is_in_force()) == (3, True)
+
+
+def test_a_revocation_that_was_refused_so_is_repeated(host: Host, tmp_path: Path) -> None:
+    """The owner no longer keeps the grants that it locks; the device enrols again, and gets a list nevertheless."""
+    host.house.pack("more", version="2")
+    shutil.copytree(host.house.keys, tmp_path / "backup")
+    host.take(host.revoked("before"))
+    shutil.rmtree(host.house.keys)
+    shutil.copytree(tmp_path / "backup", host.house.keys)
+    words = ("revoke", "--keys", host.house.keys, "--model", "minilm:1", "-o")
+    done(sczctl(*words, host.house.usb / "refused"))
+    with pytest.raises(RevocationsMissing, match="lock nothing more"):
+        host.take(host.house.usb / "refused" / "edge-1")
+    records = OwnerRecords(host.house.keys)
+    known = parse_device_record(records.load_device("edge-1"))
+    certified = replace(host.device.record, counter_value=host.now())
+    records.save_device("edge-1", format_device_record(enrolled_again(certified, known, forget=False)))
+    done(sczctl(*words, host.house.usb / "again"))
+    assert [each.value for each in host.take(host.house.usb / "again" / "edge-1").revocations] == [3]
+    assert (host.now(), host.is_in_force()) == (3, True)
+
+
+def test_two_lists_for_one_value_do_not_come_together(host: Host) -> None:
+    folder = host.revoked()
+    other = host.list_with(value=2, created=1)
+    before = snapshot(host.house.store_folder)
+    with pytest.raises(RevocationsMissing, match="two different lists"):
+        host.take(folder, other)
+    assert (host.now(), snapshot(host.house.store_folder)) == (1, before)
+
+
+def test_a_list_for_the_value_of_the_enrolment_locks_nothing(host: Host) -> None:
+    host.device = replace(
+        host.device, host=replace(host.device.host, counter_values={host.house.owner.owner_id: host.now()})
+    )
+    before = snapshot(host.house.store_folder)
+    with pytest.raises(RevocationsMissing, match="it would lock nothing"):
+        host.take(host.list_with(value=host.now()))
+    assert snapshot(host.house.store_folder) == before
+
+
+def test_a_list_that_was_applied_and_is_gone_comes_back(host: Host) -> None:
+    folder = host.revoked()
+    host.take(folder)
+    Path(host.house.store.revocations_path(host.house.owner.owner_id)).unlink()
+    assert not host.is_in_force()
+    host.take(folder)
+    assert host.is_in_force()
+
+
+def test_a_list_that_cannot_be_counted_to_is_not_placed(host: Host) -> None:
+    before = snapshot(host.house.store_folder)
+    with pytest.raises(RevocationsMissing, match="at most 1024") as caught:
+        host.take(host.list_with(value=1 + 1025))
+    assert "the oldest first" in caught.value.advice
+    assert (host.now(), snapshot(host.house.store_folder)) == (1, before)
+    for value in (1 + 1024, 1 + 2 * 1024):
+        host.take(host.list_with(value=value))
+        assert host.is_in_force()
+
+
+@pytest.mark.parametrize("kind", ["boot policy", "grant"])
+def test_another_add_was_faster_with_something_newer(host: Host, kind: str) -> None:
+    """The older document is refused although nothing newer was there when it was first looked at."""
+    house, old, new = host.house, host.house.usb / "old", host.house.usb / "new"
+    for folder, now in ((old, NOW + 10), (new, NOW + 20)):
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(time, "time", lambda now=now: float(now))
+            if kind == "grant":
+                house.grant(folder)
+            else:
+                done(sczctl(*house.sign_words(folder / "policy.json")))
+    real, calls = intake.locked, list[Store]()
+
+    @contextlib.contextmanager
+    def slower(store: Store) -> Iterator[None]:
+        calls.append(store)
+        if len(calls) == 1:
+            host.take(new)
+        with real(store):
+            yield
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(intake, "locked", slower)
+        with pytest.raises(OutputExists, match="newer"):
+            host.take(old)
+    (model,) = house.store.models()
+    path = house.store.grant_path(model.manifest_digest)
+    if kind == "boot policy":
+        path = house.store.boot_policy_path(house.owner.owner_id, "minilm", "default")
+    assert Path(path).read_bytes() == next(new.iterdir()).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +384,18 @@ def test_who_holds_what_was_revoked(host: Host) -> None:
     done(sczctl(*words))
     host.take(host.house.usb / "last" / "edge-1")
     assert reasons(host, holder) == ["revoked grant"]
+
+
+def test_a_list_of_an_earlier_enrolment_says_nothing_of_who_holds_a_model(host: Host) -> None:
+    (model,) = host.house.store.models()
+    holder = record(host, model.manifest_digest)
+    path = Path(host.house.store.revocations_path(host.house.owner.owner_id))
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.write_bytes(host.list_with(value=9, lines=(("minilm", 7),)).read_bytes())
+    path.chmod(0o600)
+    assert reasons(host, holder) == ["revoked grant"]
+    path.write_bytes(host.list_with(value=9, lines=(("minilm", 7),), counter_index=0x01800999).read_bytes())
+    assert reasons(host, holder) == []
 
 
 def test_a_revocation_is_applied_though_a_model_of_it_is_not_here(host: Host) -> None:

@@ -15,8 +15,8 @@ from oci_hook.attestation.boot_policy import parse_boot_policy, verify_boot_poli
 from oci_hook.attestation.device_record import DeviceRecord, format_device_record, parse_device_record
 from oci_hook.attestation.policy import policy_ref
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
-from oci_hook.bundle.revocations import Revocations, parse_revocations, verify_revocations
-from oci_hook.errors import DeviceInvalid, KeyInvalid, OutputExists
+from oci_hook.bundle.revocations import LINES_LIMIT, Revocations, parse_revocations, verify_revocations
+from oci_hook.errors import DeviceInvalid, GrantInvalid, KeyInvalid, OutputExists
 from oci_hook.key_errors import GenerationRefused
 from oci_hook.lease import Lease
 from oci_hook.owner.lines import Line, format_line, parse_line
@@ -126,7 +126,7 @@ def test_a_grant_that_was_given_ahead_is_counted_beyond(house: Household) -> Non
     done(sczctl(*ahead, house.usb / "usual.jwt"))  # the copy of the grant that is kept is this one's
     revoke(house, "--model", "minilm:1")
     assert list_of(house, "edge-1").value == 41
-    refused(sczctl(*ahead[:1], "minilm:2", *ahead[2:], house.usb / "far.jwt", "--maximum", 41 + 1000), 22, "below 1041")
+    refused(sczctl(*ahead[:1], "minilm:2", *ahead[2:], house.usb / "far.jwt", "--maximum", 3 + 1000), 22, "below 1003")
 
 
 def test_a_lease_stays_what_it_was(house: Household) -> None:
@@ -206,6 +206,90 @@ def test_a_kill_at_any_step_leaves_nothing_that_could_be_granted_again(house: Ho
     assert values == sorted(set(values))
 
 
+# --- what is damaged, or out of reach ---------------------------------------------------------------------------------
+
+
+def test_a_damaged_record_does_not_keep_another_device_from_being_revoked(house: Household) -> None:
+    path = house.keys / "devices" / "edge-2.json"
+    path.write_bytes(path.read_bytes()[:-5])
+    copy = house.keys / "grants" / "minilm" / "1" / "edge-2.grant"
+    copy.write_bytes(b"")
+    keys = house.keys / "models" / "whisper" / "1.json"
+    keys.write_bytes(b"{}")
+    said = revoke(house, "--device", "edge-1")
+    assert [(row["device"], len(row["locked"])) for row in said["devices"]] == [("edge-1", 3)]
+    assert record_of(house, "edge-1").revoked is not None
+    words = ("revoke", "--keys", house.keys, "-o", house.usb / "no", "--model", "minilm:2")
+    before = snapshot(house.keys, house.usb)
+    refused(sczctl(*words), KeyInvalid.code, "whisper:1")
+    keys.unlink()
+    refused(sczctl(*words), GrantInvalid.code, "minilm:1 to edge-2", "grants/minilm/1/edge-2.grant")
+    copy.unlink()
+    refused(sczctl(*words), DeviceInvalid.code, "edge-2")
+    assert snapshot(house.keys, house.usb) == {
+        name: what for name, what in before.items() if name not in (str(copy), str(keys))
+    }
+
+
+def test_a_record_or_grant_under_another_name_is_refused(house: Household) -> None:
+    """Else the revocation of one device, or its highest maximum, would be the other's."""
+    one, other = (house.keys / "devices" / f"edge-{number}.json" for number in (1, 2))
+    good = other.read_bytes()
+    other.write_bytes(one.read_bytes())
+    before = snapshot(house.keys, house.usb)
+    for wanted in (("--device", "edge-2"), ("--model", "minilm:1")):
+        words = ("revoke", "--keys", house.keys, "-o", house.usb / "no", *wanted)
+        refused(sczctl(*words), DeviceInvalid.code, "the record of edge-2 is that of edge-1")
+    assert snapshot(house.keys, house.usb) == before
+    other.write_bytes(good)
+    copies = house.keys / "grants" / "minilm" / "1"
+    (copies / "edge-2.grant").write_bytes((copies / "edge-1.grant").read_bytes())
+    before = snapshot(house.keys, house.usb)
+    words = ("revoke", "--keys", house.keys, "-o", house.usb / "no", "--device", "edge-2")
+    refused(sczctl(*words), GrantInvalid.code, "minilm:1 to edge-2 is that of minilm:1 to edge-1")
+    assert snapshot(house.keys, house.usb) == before
+
+
+def test_no_list_is_written_that_a_device_could_not_count_to(house: Household) -> None:
+    """However often it is revoked without a word from the device: its counter was certified once."""
+    ahead = ("grant", "minilm:2", "--keys", house.keys, "--device", "edge-1", "-o")
+    done(sczctl(*ahead, house.usb / "ahead.jwt", "--maximum", 3 + 999))
+    revoke(house, "--boot-policy", "minilm:default", out="far")
+    assert (list_of(house, "edge-1", "far").value, record_of(house, "edge-1").certified) == (1003, 3)
+    refused(sczctl(*ahead, house.usb / "no.jwt", "--maximum", 1004), DeviceInvalid.code, "below 1004")
+    done(sczctl(*ahead, house.usb / "usual.jwt"))
+    before = snapshot(house.keys, house.usb)
+    words = ("revoke", "--keys", house.keys, "--model", "minilm:1")
+    refused(sczctl(*words, "--device", "edge-1", "-o", house.usb / "no"), DeviceInvalid.code, "edge-1", "1004")
+    assert snapshot(house.keys, house.usb) == before
+    partly = sczctl(*words, "-o", house.usb / "others")  # the others are not left as they were
+    assert (partly.code, "edge-1 is left out" in partly.err) == (1, True)
+    assert [path.name for path in (house.usb / "others").iterdir()] == ["edge-2"]
+    assert record_of(house, "edge-1").counter_value == 1003
+    # The device applied the folder, and was enrolled again: its counter is certified as 1003.
+    again = enrolled_again(
+        replace(record_of(house, "edge-1"), certified=None), record_of(house, "edge-1"), forget=False
+    )
+    OwnerRecords(house.keys).save_device("edge-1", format_device_record(again))
+    said = revoke(house, "--model", "minilm:1", out="near")
+    assert [(row["device"], row["counter"]) for row in said["devices"]] == [("edge-1", 1004), ("edge-2", 9)]
+    assert said["out_of_reach"] == []
+
+
+def test_what_cannot_be_signed_has_raised_nothing(house: Household) -> None:
+    """A list that would have too many lines is found out before the records are changed."""
+    records = OwnerRecords(house.keys)
+    for number in range(LINES_LIMIT):
+        path = house.keys / "lines" / f"line-{number}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(format_line(Line(f"line-{number}", 2)))
+    before = snapshot(house.keys, house.usb)
+    tried = sczctl("revoke", "--keys", house.keys, "--model", "minilm:1", "-o", house.usb / "no")
+    assert (tried.code, "0 to 4096 items" in tried.err) == (76, True)
+    assert snapshot(house.keys, house.usb) == before
+    assert records.load_line("minilm").revoked == ()
+
+
 # --- the records ------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +337,8 @@ def test_an_enrolment_again_forgets_no_revocation(house: Household) -> None:
     assert enrolled_again(again, None, forget=False) == again
     kept = enrolled_again(again, waiting, forget=False)
     assert (kept.counter_value, kept.highest_maximum, kept.revoked) == (9, 9, 77)
-    assert (kept.resets, kept.clock_ms) == (8, 9)
+    assert (kept.resets, kept.clock_ms, kept.certified) == (8, 9, 4)
+    assert enrolled_again(replace(again, counter_value=9), kept, forget=False).certified is None  # it was applied
     assert enrolled_again(again, waiting, forget=True).revoked is None
     assert enrolled_again(again, waiting, forget=True).counter_value == 9
     other = record_of(house, "edge-2")  # another TPM's counter: nothing of the old one's value is true of it
