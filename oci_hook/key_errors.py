@@ -71,7 +71,10 @@ class RevocationsMissing(CouldNotTell):
         76,
         "the owner's list of revocations is missing, unusable, or not the one of the device's counter",
     )
-    remedy = "`sczctl add` the folder of the owner's latest revocation for this device; if there was none, enrol again"
+    remedy = (
+        "`sczctl add` the folder of the owner's latest revocation for this device; if there was none, enrol again, and "
+        "add a grant that was made after it"
+    )
 
 
 def all_errors() -> dict[int, type[SczError]]:

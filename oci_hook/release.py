@@ -35,6 +35,7 @@ from oci_hook.trust import Owner
 if TYPE_CHECKING:
     from oci_hook.attestation.tee import TeeExpectation
 
+_UNASKED_TEE_SECONDS = 2.0  # a report that no owner asks for keeps no start waiting for longer
 _TEE_MARGIN_SECONDS = 5.0  # the report's own deadline comes first, and leaves the process that serves requests alive
 
 
@@ -68,7 +69,7 @@ class HostTpm:
         Args:
             evidence: A quote for this start.
             extra_data: The 32 bytes that bind it to this start.
-            required: Whether the model's owner asks for a report; else none is as good as one.
+            required: Whether the model's owner asks for a report; else none is as good as one, and soon enough.
 
         Raises:
             TeeUnavailable: It is required, and there is none.
@@ -76,17 +77,16 @@ class HostTpm:
         directory = self.config.tsm_directory
         if not os.path.isdir(directory):
             return evidence
-        from oci_hook.attestation.tee_collection import read_tee_report
+        from oci_hook.attestation.tee_collection import read_tee_report, report_if_soon
 
         seconds = self.config.tpm_timeout_seconds
         data = tee_report_data(extra_data, evidence.quote_digest)
+        if not required:
+            let_go = self.standby.end if self.standby is not None else lambda: None
+            return replace(evidence, tee=report_if_soon(directory, data, min(seconds, _UNASKED_TEE_SECONDS), let_go))
         try:
             answer = self._ask(tee_request(directory, data, seconds), seconds + _TEE_MARGIN_SECONDS)
             return replace(evidence, tee=read_tee_report(answer))
-        except TeeUnavailable:
-            if required:
-                raise
-            return evidence
         except TpmTimeout as cause:
             raise TeeUnavailable("configfs-tsm does not answer") from cause
 

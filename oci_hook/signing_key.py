@@ -1,4 +1,4 @@
-"""A key that signs attestation results: P-256, made at first use, its public half beside it as a JWK.
+"""A key that signs attestation results: P-256, made at first use, its own public half always beside it as a JWK.
 
 It is a key of its own, in software. The TPM's attestation key cannot do it: it is restricted to what the TPM made.
 """
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from oci_hook.bundle.files import save_new_file
 from oci_hook.documents import canonical, parse_object
-from oci_hook.errors import KeyInvalid, OutputExists
+from oci_hook.errors import KeyInvalid, OutputExists, SczError
 from oci_hook.jws import PublicJwk, parse_jwk, public_jwk
 from oci_hook.trusted_file import load_file, load_root_file, replace_file
 
@@ -29,14 +29,14 @@ _LIMIT_BYTES = 16 << 10
 
 
 def signing_key(path: str, *, only_root: bool = False) -> ec.EllipticCurvePrivateKey:
-    """The key of a file, which is made, with `<path>.jwk` beside it, where there is none.
+    """The key of a file, which is made where there is none; `<path>.jwk` beside it is written if it is not the key's.
 
     Args:
         path: PEM (PKCS #8), mode 0600; its folder exists.
         only_root: Refuse a file that others than root could have written.
 
     Raises:
-        KeyInvalid: The file is not a P-256 private key.
+        KeyInvalid: The file is not a P-256 private key, or others may read or write it.
         FileUnreadable: It cannot be read or written.
     """
     if not os.path.lexists(path):
@@ -46,14 +46,23 @@ def signing_key(path: str, *, only_root: bool = False) -> ec.EllipticCurvePrivat
             save_new_file(Path(path), pem, mode=0o600)
     read = load_root_file if only_root else load_file
     try:
-        key = load_pem_private_key(read(path, limit_bytes=_LIMIT_BYTES, error=KeyInvalid), None)
+        key = load_pem_private_key(read(path, limit_bytes=_LIMIT_BYTES, error=KeyInvalid, is_secret=True), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as cause:
         raise KeyInvalid(f"{path} is not a private key without a passphrase") from cause
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise KeyInvalid(f"{path} is not a key on P-256")
-    if not os.path.lexists(f"{path}.jwk"):
-        replace_file(f"{os.path.abspath(path)}.jwk", canonical(public_jwk(key.public_key())), mode=0o644)
+    public = canonical(public_jwk(key.public_key()))
+    if _jwk_beside(path) != public:
+        replace_file(f"{os.path.abspath(path)}.jwk", public, mode=0o644)
     return key
+
+
+def _jwk_beside(path: str) -> bytes | None:
+    """What lies there: of the key that was in the file before, perhaps; None: nothing that can be read."""
+    try:
+        return load_file(f"{path}.jwk", limit_bytes=_LIMIT_BYTES, error=KeyInvalid)
+    except SczError:
+        return None
 
 
 def parse_public_key(data: bytes) -> PublicJwk:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from oci_hook.attestation.boot_policy import UnverifiedBootPolicy, parse_boot_policy, sign_boot_policy
+from oci_hook.attestation.device_record import DeviceRecord
 from oci_hook.attestation.evidence import Evidence, qualifying_data
 from oci_hook.attestation.evidence_appraisal import References
 from oci_hook.attestation.kept_evidence import KeptEvidence, StartEvidence
 from oci_hook.attestation.policy import approved_policy
 from oci_hook.owner.keyring import Keyring, create_keyring, open_keyring
 from tests.attestation_vectors import public_of, t
+from tests.devices import make_device
 
 MODEL, VERSION, CLASS, DEVICE = "small", "1", "default", "edge-1"
 CONTAINER = "c0ffee"
@@ -31,18 +33,32 @@ class Witness:
     ak_key: Any
     ak: bytes
 
-    def policy(self, model: str = MODEL, device_class: str = CLASS) -> UnverifiedBootPolicy:
+    def policy(self, model: str = MODEL, device_class: str = CLASS, **changes: Any) -> UnverifiedBootPolicy:
         """The boot policy that approves `APPROVED`."""
-        return parse_boot_policy(
-            sign_boot_policy(
-                [APPROVED],
-                owner_id=self.keyring.owner.owner_id,
-                model_name=model,
-                device_class=device_class,
-                created=1,
-                key=self.keyring.boot_policy_key,
-            )
+        return parse_boot_policy(self.policy_document(model, device_class, **changes))
+
+    def policy_document(
+        self,
+        model: str = MODEL,
+        device_class: str = CLASS,
+        *,
+        pcrs: Mapping[int, bytes] = APPROVED,
+        epoch: int = 0,
+    ) -> bytes:
+        """A boot policy that approves these values."""
+        return sign_boot_policy(
+            [pcrs],
+            owner_id=self.keyring.owner.owner_id,
+            model_name=model,
+            device_class=device_class,
+            created=1,
+            key=self.keyring.boot_policy_key,
+            epoch=epoch,
         )
+
+    def record(self, **changes: Any) -> DeviceRecord:
+        """The owner's record of the device."""
+        return replace(make_device(self.keyring.owner.owner_id, DEVICE).record, ak=public_of(self.ak), **changes)
 
     def start(
         self,
@@ -82,7 +98,9 @@ class Witness:
     def references(self, **changes: Any) -> References:
         """What its owner brings."""
         known = {f"{MODEL}:{VERSION}": MANIFEST}
-        made = References(public_of(self.ak), self.keyring.owner, (self.policy(),), manifests=known)
+        made = References(
+            public_of(self.ak), self.keyring.owner, (self.policy(),), manifests=known, record=self.record()
+        )
         return replace(made, **changes)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,6 +36,7 @@ from oci_hook.key_errors import EventLogInvalid
 
 _ATTRIBUTES_BYTES: Final = 4  # before a variable's value in efivarfs
 _ATTRIBUTES_LIMIT: Final = 0xFF  # UEFI 2.10, 8.2: the attributes that there are
+_MENU_COMMAND: Final = re.compile(rb"\n[^\S\n]*linux")  # one line's white space: a text of line feeds costs one pass
 _LOOK: Final = "`sczctl boot-policy log` numbers the events; give --replace NUMBER=FILE"
 
 
@@ -254,21 +256,21 @@ class Draft:
 
     def _replace_with_path(self, path: str, old: str, new: str) -> None:
         """The arguments after the kernel's path; what is generated with them in menu entries' bodies cannot be told."""
-        before, after = f"{path} {old}".encode(), f"{path} {new}".encode()
+        kernel, before, after = path.encode(), f"{path} {old}".encode(), f"{path} {new}".encode()
         for event, text in self._commands():
             if text.endswith(before):
                 self._set_text(event, text.removesuffix(before) + after)
-            elif re.search(rb"\n\s*linux", text) or path.encode() in text:
+            elif _MENU_COMMAND.search(text) or kernel in text:
                 self._unknown[event.pcr] = "menu entries have command lines, too: give --text OLD NEW for all of them"
 
     def _read_by_grub(self, command: str, fixed_name: str) -> tuple[Event, ...]:
         """The events in PCR 9 of the files that GRUB's last such command names."""
-        paths: list[str] = []
+        paths: frozenset[str] = frozenset()
         for event in self.log.events:
             text = measured_text(event) if event.pcr == COMMANDS_PCR and prove(event) is Proof.TEXT else None
             words = (text or b"").decode("utf-8", "replace").split()
             if words and words[0] in (command, f"{command}efi"):
-                paths = words[1:2] if command == "linux" else words[1:]
+                paths = frozenset(words[1:2] if command == "linux" else words[1:])
         return tuple(
             event
             for event in self.log.events
@@ -311,9 +313,10 @@ def _variable_digest(event: Event, contents: bytes) -> bytes:
     return _sha256(event.data[:24] + len(value).to_bytes(8, "little") + name + value)
 
 
-def _names(event: Event, paths: list[str], fixed_name: str) -> bool:
+def _names(event: Event, paths: Set[str], fixed_name: str) -> bool:
+    """Whether GRUB's event is of a file that a command names, with the device before it, "(hd0,gpt2)", or without."""
     name = event_text(event.data) or ""
-    return name == fixed_name or any(name == path or name.endswith(f"){path}") for path in paths)
+    return name == fixed_name or name in paths or name.partition(")")[2] in paths
 
 
 def _utf16(text: str) -> bytes:

@@ -59,6 +59,8 @@ _VECTOR: Final = frozenset(
 AFFIRMED: Final[Mapping[str, int]] = {"instance-identity": 2, "executables": 3, "configuration": 2}
 # The state is not one that is approved: 33, not recognised executables; the quote itself is genuine.
 BOOT_STATE_DIFFERS: Final[Mapping[str, int]] = {"instance-identity": 2, "executables": 33}
+# 96: recognised, but its key is one of a device that is not trusted.
+DEVICE_REVOKED: Final[Mapping[str, int]] = {"instance-identity": 96}
 # 99: the evidence does not hold cryptographically.
 NOT_GENUINE: Final[Mapping[str, int]] = {"instance-identity": 99}
 

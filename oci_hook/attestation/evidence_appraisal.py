@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oci_hook.attestation.appraisal import appraise_evidence, pcrs_in_words
-from oci_hook.attestation.boot_policy import UnverifiedBootPolicy, verify_boot_policy
+from oci_hook.attestation.boot_policy import BootPolicy, UnverifiedBootPolicy, verify_boot_policy
+from oci_hook.attestation.device_record import DeviceRecord
 from oci_hook.attestation.kept_evidence import KeptEvidence, StartEvidence
 from oci_hook.attestation.structures import Public
 from oci_hook.audit_chain import EMPTY_HEAD, Verified
 from oci_hook.documents import shown
-from oci_hook.errors import BootPolicyRefused, BootStateRefused, EvidenceRefused, SczError
+from oci_hook.errors import BootPolicyRefused, BootStateRefused, EvidenceRefused, Revoked, SczError
+from oci_hook.key_errors import GenerationRefused
 from oci_hook.trust import Owner
 
 
@@ -28,10 +30,12 @@ class References:
     Attributes:
         ak: The attestation key, as enrolled.
         owner: The model's owner.
-        boot_policies: Of that owner; the one of the model line and class is taken.
+        boot_policies: Of that owner; of those of the model line and class, the one of the highest epoch is taken.
         container_id, manifest_digest, token_hash: What the evidence must be for; None: whatever it says.
         manifests: Manifest digests by `name:version`, of the owner's own records; None: not at hand.
-        device: What the appraiser calls the device whose key `ak` is, for the reasons.
+        record: The owner's record of the device whose key `ak` is; None: not at hand.
+        revoked: `name:version` of what the owner revoked; of the owner's own records, as `manifests`.
+        epochs: The epoch by model line and device class; of the same records, 0 if it is not there.
     """
 
     ak: Public
@@ -41,7 +45,9 @@ class References:
     manifest_digest: str | None = None
     token_hash: bytes | None = None
     manifests: Mapping[str, str] | None = None
-    device: str | None = None
+    record: DeviceRecord | None = None
+    revoked: frozenset[str] = frozenset()
+    epochs: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +105,15 @@ def _verify_start(kept: KeptEvidence, start: StartEvidence, references: Referenc
     # 1. The attestation key is the enrolled one: anybody's TPM makes genuine quotes.
     if start.ak.name != references.ak.name:
         raise EvidenceRefused("the attestation key is not the one that the device enrolled with")
-    device = f"device {references.device}'s" if references.device else "device's"
+    device = f"device {references.record.device}'s" if references.record else "device's"
     findings.shown.append(f"the attestation key is the enrolled {device}")
-    # 2. It is about what was asked for.
+    findings.unchecked.append("the time of it is the host's word: its clock's")
+    # 2. It is about what was asked for; nothing in the quote covers the device's name and class.
     _verify_subject(kept, start, references, findings)
-    # 3. The reference values: the owner signed them for this model line and device class.
-    policy = verify_boot_policy(
-        _boot_policy(start, references),
-        owner=references.owner,
-        model_name=start.model_name,
-        device_class=start.device_class,
-    )
+    _verify_device(start, references.record, findings)
+    # 3. The reference values: the owner signed them for this model line and device class, and has not withdrawn them.
+    _verify_not_revoked(start, references, findings)
+    policy = _verified_boot_policy(start, references)
     findings.shown.append(f"the boot policy is signed by the owner {references.owner.name}")
     # 4. The quote: the seven checks of a start, with extraData recomputed from all parts.
     result = appraise_evidence(
@@ -144,15 +148,58 @@ def _verify_subject(kept: KeptEvidence, start: StartEvidence, references: Refere
         findings.shown.append(f"the manifest is that of {start.model} in the owner's records")
 
 
+def _verify_device(start: StartEvidence, record: DeviceRecord | None, findings: _Findings) -> None:
+    if record is None:
+        findings.unchecked.append("the device's name and class are the host's word: no record of its owner is at hand")
+        return
+    for what, known, found in (
+        ("name", record.device, start.device_name),
+        ("class", record.device_class, start.device_class),
+    ):
+        if known != found:
+            raise EvidenceRefused(
+                f"the device's {what} is {known} in the owner's record, the evidence says {found}",
+                remedy="the record decides: if the device was enrolled anew since, take evidence of a later start",
+            )
+    if record.revoked is not None:
+        raise Revoked(f"the owner has revoked the device {record.device}", remedy="nothing of it is to be believed")
+    findings.shown.append(f"name and class ({record.device_class}) are those of the owner's record, and not revoked")
+
+
+def _verify_not_revoked(start: StartEvidence, references: References, findings: _Findings) -> None:
+    if references.manifests is None:
+        findings.unchecked.append("whether the owner revoked the version or withdrew the boot policy since")
+    elif start.model in references.revoked:
+        raise GenerationRefused(f"the owner has revoked {start.model}")
+
+
+def _verified_boot_policy(start: StartEvidence, references: References) -> BootPolicy:
+    policy = verify_boot_policy(
+        _boot_policy(start, references),
+        owner=references.owner,
+        model_name=start.model_name,
+        device_class=start.device_class,
+    )
+    epoch = references.epochs.get((start.model_name, start.device_class), 0)
+    if policy.epoch < epoch:
+        raise BootPolicyRefused(
+            f"the boot policy is of epoch {policy.epoch}, the owner withdrew what is older than {epoch}",
+            remedy="give the latest: sign the states that stay good anew (`sczctl boot-policy sign`)",
+        )
+    return policy
+
+
 def _boot_policy(start: StartEvidence, references: References) -> UnverifiedBootPolicy:
-    """The policy of this line and class; if it is none, the first, whose verification says what is wrong."""
-    wanted = (start.model_name, start.device_class)
-    for policy in references.boot_policies:
-        if (policy.unverified_model_name, policy.unverified_device_class) == wanted:
-            return policy
+    """The latest policy of this line and class; if it is none, the first, whose verification says what is wrong."""
+    wanted = (references.owner.owner_id, start.model_name, start.device_class)
+    found = [
+        policy
+        for policy in references.boot_policies
+        if (policy.unverified_owner_id, policy.unverified_model_name, policy.unverified_device_class) == wanted
+    ]
     if not references.boot_policies:
         raise BootPolicyRefused("no boot policy is at hand", remedy="give the owner's with --boot-policy FILE")
-    return references.boot_policies[0]
+    return max(found, key=lambda policy: policy.unverified_epoch, default=references.boot_policies[0])
 
 
 # --- the audit log ----------------------------------------------------------------------------------------------------

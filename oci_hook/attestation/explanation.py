@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +19,8 @@ from oci_hook.attestation.reference_values import UNIFIED_PCR, boot_chain
 
 PHASES: Final = ("enter-initrd", "leave-initrd", "sysinit", "ready", "shutdown", "final")
 _LINES_LIMIT: Final = 12
-_COMPARED: Final = 1000  # events of one PCR: finding what two lists have in common is quadratic
+_COMPARED: Final = 1000  # events of one PCR
+_MATCHED: Final = 1 << 16  # pairs of them: finding what two lists have in common is cubic, if somebody wants it to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,29 @@ def differing_events(approved: EventLog, current: EventLog, pcrs: Iterable[int])
             [event for event in log.events if event.pcr == pcr and event.is_measured][:_COMPARED]
             for log in (approved, current)
         )
-        matcher = difflib.SequenceMatcher(None, [e.digest for e in before], [e.digest for e in after], autojunk=False)
-        for kind, low, high, start, end in matcher.get_opcodes():
-            if kind != "equal":
-                old = [(event, _words(event, roles[0])) for event in before[low:high]]
-                new = [(event, _words(event, roles[1])) for event in after[start:end]]
-                lines += _changes(pcr, old, new)
+        for old, new in _differences([event.digest for event in before], [event.digest for event in after]):
+            was = [(event, _words(event, roles[0])) for event in before[old]]
+            now = [(event, _words(event, roles[1])) for event in after[new]]
+            lines += _changes(pcr, was, now)
     left = len(lines) - _LINES_LIMIT
     return [*lines[:_LINES_LIMIT], f"and {left} more"] if left > 0 else lines
+
+
+def _differences(before: list[bytes], after: list[bytes]) -> Iterator[tuple[slice, slice]]:
+    """Where two lists differ; what is too long to be matched is compared place by place, between the common ends."""
+    shorter = min(len(before), len(after))
+    head = next((n for n in range(shorter) if before[n] != after[n]), shorter)
+    tail = next((n for n in range(shorter - head) if before[-1 - n] != after[-1 - n]), shorter - head)
+    old, new = before[head : len(before) - tail], after[head : len(after) - tail]
+    if len(old) * len(new) <= _MATCHED:
+        for kind, low, high, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+            if kind != "equal":
+                yield slice(head + low, head + high), slice(head + start, head + end)
+        return
+    for n in range(max(len(old), len(new))):
+        if old[n : n + 1] != new[n : n + 1]:
+            in_old, in_new = (slice(head + min(n, size), head + min(n + 1, size)) for size in (len(old), len(new)))
+            yield in_old, in_new
 
 
 def _roles(log: EventLog) -> dict[int, str]:

@@ -76,9 +76,11 @@ def boot_chain(log: EventLog) -> BootChain:
         after = [e for e in programs if e.number > by_grub[0]]
     else:
         before, after = (programs[:-1], programs[-1:]) if len(programs) > 1 else (programs, [])
-    loaders = {e.digest: tuple(each for each in before if each.digest == e.digest) for e in before}
+    loaders: dict[bytes, list[Event]] = {}
+    for event in before:
+        loaders.setdefault(event.digest, []).append(event)
     kernel = tuple(e for e in after if e.digest == after[-1].digest)
-    return BootChain(tuple(loaders.values()), tuple(unified), kernel, sections)
+    return BootChain(tuple(map(tuple, loaders.values())), tuple(unified), kernel, sections)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from oci_hook import __version__
 from oci_hook.attestation.ear import (
     AFFIRMED,
     BOOT_STATE_DIFFERS,
+    DEVICE_REVOKED,
     NOT_GENUINE,
     REASONS_LIMIT,
     Ear,
@@ -20,7 +21,7 @@ from oci_hook.attestation.ear import (
     status_of,
 )
 from oci_hook.attestation.evidence_appraisal import StartAppraisal
-from oci_hook.errors import BootStateRefused, EvidenceRefused, SczError
+from oci_hook.errors import BootStateRefused, EvidenceRefused, Revoked, SczError
 
 DEVELOPER: Final = "scz-smm"
 _REASON_CHARACTERS: Final = 1000
@@ -68,4 +69,6 @@ def _vector(error: SczError | None) -> Mapping[str, int]:
         return AFFIRMED
     if isinstance(error, BootStateRefused):
         return BOOT_STATE_DIFFERS
+    if isinstance(error, Revoked):
+        return DEVICE_REVOKED
     return NOT_GENUINE if isinstance(error, EvidenceRefused) else {}

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final
 
 from oci_hook.attestation.deadline import with_deadline
 from oci_hook.attestation.evidence import TeeReport
 from oci_hook.attestation.sev_snp_chain import CERTIFICATE_LIMIT_BYTES, Role
 from oci_hook.documents import canonical
-from oci_hook.errors import TpmTimeout
+from oci_hook.errors import InternalError, SystemCallFailed, TpmTimeout
 from oci_hook.key_errors import TeeUnavailable
 from oci_hook.linux.tsm import TsmReport, read_report, report_directory, sweep_reports
 from oci_hook.trusted_file import load_root_file
@@ -48,6 +50,32 @@ def collect_report(base: str, data: bytes, seconds: float) -> bytes:
         raise TeeUnavailable(f"the hardware gave no report within {seconds:g} s") from cause
     finally:
         sweep_reports(base)  # of a process that was killed, this or an earlier one
+
+
+def report_if_soon(base: str, data: bytes, seconds: float, let_go: Callable[[], object]) -> TeeReport | None:
+    """A report that nobody insists on; None: there is none, or not soon. For a process with one thread.
+
+    A child of its own waits for it, and keeps nothing of its parent's open: one that hangs in the kernel would hold
+    locks for good.
+
+    Args:
+        base: As for `collect_report`.
+        data: As for `collect_report`.
+        seconds: After so long it is given up; the reader itself after half of that, so that it leaves no directory.
+        let_go: Called in the child: gives up its copies of pipes, which are not closed otherwise.
+    """
+
+    def collect() -> bytes:
+        let_go()
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # of the listing itself
+                if int(name) > 2 and not stat.S_ISFIFO(os.fstat(int(name)).st_mode):
+                    os.close(int(name))
+        return collect_report(base, data, seconds / 2)
+
+    with suppress(TeeUnavailable, TpmTimeout, InternalError, SystemCallFailed):
+        return read_tee_report(with_deadline(collect, seconds))
+    return None
 
 
 def _document(report: TsmReport) -> bytes:

@@ -97,11 +97,12 @@ def appraise(
 
     EVIDENCE is what `sczctl evidence` wrote: the folder, or evidence.json. The quote is checked with the key that the
     device enrolled with, against the owner's boot policy; nonce, token, container, manifest and audit log must be those
-    that it was made for. Nothing that the host concluded is believed. With --keylime, a verifier of Keylime is asked,
-    too: by you, so that its answer is more than the host's diagnosis of itself.
+    that it was made for. Nothing that the host concluded is believed: the device's name and class are those of your
+    record. A revoked device, and with --keys a revoked version or a withdrawn boot policy, is refused. With --keylime,
+    a verifier of Keylime is asked, too: by you, so that its answer is more than the host's diagnosis of itself.
 
-    Exit codes: 0 all of it holds, 1 nothing in it is this owner's, or the EAR does not affirm everything, 30 to 59 the
-    first refusal.
+    Exit codes: 0 what was looked at holds (what was not is listed), 1 nothing in it is this owner's, or the EAR does
+    not affirm everything, 30 to 59 the first refusal.
     """
     if (evidence is None) == (ear is None):
         raise click.UsageError("give EVIDENCE, or --ear FILE")
@@ -146,13 +147,13 @@ def _appraised(kept: KeptEvidence, asked: _Asked) -> tuple[tuple[StartAppraisal,
     record = _device(own, asked)
     references = References(
         ak=record.ak,
-        device=record.device,
+        record=record,
         owner=owner,
         boot_policies=tuple(parse_boot_policy(read_input(each, BootPolicyInvalid)) for each in asked.boot_policies),
         container_id=asked.container,
         manifest_digest=asked.manifest,
         token_hash=_token_hash(asked.token),
-        manifests=_manifests(own, asked.keys),
+        **_owners_records(own, asked.keys),
     )
     log = AuditLog(os.path.abspath(asked.audit_log)).verified() if asked.audit_log else None
     return appraise_kept(own, references, log), left_out
@@ -194,19 +195,26 @@ def _device(kept: KeptEvidence, asked: _Asked) -> DeviceRecord:
     return parse_device_record(OwnerRecords(Path(asked.keys)).load_device(asked.device or kept.starts[0].device_name))
 
 
-def _manifests(kept: KeptEvidence, keys: str | None) -> dict[str, str] | None:
-    """What the owner packed under these names; a name that was never packed is not in it."""
+def _owners_records(kept: KeptEvidence, keys: str | None) -> dict[str, Any]:
+    """What the owner packed under these names, revoked of it, and withdrew, for `References`.
+
+    A name that was never packed is not in it.
+    """
     if keys is None:
-        return None
+        return {}
     from oci_hook.owner.records import OwnerRecords
 
-    records, known = OwnerRecords(Path(keys)), dict[str, str]()
+    records, manifests, revoked = OwnerRecords(Path(keys)), dict[str, str](), set[str]()
     packed = set(records.content_keys())
     for start in kept.starts:
         if (start.model_name, start.model_version) in packed:
             found = records.load_content_key(start.model_name, start.model_version)
-            known[start.model] = found.manifest_digest
-    return known
+            manifests[start.model] = found.manifest_digest
+            if not records.load_line(start.model_name).allows(found.model):
+                revoked.add(start.model)
+    lines = {(each.model_name, each.device_class) for each in kept.starts}
+    epochs = {(name, device_class): records.load_line(name).epoch(device_class) for name, device_class in lines}
+    return {"manifests": manifests, "revoked": frozenset(revoked), "epochs": epochs}
 
 
 def _token_hash(path: str | None) -> bytes | None:

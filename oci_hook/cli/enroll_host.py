@@ -101,6 +101,7 @@ def request(
     """
     from oci_hook.attestation.enrolment_documents import format_request
     from oci_hook.attestation.host_device import format_host_device
+    from oci_hook.revoked import newest_grant
 
     _verify_one_on_stdout(output, as_json)
     verify_new_document(output)
@@ -112,9 +113,10 @@ def request(
         known = store.load_device()
     except DeviceNotEnrolled:
         known = None
+    newest = newest_grant(store, owner)
 
     def transact(tpm: Tpm) -> tuple[HostDevice, tuple[bytes | None, Public], tuple[bytes, ...]]:
-        return tpm.provision(owner.owner_id, known), tpm.ek(), tpm.ek_chain()
+        return tpm.provision(owner.owner_id, known, newest_grant=newest), tpm.ek(), tpm.ek_chain()
 
     host, (certificate, public), chain = _with_tpm(config, transact)
     if without_certificate or certificate is None:

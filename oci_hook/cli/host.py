@@ -39,7 +39,7 @@ def add(
     from oci_hook.cli.holders import holders, holders_document, show_holders
     from oci_hook.incoming import collect, measure
     from oci_hook.intake import Intake
-    from oci_hook.revoked import TpmCounting
+    from oci_hook.revoked import TpmCounting, remember_granted
 
     config = load_config(config_file)
     store, owners = Store(config.store_directory), Trust(config.trust_directory).owners()
@@ -59,6 +59,8 @@ def add(
             counting=TpmCounting(config),
         )
         taken = intake.verify(incoming) if dry_run else intake.take(incoming)
+    if taken.grants and not dry_run:
+        remember_granted(store, taken.grants)
     if as_json:
         held = {"held": holders_document(holders(config_file))} if taken.revocations and not dry_run else {}
         print_json({"dry_run": dry_run, **_document(taken), **held})

@@ -56,7 +56,7 @@ from oci_hook.attestation.enrolment_documents import (
     parse_request,
 )
 from oci_hook.attestation.evidence import Evidence, qualifying_data
-from oci_hook.attestation.host_device import HostDevice, format_host_device, parse_host_device
+from oci_hook.attestation.host_device import AskedAgain, HostDevice, format_host_device, parse_host_device
 from oci_hook.attestation.key_checks import COUNTER_ATTRIBUTES, counter_public
 from oci_hook.attestation.measurement import MEASURED_PCRS
 from oci_hook.attestation.policy import CC_UNSEAL, approved_policy, policy_ref, sealed_object_policy
@@ -498,6 +498,23 @@ def test_provisioning_twice_changes_nothing(host: Host, keyring: Keyring) -> Non
         assert host.handles() == []
     assert host.handles("handles-persistent", "handles-nv-index") == persistent
     assert host.count(keyring) == value
+
+
+def test_asking_again_keeps_the_counter_s_value_of_the_enrolment(own_host: Host, keyring: Keyring) -> None:
+    """A host that asks is not enrolled yet: what a revocation counted up since is still missing its list."""
+    host, owner_id = own_host, keyring.owner.owner_id
+    before, value = host.device, host.count(keyring)
+    assert before.counter_values[owner_id] == value
+    with host.transaction() as tpm:
+        tpm.increment_counter(host.counter(keyring).index)
+        again = tpm.provision(owner_id, before, newest_grant=7)
+    assert again == before.with_counter(owner_id, before.counters[owner_id], value, AskedAgain(value + 1, 7))
+    with host.transaction() as tpm:
+        assert tpm.provision(owner_id, again, newest_grant=8).asked_again[owner_id] == AskedAgain(value + 1, 8)
+        # Nothing is known of an enrolment, or it was with other keys: it is the value now.
+        for known in (None, replace(before, counter_values={}), replace(before, srk=before.ak)):
+            made = tpm.provision(owner_id, known)
+            assert (dict(made.counter_values), dict(made.asked_again)) == ({owner_id: value + 1}, {})
 
 
 def test_each_owner_has_a_counter_of_its_own(host: Host, keyring: Keyring, stranger: Keyring) -> None:

@@ -20,11 +20,12 @@ from oci_hook.attestation.kept_evidence import (
     format_evidence,
     parse_evidence,
 )
+from oci_hook.attestation.results import result_of
 from oci_hook.audit_chain import EMPTY_HEAD, Verified
-from oci_hook.errors import BootPolicyRefused, BootStateRefused, EvidenceRefused, SczError
-from oci_hook.key_errors import EvidenceInvalid
+from oci_hook.errors import BootPolicyRefused, BootStateRefused, EvidenceRefused, Revoked, SczError
+from oci_hook.key_errors import EvidenceInvalid, GenerationRefused
 from tests.attestation_vectors import hostile, public_of, value_or_ours
-from tests.kept import APPROVED, CONTAINER, HEAD, MANIFEST, Witness, make_witness
+from tests.kept import APPROVED, CLASS, CONTAINER, HEAD, MANIFEST, MODEL, Witness, make_witness
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,8 @@ def test_good_evidence_is_accepted_and_says_why(witness: Witness) -> None:
     found = one(witness.kept(), witness, container_id=CONTAINER, manifest_digest=MANIFEST)
     assert found.error is None
     said = " / ".join(found.shown)
-    assert "enrolled device's" in said
+    assert "enrolled device edge-1's" in said
+    assert "name and class (default) are those of the owner's record" in said
     assert "one nonce, token, container, manifest and audit log" in said
     assert "PCR 9 (kernel and initrd, as GRUB read them)" in said
     assert any("audit log" in each for each in found.unchecked)
@@ -173,6 +175,66 @@ def test_the_boot_policy_is_the_owner_s_for_this_line_and_class(witness: Witness
         refused(one(witness.kept(), witness, boot_policies=policies), BootPolicyRefused)
     several = (witness.policy("large"), witness.policy())
     assert one(witness.kept(), witness, boot_policies=several).error is None
+
+
+OTHER = {pcr: bytes([pcr]) * 32 for pcr in APPROVED}
+
+
+@pytest.mark.parametrize("change", [{"device_class": "labs"}, {"device_name": "edge-2"}])
+def test_the_device_s_name_and_class_are_the_record_s_not_the_host_s(witness: Witness, change: dict[str, str]) -> None:
+    """Neither is in the quote: a state that is approved for another class must not pass for this device's."""
+    policies = (witness.policy(pcrs=OTHER), witness.policy(device_class="labs"))
+    kept = witness.kept(witness.start(**change))
+    (what,) = (name.removeprefix("device_") for name in change)
+    assert f"the device's {what} is" in refused(one(kept, witness, boot_policies=policies), EvidenceRefused)
+    record = witness.record(**{what.replace("name", "device").replace("class", "device_class"): "labs"})
+    labs = witness.kept(witness.start(device_name=record.device, device_class=record.device_class))
+    policies = (witness.policy(device_class=record.device_class),)
+    assert one(labs, witness, boot_policies=policies, record=record).error is None
+
+
+def test_without_a_record_name_and_class_are_the_host_s_word(witness: Witness) -> None:
+    found = one(witness.kept(), witness, record=None)
+    assert found.error is None
+    assert any("name and class are the host's word" in each for each in found.unchecked)
+
+
+def test_a_revoked_device_is_refused(witness: Witness) -> None:
+    found = one(witness.kept(), witness, record=witness.record(revoked=1_767_225_601))
+    assert "has revoked the device edge-1" in refused(found, Revoked)
+    (part,) = result_of([found], kind="appraisal", issued=1, raw_evidence=b"e").submodules
+    assert (part.status, part.vector) == ("contraindicated", {"instance-identity": 96})
+
+
+def test_a_withdrawn_boot_policy_is_refused_wherever_it_stands(witness: Witness) -> None:
+    old, new = witness.policy(), witness.policy(pcrs=OTHER, epoch=1)
+    for policies in ((old, new), (new, old)):
+        assert "PCR 8" in refused(one(witness.kept(), witness, boot_policies=policies), BootStateRefused)
+    again = (old, witness.policy(epoch=2), new)
+    assert one(witness.kept(), witness, boot_policies=again).error is None
+    epochs = {(MODEL, CLASS): 1}
+    assert "withdrew" in refused(one(witness.kept(), witness, epochs=epochs), BootPolicyRefused)
+    assert one(witness.kept(), witness, boot_policies=again, epochs=epochs).error is None
+
+
+def test_another_owner_s_later_boot_policy_is_passed_over(witness: Witness, other: Witness) -> None:
+    assert one(witness.kept(), witness, boot_policies=(other.policy(epoch=9), witness.policy())).error is None
+
+
+def test_a_revoked_version_is_refused(witness: Witness) -> None:
+    assert "small:1" in refused(one(witness.kept(), witness, revoked=frozenset({"small:1"})), GenerationRefused)
+    found = one(witness.kept(), witness, manifests=None)
+    assert found.error is None
+    assert any("whether the owner revoked" in each for each in found.unchecked)
+
+
+def test_the_time_is_said_to_be_the_host_s_word(witness: Witness) -> None:
+    kept = witness.kept(witness.start(created=4_000_000_000))
+    found = one(kept, witness)
+    assert found.error is None
+    assert any("time of it is the host's word" in each for each in found.unchecked)
+    ear = result_of([found], kind="appraisal", issued=1, raw_evidence=format_evidence(kept))
+    assert any("time of it is the host's word" in each for each in ear.submodules[0].reasons)
 
 
 def test_the_model_s_name_is_the_host_s_word_without_the_owner_s_records(witness: Witness) -> None:
@@ -227,7 +289,7 @@ def test_the_audit_log_bears_it_out(witness: Witness) -> None:
     log = [Verified({"event": "closed"}, HEAD), Verified({"event": "closed"}, b"x" * 32), granted(start)]
     found = one(witness.kept(start), witness, log)
     assert found.error is None
-    assert found.unchecked == ()
+    assert found.unchecked == ("the time of it is the host's word: its clock's",)
     first = witness.start(1, head=EMPTY_HEAD)
     assert one(witness.kept(first), witness, [granted(first)]).error is None
 

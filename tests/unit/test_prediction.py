@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from oci_hook.attestation.boot_draft import Draft
-from oci_hook.attestation.event_log import EventLog, extend, parse_event_log, replay
+from oci_hook.attestation.event_log import SHA256, Event, EventLog, extend, parse_event_log, replay
 from oci_hook.attestation.explanation import differing_events, explain_values, with_phases
 from oci_hook.attestation.pe_image import authenticode_digest, parse_pe_image
 from oci_hook.attestation.prediction import format_prediction, parse_prediction, predict
@@ -415,6 +416,77 @@ def test_what_is_new_or_missing_in_words_and_not_without_end(images: tuple[bytes
     many = differing_events(SYSTEMD_BOOT, GRUB, range(16))
     assert len(many) == 13
     assert re.fullmatch(r"and \d+ more", many[-1])
+
+
+# --- hostile logs: the work grows with the log, not with its square ---------------------------------------------------
+
+
+def hostile_log(*events: tuple[int, int, bytes, bytes]) -> EventLog:
+    """A log of (PCR, kind, data, digest), parsed as a file of that many bytes is."""
+    return parse_event_log(
+        log_bytes([Event(n, pcr, kind, {SHA256: d}, x) for n, (pcr, kind, x, d) in enumerate(events, 1)])
+    )
+
+
+def test_thousands_of_programs_are_told_apart_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 15_000
+    log = hostile_log(*((4, 0x80000003, b"", sha256(b"%d" % number)) for number in range(count)))
+    looks, digest = [], Event.digest.fget
+
+    def look(event: Event) -> bytes:
+        looks.append(event.number)
+        return digest(event)
+
+    monkeypatch.setattr(Event, "digest", property(look))
+    assert len(boot_chain(log).loaders) == count - 1
+    assert len(looks) < 10 * count
+    looks.clear()
+    assert len(reference_values(log).boot_loaders) == count - 1
+    assert len(looks) < 20 * count
+
+
+def test_events_that_have_much_in_common_are_compared_in_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    same, count, matched = sha256(b"same"), 1000, []
+    matcher = difflib.SequenceMatcher
+
+    def matching(junk: None, old: list[bytes], new: list[bytes], *, autojunk: bool) -> difflib.SequenceMatcher[bytes]:
+        matched.append(len(old) * len(new))
+        return matcher(junk, old, new, autojunk=autojunk)
+
+    monkeypatch.setattr(difflib, "SequenceMatcher", matching)
+    every = [(8, 0xD, b"", same)] * count
+    some = [(8, 0xD, b"", same if number % 2 else sha256(b"%d" % number)) for number in range(count)]
+    lines = differing_events(hostile_log(*every), hostile_log(*some), [8])
+    assert (len(lines), lines[-1]) == (13, f"and {count // 2 - 12} more")
+    assert all(size <= 1 << 16 for size in matched)
+    # What is before and behind does not count: one event more in a long list is one line.
+    events = [(8, 0xD, b"", sha256(b"%d" % number)) for number in range(count - 1)]
+    (line,) = differing_events(hostile_log(*events), hostile_log(*events[:500], every[0], *events[500:]), [8])
+    assert line.endswith(f"sha256:{same.hex()} is new")
+    (line,) = differing_events(hostile_log(*events), hostile_log(*events[:500], *events[501:]), [8])
+    assert line.endswith("is missing")
+
+
+def command(text: bytes) -> tuple[int, int, bytes, bytes]:
+    return (8, 0xD, b"grub_cmd: " + text + b"\0", sha256(text))
+
+
+def test_a_command_of_a_million_names_is_looked_up_once_for_each_file() -> None:
+    names = b" ".join(b"%x" % number for number in range(300_000))
+    files = [(9, 0xD, b"(hd0,gpt2)/f%d\0" % number, sha256(b"%d" % number)) for number in range(15_000)]
+    log = hostile_log(command(b"initrd /f7 " + names), *files)
+    draft = Draft(log)
+    draft.replace_initrd(b"new")
+    assert [each.before for each in draft.replacements()] == [sha256(b"7")]
+
+
+def test_a_menu_entry_of_line_feeds_is_searched_once() -> None:
+    line = b"/vmlinuz root=/dev/vda1"
+    options = (8, 0xD, b"kernel_cmdline: " + line + b"\0", sha256(line))
+    for entry, is_told in ((b"menuentry {" + b"\n" * (1 << 21), True), (b"menuentry {\n\n \tlinux /other", False)):
+        draft = Draft(hostile_log(command(entry), options))
+        draft.replace_command_line("root=/dev/vda2")
+        assert (8 not in draft.unknown()) is is_told
 
 
 # --- reference values -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 from oci_hook import intake
 from oci_hook.attestation.device_record import format_device_record, parse_device_record
+from oci_hook.attestation.host_device import AskedAgain, format_host_device
 from oci_hook.attestation.structures import NvPublic
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.revocations import Revocations, sign_revocations
@@ -25,7 +26,14 @@ from oci_hook.owner.keyring import open_keyring
 from oci_hook.owner.records import OwnerRecords
 from oci_hook.owner.revoking import enrolled_again
 from oci_hook.records import ContainerRecord
-from oci_hook.revoked import live_holders, load_list, verify_generation, verify_in_force
+from oci_hook.revoked import (
+    live_holders,
+    load_list,
+    newest_grant,
+    remember_granted,
+    verify_generation,
+    verify_in_force,
+)
 from oci_hook.store import Store
 from oci_hook.trust_folder import Trust
 from tests.commands import Household, crashed, done, sczctl, snapshot
@@ -347,6 +355,55 @@ def test_a_damaged_list_in_the_store_is_said_and_mended(host: Host) -> None:
     assert host.is_in_force()
     path.chmod(0o666)
     assert not host.is_in_force()  # others could have written it
+
+
+# --- enrolling again --------------------------------------------------------------------------------------------------
+
+
+def test_asking_for_an_enrolment_does_not_stand_in_for_a_list_that_is_gone(host: Host) -> None:
+    """A list was applied and is gone; what was there before asking shows no acceptance, and a later grant does."""
+    store, owner = host.house.store, host.house.owner
+    assert newest_grant(store, owner) > 0
+    folder = host.revoked()
+    host.take(folder)
+    Path(store.revocations_path(owner.owner_id)).unlink()
+    counter = host.device.record.counter
+    asked = AskedAgain(host.now(), newest_grant(store, owner))
+    store.save_device(format_host_device(host.device.host.with_counter(owner.owner_id, counter, 1, asked)))
+
+    def enrolled() -> int:
+        return store.load_device().counter_values[owner.owner_id]
+
+    (again,) = (path for path in folder.iterdir() if path.name.startswith("minilm"))
+    remember_granted(store, host.take(again).grants)  # the same grant as before
+    assert enrolled() == 1
+    with pytest.raises(RevocationsMissing):
+        verify_in_force(load_list(store, owner), host.now(), enrolled())
+    (grant,) = host.take(again).grants
+    later = replace(grant, created=grant.created + 1)
+    for other in (
+        replace(later, counter=replace(grant.counter, name=bytes(34))),
+        replace(later, counter=replace(grant.counter, maximum=1)),
+        replace(later, owner_id="B" * 43),
+    ):
+        remember_granted(store, [other])
+        assert enrolled() == 1
+    remember_granted(store, [later])
+    assert enrolled() == host.now() == 2
+    verify_in_force(load_list(store, owner), host.now(), enrolled())
+
+
+def test_the_newest_grant_is_of_that_owner_and_can_be_read(host: Host, tmp_path: Path) -> None:
+    store, stranger = host.house.store, Household(tmp_path / "stranger", name="stranger")
+    found = newest_grant(store, host.house.owner)
+    assert newest_grant(store, stranger.owner) == 0
+    folder = host.house.store_folder / "grants"
+    (folder / "x.jwt").write_bytes(b"no grant")
+    (folder / ("0" * 64 + ".jwt")).write_bytes(b"a.b.c")
+    assert newest_grant(store, host.house.owner) == found
+    for path in folder.iterdir():
+        path.unlink()
+    assert newest_grant(store, host.house.owner) == 0
 
 
 # --- who holds it still -----------------------------------------------------------------------------------------------

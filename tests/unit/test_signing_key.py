@@ -32,6 +32,40 @@ def test_it_is_made_once_and_private(tmp_path: Path) -> None:
     )
 
 
+def test_the_public_half_is_always_that_of_the_key(tmp_path: Path) -> None:
+    path, public = tmp_path / "k", tmp_path / "k.jwk"
+    signing_key(str(path))
+    path.unlink()
+    renewed = signing_key(str(path))
+    assert json.loads(public.read_bytes()) == public_jwk(renewed.public_key())
+    for damage in (b"", b"{}", b"x" * (1 << 20)):
+        public.write_bytes(damage)
+        signing_key(str(path), only_root=True)
+        assert json.loads(public.read_bytes()) == public_jwk(renewed.public_key())
+    public.unlink()
+    public.symlink_to(tmp_path / "elsewhere")
+    signing_key(str(path))
+    assert not public.is_symlink()
+    assert not (tmp_path / "elsewhere").exists()
+    before = public.stat()
+    signing_key(str(path))
+    assert public.stat().st_ino == before.st_ino  # it fits: nothing is written
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o620, 0o604, 0o602])
+@pytest.mark.parametrize("only_root", [False, True])
+def test_a_key_that_others_may_know_or_change_signs_nothing(tmp_path: Path, mode: int, only_root: bool) -> None:
+    path = tmp_path / "k"
+    signing_key(str(path))
+    public = (tmp_path / "k.jwk").read_bytes()
+    path.chmod(mode)
+    with pytest.raises(KeyInvalid, match="by others"):
+        signing_key(str(path), only_root=only_root)
+    assert (tmp_path / "k.jwk").read_bytes() == public
+    path.chmod(0o400)
+    signing_key(str(path), only_root=only_root)
+
+
 def test_many_at_once_make_one(tmp_path: Path) -> None:
     path, found = str(tmp_path / "k"), list[int]()
     threads = [threading.Thread(target=lambda: found.append(numbers(signing_key(path)))) for _ in range(8)]
@@ -47,6 +81,7 @@ def test_many_at_once_make_one(tmp_path: Path) -> None:
 def test_another_s_file_is_no_key(tmp_path: Path) -> None:
     path = tmp_path / "k"
     path.write_text("none")
+    path.chmod(0o600)
     with pytest.raises(KeyInvalid, match="not a private key"):
         signing_key(str(path))
     larger = ec.generate_private_key(ec.SECP384R1())

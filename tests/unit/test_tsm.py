@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -16,13 +18,18 @@ from typing import Any
 
 import pytest
 
+from oci_hook.attestation.deadline import Standby
+from oci_hook.attestation.evidence import Evidence, tee_report_data
 from oci_hook.attestation.tee import TeeExpectation, appraise_tee
 from oci_hook.attestation.tee_collection import collect_report, load_certificates, read_tee_report
 from oci_hook.attestation.transactions import perform, tee_request
+from oci_hook.config import Config
 from oci_hook.errors import BundleInvalid
 from oci_hook.key_errors import TeeUnavailable
 from oci_hook.linux.tsm import BLOB_LIMIT_BYTES, read_report, report_directory, sweep_reports
+from oci_hook.release import HostTpm
 from oci_hook.tee_policy import parse_tee_policy
+from tests.devices import make_device
 from tests.sev_snp import NOW, Maker, policy_document, table
 from tests.tsm import behaviour_of, stand_in
 
@@ -133,6 +140,56 @@ def test_hardware_that_never_answers(tmp_path: Path, attribute: str) -> None:
         assert len(pids) == 2
     for pid in pids:  # the stand-in has gone, and so have they
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+# --- a report that no owner asks for ----------------------------------------------------------------------------------
+
+EVIDENCE = Evidence(b"attest", b"signature", {})
+NEVER = 3600.0
+
+
+def children() -> set[int]:
+    pid = os.getpid()
+    return {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+def unasked(base: str, standby: Standby | None = None) -> Evidence:
+    """What the hook does for a model that asks for no TEE, on a host whose TPM may take an hour."""
+    config, device = Config(tsm_directory=base, tpm_timeout_seconds=NEVER), make_device("A" * 43).host
+    return HostTpm(config, device, standby).add_tee_report(EVIDENCE, bytes(32), required=False)
+
+
+def test_a_report_that_nobody_asks_for_joins_if_it_can_be_had(tmp_path: Path) -> None:
+    with hardware(tmp_path) as (base, names):
+        found = unasked(base)
+        assert found.tee is not None
+        assert found.tee.report[0x50:0x90] == tee_report_data(bytes(32), EVIDENCE.quote_digest)
+        assert names() == []
+    assert unasked(str(tmp_path / "absent")) == EVIDENCE
+    with hardware(tmp_path, error=["outblob", errno.EIO]) as (base, names):
+        assert unasked(base) == EVIDENCE
+        assert names() == []
+
+
+def test_hardware_that_hangs_keeps_no_start_nor_its_locks(tmp_path: Path) -> None:
+    """Without the short deadline this test takes an hour."""
+    lock = tmp_path / "lock"
+    with hardware(tmp_path, hang="outblob") as (base, names):
+        before = children()
+        with Standby(lambda: None, lambda request: b"done " + request) as standby:
+            with lock.open("w") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                assert unasked(base, standby) == EVIDENCE
+            assert len(names()) == 1  # it hangs there still
+            with lock.open("w") as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert standby.ask(b"1", 30) == b"done 1"  # of what the start cannot do without nothing is lost
+            (pid,) = children() - before
+            standby.end()
+            # Nobody else holds the ends of its pipes: it sees that there is no more to do, and ends by itself.
+            pidfd = os.pidfd_open(pid)
+            assert select.select([pidfd], [], [], 60)[0]
+            os.close(pidfd)
 
 
 KILLED = """
