@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,7 +145,7 @@ def newest_grant(store: Store, owner: Owner) -> int:
     """
     newest = 0
     for name in entries(store.path("grants")):
-        with contextlib.suppress(SczError):  # another owner's, or damaged
+        with suppress(SczError):  # another owner's, or damaged
             data = store.load_grant(f"sha256:{name.removesuffix('.jwt')}")
             newest = max(newest, verify_grant_signature(parse_grant(data), owner=owner).created)
     return newest
