@@ -152,7 +152,7 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     verify_in_force(revocations, evidence.quote.counter, host.device.counter_values.get(owner.owner_id))
     # 10. The TPM itself, by the sealed object's policy, releases the key; if the owner wants two shares, the broker
     #     gives the other against the container's token.
-    broker = ContainerAtBroker(host.config, container.token.data)
+    broker = ContainerAtBroker(host.config, container.token.data, host.standby)
     content_key = release_key(result, identity, tpm=tpm, broker=broker, grant=grant, owner=owner)
     return Admission(
         request, manifest, layout, identity, content_key, head.digest, evidence, _tee_of(evidence.quote, result)
