@@ -35,6 +35,7 @@ from oci_hook.trust import Owner
 if TYPE_CHECKING:
     from oci_hook.attestation.tee import TeeExpectation
 
+_UNASKED_TEE_SECONDS = 3
 _TEE_MARGIN_SECONDS = 5.0  # the report's own deadline comes first, and leaves the process that serves requests alive
 
 
@@ -42,7 +43,7 @@ _TEE_MARGIN_SECONDS = 5.0  # the report's own deadline comes first, and leaves t
 class HostTpm:
     """This host's TPM and its enrolment; the configuration names the way to it.
 
-    `standby` is a child that was forked for its transactions before; None: each forks its own.
+    `standby` is a child that was forked for its transactions before; None, or after it ended: each forks its own.
     """
 
     config: Config
@@ -74,11 +75,13 @@ class HostTpm:
             TeeUnavailable: It is required, and there is none.
         """
         directory = self.config.tsm_directory
-        if not os.path.isdir(directory):
+        hung = self.standby is not None and not self.standby.is_there  # for an earlier model of this start
+        if not os.path.isdir(directory) or (hung and not required):
             return evidence
         from oci_hook.attestation.tee_collection import read_tee_report
 
-        seconds = self.config.tpm_timeout_seconds
+        # Hardware that hangs is not waited for where nobody asks for its word; after that the standby is no more.
+        seconds = self.config.tpm_timeout_seconds if required else _UNASKED_TEE_SECONDS
         data = tee_report_data(extra_data, evidence.quote_digest)
         try:
             answer = self._ask(tee_request(directory, data, seconds), seconds + _TEE_MARGIN_SECONDS)
@@ -88,7 +91,9 @@ class HostTpm:
                 raise
             return evidence
         except TpmTimeout as cause:
-            raise TeeUnavailable("configfs-tsm does not answer") from cause
+            if required:
+                raise TeeUnavailable("configfs-tsm does not answer") from cause
+            return evidence
 
     def tee_expectation(self, policy: TeePolicy | None, now: float) -> TeeExpectation | None:
         """What a TEE's report is held against; None: the model's owner asks for none.
@@ -128,7 +133,7 @@ class HostTpm:
 
     def _ask(self, request: bytes, seconds: float | None = None) -> bytes:
         seconds = self.config.tpm_timeout_seconds if seconds is None else seconds
-        if self.standby is not None:
+        if self.standby is not None and self.standby.is_there:
             return self.standby.ask(request, seconds)
         perform = transaction(self.config)
         return with_deadline(lambda: perform(request), seconds)

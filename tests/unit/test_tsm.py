@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,15 +17,22 @@ from typing import Any
 
 import pytest
 
+from oci_hook import release
+from oci_hook.attestation.deadline import Standby
+from oci_hook.attestation.evidence import Evidence
 from oci_hook.attestation.tee import TeeExpectation, appraise_tee
 from oci_hook.attestation.tee_collection import collect_report, load_certificates, read_tee_report
-from oci_hook.attestation.transactions import perform, tee_request
-from oci_hook.errors import BundleInvalid
+from oci_hook.attestation.transactions import perform, quote_request, tee_request
+from oci_hook.config import Config
+from oci_hook.errors import BundleInvalid, TpmUnavailable
 from oci_hook.key_errors import TeeUnavailable
 from oci_hook.linux.tsm import BLOB_LIMIT_BYTES, read_report, report_directory, sweep_reports
+from oci_hook.release import HostTpm
 from oci_hook.tee_policy import parse_tee_policy
 from tests.sev_snp import NOW, Maker, policy_document, table
 from tests.tsm import behaviour_of, stand_in
+from tests.unit.test_host_device import DEVICE
+from tests.unit.test_transactions import FORMS
 
 MILAN = Maker()
 DATA = bytes(range(64))
@@ -204,3 +212,33 @@ def test_certificates_that_are_kept(tmp_path: Path) -> None:
     assert stat.S_IMODE((folder / "vcek.der").stat().st_mode) == 0o666
     with pytest.raises(TeeUnavailable):
         load_certificates(str(folder))
+
+
+def test_what_hangs_refuses_nobody_who_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a lock of configfs that is never let go: not even the process that gives up answers."""
+    monkeypatch.setattr(release, "_UNASKED_TEE_SECONDS", 0.2)
+    monkeypatch.setattr(release, "_TEE_MARGIN_SECONDS", 0.2)
+    asked, quote = tmp_path / "asked", Evidence(b"attest", b"signature", {})
+
+    def hang(_request: bytes) -> bytes:
+        with asked.open("a") as file:
+            file.write("x")
+        time.sleep(3600)
+        return b""
+
+    config = Config(
+        tsm_directory=str(tmp_path),
+        runtime_directory=str(tmp_path),
+        tpm_tcti=f"swtpm:path={tmp_path}/none",
+        tpm_timeout_seconds=1,
+    )
+    with Standby(lambda: None, hang) as standby:
+        tpm = HostTpm(config, DEVICE, standby)
+        for _model in range(3):
+            assert tpm.add_tee_report(quote, bytes(32), required=False) == quote
+        assert asked.read_text() == "x"  # once a start
+        # What follows has a process of its own: here it finds no TPM.
+        with pytest.raises(TpmUnavailable):
+            tpm._ask(quote_request(DEVICE, FORMS, bytes(32)))
+    with Standby(lambda: None, hang) as standby, pytest.raises(TeeUnavailable, match="does not answer"):
+        HostTpm(config, DEVICE, standby).add_tee_report(quote, bytes(32), required=True)
