@@ -115,9 +115,7 @@ def shares_for(
         if content.broker:
             verify_share_wanted(content, given=broker is not None)
             places.setdefault(content.manifest_digest, []).append(place)
-    if broker is None:
-        return found
-    for of_one in places.values():
+    for of_one in places.values() if broker is not None else ():
         for first in range(0, len(of_one), SHARES_LIMIT):
             some = of_one[first : first + SHARES_LIMIT]
             made = broker.encrypt_shares(owner, contents[some[0]], len(some), random)
