@@ -12,29 +12,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from oci_hook.attestation.appraisal import AttestationResult, appraise_evidence
-from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.boot_policy import BootForm, BootPolicy
 from oci_hook.attestation.deadline import Standby
 from oci_hook.attestation.evidence import Evidence, qualifying_data
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.kept_evidence import StartEvidence
 from oci_hook.audit import AuditLog
-from oci_hook.boot_signatures import with_signatures_of_host
 from oci_hook.broker import ContainerAtBroker
-from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
+from oci_hook.bundle.grant import Grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest, model_document
-from oci_hook.bundle.revocations import Revocations
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import ModelDelivery
-from oci_hook.errors import AccessWindowRefused, BootPolicyRefused, ClockRefused, RequirementRefused
+from oci_hook.errors import AccessWindowRefused, ClockRefused, RequirementRefused
+from oci_hook.granted import verified_boot_policy, verified_grant, verified_revocations
 from oci_hook.identity.binding import Bindings, verify_pod_binding
 from oci_hook.identity.sources import TokenFile
 from oci_hook.identity.token import Identity, verify_token
 from oci_hook.oci.annotations import ModelRequest
-from oci_hook.provenance import verified_manifest, verify_device
+from oci_hook.provenance import verified_manifest
 from oci_hook.release import HostTpm, release_key
-from oci_hook.revoked import is_of_device, load_list, verify_generation, verify_in_force
+from oci_hook.revoked import verify_in_force
 from oci_hook.store import Store
 from oci_hook.trust import Issuer, Owner
 
@@ -126,11 +125,11 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     _verify_access_window(manifest, now)
     _verify_runtime(manifest, request, container.runtime)
     # 4. The owner granted exactly this manifest to exactly this device.
-    grant = _verified_grant(manifest, owner, host)
+    grant = verified_grant(manifest, owner, host.store, host.device)
     # 5. The owner signed a boot policy for this model line and device class.
-    boot_policy = _verified_boot_policy(manifest, owner, grant, host)
+    boot_policy = verified_boot_policy(owner, grant, host.store, host.config)
     #    Nor has the owner revoked this version: the list says so, the counter beside the quote that it is the latest.
-    revocations = _revocations(manifest, owner, grant, host)
+    revocations = verified_revocations(manifest.model, owner, grant, host.store)
     # 6. The container's token is by a trusted issuer, fresh, and names a workload of the access policy.
     identity = verify_token(
         container.token.data,
@@ -152,7 +151,7 @@ def admit(request: ModelRequest, layout: Layout, container: Container, host: Hos
     verify_in_force(revocations, evidence.quote.counter, host.device.counter_values.get(owner.owner_id))
     # 10. The TPM itself, by the sealed object's policy, releases the key; if the owner wants two shares, the broker
     #     gives the other against the container's token.
-    broker = ContainerAtBroker(host.config, container.token.data)
+    broker = ContainerAtBroker(host.config, container.token.data, host.standby)
     content_key = release_key(result, identity, tpm=tpm, broker=broker, grant=grant, owner=owner)
     return Admission(
         request, manifest, layout, identity, content_key, head.digest, evidence, _tee_of(evidence.quote, result)
@@ -208,9 +207,15 @@ def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult,
         form_policy=result.form.policy,
         quote=quote,
         ak=host.device.ak,
+        pcr_signature=_pcr_signature(result.form, quote),
         remote=remote,
     )
     return result, evidence
+
+
+def _pcr_signature(form: BootForm, quote: Evidence) -> bytes | None:
+    found = form.signed.signature_for(quote.pcrs) if form.signed is not None else None
+    return None if found is None else found.signature
 
 
 def _tee_of(evidence: Evidence, result: AttestationResult) -> str:
@@ -254,34 +259,6 @@ def _verify_runtime(manifest: Manifest, request: ModelRequest, runtime: str) -> 
     required = request.requirements.runtime
     if required is not None and runtime != required:
         raise RequirementRefused(f"smm.scz/require asks for runtime={required}, this is {runtime}")
-
-
-def _verified_grant(manifest: Manifest, owner: Owner, host: Host) -> Grant:
-    grant = verify_grant(parse_grant(host.store.load_grant(manifest.digest)), owner=owner, manifest=manifest)
-    verify_device(grant, host.device)
-    return grant
-
-
-def _revocations(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> Revocations | None:
-    """The list of this enrolment, if there is one, and the check of the manifest's generation against it."""
-    found = load_list(host.store, owner)
-    if found is not None and not is_of_device(found, grant.ak_name, grant.counter.index, grant.counter.name):
-        found = None  # of an earlier enrolment: as if there were none, and the counter tells whether one is missing
-    verify_generation(found, manifest.model)
-    return found
-
-
-def _verified_boot_policy(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> BootPolicy:
-    data = host.store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
-    boot_policy = verify_boot_policy(
-        parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
-    )
-    if boot_policy.policy_ref != grant.policy_ref:
-        raise BootPolicyRefused(
-            f"the boot policy is of epoch {boot_policy.epoch}, the grant is not: the owner withdrew one of them",
-            remedy="`sczctl add` the owner's latest boot policy and grant of this model",
-        )
-    return with_signatures_of_host(boot_policy, host.config)
 
 
 def _verify_binding(identity: Identity, container: Container, host: Host) -> None:

@@ -9,13 +9,14 @@ There is no way round it: where the owner asked for two shares, one opens nothin
 from __future__ import annotations
 
 import os
+import signal
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import FrameType, TracebackType
 
-from oci_hook.attestation.deadline import Deadline
+from oci_hook.attestation.deadline import Deadline, Standby
 from oci_hook.bundle.broker_share import share_context
 from oci_hook.bundle.grant import Grant
 from oci_hook.config import Config
@@ -27,14 +28,19 @@ from oci_hook.trusted_file import load_root_file
 
 WHAT = "the key broker"
 _IDLE_SECONDS = 5.0  # OpenBao closes a connection that is silent for 10 s
+_REVOKE_SECONDS = 1.0  # to give a client token back, which ends by itself soon: the share is worth more
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerAtBroker:
-    """A container that asks this host's broker: the configuration names the way, the token is the container's own."""
+    """A container that asks this host's broker: the configuration names the way, the token is the container's own.
+
+    `standby`: the child for the TPM, if there is one: the broker's process holds no end of its pipes.
+    """
 
     config: Config
     token: bytes = field(repr=False)
+    standby: Standby | None = None
 
     def begin(self, grant: Grant) -> ShareRequest | None:
         """Connect to the broker, if the grant has a share there; nothing is sent yet.
@@ -55,11 +61,14 @@ class ContainerAtBroker:
         def exchange(wait: Callable[[], None]) -> bytes:
             if share is None:
                 raise InternalError("the grant has no share of a broker")
+            if self.standby is not None:
+                self.standby.end()  # the copies here: it sees that there are no more requests when all are closed
             with open_client(endpoint, self.config.broker_timeout_seconds) as client:
                 client.connect()
                 connected = time.monotonic()
                 wait()
-                if time.monotonic() - connected > _IDLE_SECONDS:  # the server may have closed it: connect once more
+                began = time.monotonic()
+                if began - connected > _IDLE_SECONDS:  # the server may have closed it: connect once more
                     client.close()
                 bao = OpenBao(client)
                 login = bao.login(share.auth, share.role, jwt)
@@ -67,9 +76,28 @@ class ContainerAtBroker:
                     return bao.decrypt(share.mount, share.key, share.ciphertext, context, login.token)
                 finally:
                     if not login.single_use:
-                        bao.revoke(share.auth, login.token)
+                        left = began + self.config.broker_timeout_seconds - time.monotonic()
+                        with _given_up_after(min(_REVOKE_SECONDS, left / 2)):
+                            bao.revoke(share.auth, login.token)
 
         return exchange
+
+
+@contextmanager
+def _given_up_after(seconds: float) -> Iterator[None]:
+    """Leave the block after so long, wherever it is; for a process of one thread that uses no other alarm."""
+
+    def give_up(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    with suppress(TimeoutError):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class ShareRequest:

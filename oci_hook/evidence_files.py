@@ -12,7 +12,7 @@ import os
 from oci_hook.errors import FileUnreadable
 from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file
 
-LIMIT_BYTES = 512 << 10
+LIMIT_BYTES = 4 << 20
 
 
 class EvidenceFiles:

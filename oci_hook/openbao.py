@@ -165,7 +165,8 @@ class OpenBao:
 
     def revoke(self, auth: str, token: str) -> None:
         """Give a client token back; best effort, as it ends by itself soon."""
-        namespace = auth[: auth.index("auth/")]
+        segments = auth.split("/")  # a name of a namespace may end in `auth`
+        namespace = "".join(f"{segment}/" for segment in segments[: segments.index("auth")])
         with suppress(SczError):
             self._client.send(
                 "POST", f"/v1/{namespace}auth/token/revoke-self", body=b"{}", headers={"X-Vault-Token": token}

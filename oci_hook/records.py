@@ -203,7 +203,7 @@ class ContainerRecords:
 
         Args:
             record: The container's.
-            evidence: Of its start, at most 512 KiB; None: what is there stays.
+            evidence: Of its start, at most 4 MiB; None: what is there stays.
 
         Raises:
             FileUnreadable: It cannot be written.

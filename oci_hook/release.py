@@ -43,7 +43,7 @@ _TEE_MARGIN_SECONDS = 5.0  # the report's own deadline comes first, and leaves t
 class HostTpm:
     """This host's TPM and its enrolment; the configuration names the way to it.
 
-    `standby` is a child that was forked for its transactions before; None: each forks its own.
+    `standby` is a child that was forked for its transactions before; None, or after it ended: each forks its own.
     """
 
     config: Config
@@ -128,7 +128,7 @@ class HostTpm:
 
     def _ask(self, request: bytes, seconds: float | None = None) -> bytes:
         seconds = self.config.tpm_timeout_seconds if seconds is None else seconds
-        if self.standby is not None:
+        if self.standby is not None and self.standby.is_there:
             return self.standby.ask(request, seconds)
         perform = transaction(self.config)
         return with_deadline(lambda: perform(request), seconds)

@@ -88,14 +88,25 @@ def pcrs_in_words(pcrs: tuple[int, ...]) -> str:
     return ", ".join(f"PCR {pcr} ({PCR_WORDS.get(pcr, 'not assigned')})" for pcr in pcrs)
 
 
+def missing_signature(form: BootForm, differing: Sequence[int]) -> str:
+    """Why nobody approved a form's signed PCRs, in words; empty: they are approved, or it has none.
+
+    Args:
+        form: Of a verified boot policy.
+        differing: Of `differing_pcrs`.
+    """
+    return form.signed.what_is_missing if form.signed is not None and set(form.signed.pcrs) & set(differing) else ""
+
+
 def _state_refused(form: BootForm, differing: tuple[int, ...]) -> BootStateRefused:
     """What an operator reads: the PCRs, and for signed ones what is missing."""
     by_value = tuple(pcr for pcr in differing if pcr in form.pcrs)
     parts = [f"not as in the nearest approved boot state: {pcrs_in_words(by_value)}"] if by_value else []
-    if form.signed is None or len(by_value) == len(differing):
+    missing = missing_signature(form, differing)
+    if form.signed is None or not missing:
         return BootStateRefused("; ".join(parts))
     words = f"nobody whom the form names signed the value of {pcrs_in_words(form.signed.pcrs)}"
-    parts.append(f"{words}; {form.signed.what_is_missing}")
+    parts.append(f"{words}; {missing}")
     return BootStateRefused("; ".join(parts), remedy=None if by_value else _SIGN_REMEDY)
 
 

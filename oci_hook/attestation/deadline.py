@@ -132,7 +132,7 @@ class Standby:
                 ours.callback(os.close, self._result_fd)
                 self._pid: int | None = os.fork()
                 if self._pid == 0:
-                    _run_standby(ready, act, request_fd, result_fd, parent, ours)
+                    _run_standby(ready, act, (request_fd, result_fd), parent, ours)
                 ours.pop_all()
                 self._ends: tuple[int, ...] = (self._request_fd, self._result_fd)
         finally:
@@ -151,6 +151,11 @@ class Standby:
         if not _reap(pid, _REAP_SECONDS + 1 if self._asked else _IDLE_SECONDS):
             os.kill(pid, signal.SIGKILL)
             _reap(pid)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it takes requests: one that had no whole answer was the last."""
+        return bool(self._ends)
 
     def end(self) -> None:
         """There are no more requests: what runs ends by itself, which is not waited for before the block's end."""
@@ -268,15 +273,11 @@ def _is_alone(parent: int) -> bool:
 
 
 def _run_standby(
-    ready: Callable[[], object],
-    act: Callable[[bytes], bytes],
-    request_fd: int,
-    result_fd: int,
-    parent: int,
-    parents_ends: ExitStack,
+    ready: Callable[[], object], act: Callable[[bytes], bytes], fds: tuple[int, int], parent: int, ends: ExitStack
 ) -> NoReturn:
     try:
-        parents_ends.close()
+        ends.close()  # the parent's
+        request_fd, result_fd = fds
         if _is_alone(parent):
             with suppress(Exception):
                 ready()

@@ -31,11 +31,11 @@ from oci_hook.key_errors import EvidenceInvalid
 
 PROFILE: Final = "tag:github.com,2023:veraison/ear"
 TYP: Final = "eat+jwt"
-LIMIT_BYTES: Final = 1 << 20
+LIMIT_BYTES: Final = 8 << 20
 SUBMODULES_LIMIT: Final = 64
 REASONS_LIMIT: Final = 64
 CLOCK_LEEWAY_SECONDS: Final = 60
-_RAW_LIMIT_BYTES: Final = 600 << 10
+_RAW_LIMIT_BYTES: Final = 4 << 20
 _TIME_LIMIT: Final = 1 << 40
 _PRINTABLE: Final = r"[^\x00-\x1f\x7f]+"
 
@@ -152,7 +152,7 @@ def parse_ear(data: bytes) -> UnverifiedEar:
     """Take an EAR apart, as far as its signature goes.
 
     Args:
-        data: A JWT, at most 1 MiB; a line feed at its end is the file's.
+        data: A JWT, at most 8 MiB; a line feed at its end is the file's.
 
     Raises:
         EvidenceInvalid: Not a JWS.

@@ -12,9 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oci_hook.attestation.appraisal import appraise_evidence, pcrs_in_words
-from oci_hook.attestation.boot_policy import BootPolicy, UnverifiedBootPolicy, verify_boot_policy
+from oci_hook.attestation.boot_policy import (
+    BootPolicy,
+    UnverifiedBootPolicy,
+    verify_boot_policy,
+    with_host_signatures,
+)
 from oci_hook.attestation.device_record import DeviceRecord
 from oci_hook.attestation.kept_evidence import KeptEvidence, StartEvidence
+from oci_hook.attestation.pcr_signature import UnverifiedPcrSignature, fingerprint
+from oci_hook.attestation.policy import ZERO_DIGEST, policy_pcr
 from oci_hook.attestation.structures import Public
 from oci_hook.audit_chain import EMPTY_HEAD, Verified
 from oci_hook.documents import shown
@@ -87,13 +94,13 @@ def appraise_kept(
 
 
 def _appraised(
-    kept: KeptEvidence, number: int, references: References, audited: Mapping[int, str | None] | None
+    kept: KeptEvidence, number: int, references: References, audited: Mapping[int, _Logged] | None
 ) -> StartAppraisal:
     start, findings = kept.starts[number], _Findings()
     try:
         _verify_start(kept, start, references, findings)
         if audited is not None:
-            _verify_audited(audited[number], findings)
+            _verify_audited(audited[number], start, findings)
         else:
             findings.unchecked.append("no audit log was given: that the host logged this start was not looked at")
     except SczError as refusal:
@@ -115,6 +122,7 @@ def _verify_start(kept: KeptEvidence, start: StartEvidence, references: Referenc
     _verify_not_revoked(start, references, findings)
     policy = _verified_boot_policy(start, references)
     findings.shown.append(f"the boot policy is signed by the owner {references.owner.name}")
+    policy = _with_signature(policy, start)
     # 4. The quote: the seven checks of a start, with extraData recomputed from all parts.
     result = appraise_evidence(
         start.quote, ak=references.ak, expected_extra_data=start.qualifying_data(kept.container_id), boot_policy=policy
@@ -124,8 +132,29 @@ def _verify_start(kept: KeptEvidence, start: StartEvidence, references: Referenc
     if result.form.policy != start.form_policy:
         raise BootStateRefused("the machine was in an approved state, but not in the one that the evidence names")
     findings.shown.append(f"approved: {pcrs_in_words(tuple(sorted(start.quote.pcrs)))}")
+    signed = result.form.signed
+    if signed is not None:
+        key = f"the key that the boot policy names (pkfp {fingerprint(signed.key).hex()})"
+        findings.shown.append(f"of these the value of {pcrs_in_words(signed.pcrs)} is signed by {key}")
+    if start.quote.tee is not None:
+        tee = f"a TEE's report ({start.quote.tee.provider}) was kept"
+        findings.unchecked.append(f"{tee}: it was not appraised here, nor whether the model's owner asks for one")
     if start.remote is not None:
         findings.unchecked.append(f"the host says that {start.remote} accepted it: a diagnosis, its own word alone")
+
+
+def _with_signature(policy: BootPolicy, start: StartEvidence) -> BootPolicy:
+    """The policy, whose nested forms know the signature that the host kept; it counts for their keys and values."""
+    signature, values = start.pcr_signature, start.quote.pcrs
+    if signature is None:
+        return policy
+    selections = {form.signed.pcrs for form in policy.forms if form.signed is not None}
+    entries = [
+        UnverifiedPcrSignature(pcrs, policy_pcr(ZERO_DIGEST, {pcr: values[pcr] for pcr in pcrs}), signature)
+        for pcrs in selections
+        if values.keys() >= set(pcrs)
+    ]
+    return with_host_signatures(policy, entries, "the evidence")
 
 
 def _verify_subject(kept: KeptEvidence, start: StartEvidence, references: References, findings: _Findings) -> None:
@@ -205,35 +234,54 @@ def _boot_policy(start: StartEvidence, references: References) -> UnverifiedBoot
 # --- the audit log ----------------------------------------------------------------------------------------------------
 
 
-def _audited(kept: KeptEvidence, log: Iterable[Verified]) -> dict[int, str | None]:
-    """For each start: why the log does not bear it out; None: it does. One pass, however long the log is."""
+@dataclass(frozen=True, slots=True)
+class _Logged:
+    """Why the log does not bear a start out (None: it does), and whether it names a TEE's report."""
+
+    trouble: str | None
+    has_report: bool
+
+
+def _audited(kept: KeptEvidence, log: Iterable[Verified]) -> dict[int, _Logged]:
+    """What the log has of each start. One pass, however long the log is."""
     heads = {start.audit_head for start in kept.starts}
-    seen, granted = {EMPTY_HEAD} & heads, set[int]()
+    seen, granted = {EMPTY_HEAD} & heads, dict[int, bool]()
     for each in log:
         record = each.record
         if record.get("event") == "grant" and record.get("container") == kept.container_id:
             granted |= {
-                number for number, start in enumerate(kept.starts) if start.audit_head in seen and _is_of(record, start)
+                number: "evidence" in record
+                for number, start in enumerate(kept.starts)
+                if start.audit_head in seen and _is_of(record, start)
             }
         if each.digest in heads:
             seen.add(each.digest)
-    return {number: _trouble(start, number, seen, granted) for number, start in enumerate(kept.starts)}
+    return {
+        number: _Logged(_trouble(start, seen, is_granted=number in granted), granted.get(number, False))
+        for number, start in enumerate(kept.starts)
+    }
 
 
 def _is_of(record: Mapping[str, Any], start: StartEvidence) -> bool:
     wanted = (start.manifest_digest, start.audit_head.hex(), start.model_name, start.model_version)
-    return (record.get("manifest"), record.get("quoted"), record.get("model"), record.get("version")) == wanted
+    if (record.get("manifest"), record.get("quoted"), record.get("model"), record.get("version")) != wanted:
+        return False
+    # The record has the evidence's digest where a TEE's report is part of it; one that was too large was not kept.
+    return start.quote.tee is None or record.get("evidence") == start.quote.digest.hex()
 
 
-def _trouble(start: StartEvidence, number: int, seen: set[bytes], granted: set[int]) -> str | None:
+def _trouble(start: StartEvidence, seen: set[bytes], *, is_granted: bool) -> str | None:
     if start.audit_head not in seen:
         return "the audit log has no record with the head that was quoted: it is another's, cut, or rotated away"
-    if number not in granted:
-        return f"the audit log has no grant of {shown(start.model)} after the head that was quoted"
+    if not is_granted:
+        report = "" if start.quote.tee is None else " with this TEE's report"
+        return f"the audit log has no grant of {shown(start.model)}{report} after the head that was quoted"
     return None
 
 
-def _verify_audited(trouble: str | None, findings: _Findings) -> None:
-    if trouble is not None:
-        raise EvidenceRefused(trouble, remedy="give the whole audit log of that host, with its rotated files")
+def _verify_audited(logged: _Logged, start: StartEvidence, findings: _Findings) -> None:
+    if logged.trouble is not None:
+        raise EvidenceRefused(logged.trouble, remedy="give the whole audit log of that host, with its rotated files")
     findings.shown.append("the audit log has the quoted head, and after it the grant")
+    if logged.has_report and start.quote.tee is None:
+        findings.unchecked.append("the audit log names evidence with a TEE's report, which was not kept")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from oci_hook.attestation.boot_policy import parse_pcrs, pcrs_document
-from oci_hook.attestation.evidence import Evidence, qualifying_data
+from oci_hook.attestation.evidence import Evidence, TeeReport, qualifying_data
+from oci_hook.attestation.pcr_signature import PCR_SIGNATURE_BYTES
 from oci_hook.attestation.structures import STRUCTURE_LIMIT_BYTES, Public, parse_public
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object
 from oci_hook.key_errors import EvidenceInvalid
@@ -20,9 +21,12 @@ from oci_hook.trust import NAME, NAME_LIMIT
 SCHEMA: Final = "scz-smm/evidence/v1"
 STARTS_LIMIT: Final = 64
 """As many models as a container's record has."""
-LIMIT_BYTES: Final = 512 << 10
+LIMIT_BYTES: Final = 4 << 20
+TEE_LIMIT_BYTES: Final = 16 << 10
+"""Of a TEE's report, and of the certificates beside it: real ones have a third of it. Larger ones are not kept."""
 _TIME_LIMIT: Final = 1 << 40
 _VERSION: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"  # as in `bundle.model`, another room
+_PROVIDER: Final = r"[a-z0-9_]{1,32}"
 _OWNER_ID: Final = r"[A-Za-z0-9_-]{43}"
 _CONTAINER_ID: Final = r"[^\x00-\x1f\x7f]+"
 
@@ -39,8 +43,10 @@ class StartEvidence:
         created: When, by the host's clock, in seconds since 1970.
         nonce, token_hash, audit_head: Parts of the qualifying data, 32 bytes each.
         form_policy: The policy digest (32 bytes) of the boot policy's form that the host found itself in.
-        quote: TPMS_ATTEST, TPMT_SIGNATURE and the PCR values.
+        quote: TPMS_ATTEST, TPMT_SIGNATURE and the PCR values; a TEE's report, where there was one.
         ak: The attestation key that the host says it has.
+        pcr_signature: By the key that a nested form names, over the PCR values that it approved; None: the form has
+            all values itself.
         remote: `keylime`: a remote verifier accepted the quote at the host's own asking; None: none was asked.
     """
 
@@ -57,6 +63,7 @@ class StartEvidence:
     form_policy: bytes
     quote: Evidence
     ak: Public
+    pcr_signature: bytes | None = None
     remote: str | None = None
 
     def qualifying_data(self, container_id: str) -> bytes:
@@ -104,6 +111,12 @@ def _start_document(start: StartEvidence) -> dict[str, Any]:
         "pcrs": pcrs_document(start.quote.pcrs),
         "ak_public": encode_base64url(start.ak.marshalled),
     }
+    tee = start.quote.tee
+    if tee is not None and max(len(tee.report), len(tee.certificates)) <= TEE_LIMIT_BYTES:
+        blobs = {"report": encode_base64url(tee.report), "certificates": encode_base64url(tee.certificates)}
+        document["tee"] = {"provider": tee.provider, **blobs}
+    if start.pcr_signature is not None:
+        document["pcr_signature"] = encode_base64url(start.pcr_signature)
     if start.remote is not None:
         document["remote"] = start.remote
     return document
@@ -113,7 +126,7 @@ def parse_evidence(data: bytes) -> KeptEvidence:
     """Parse a document of kept evidence; nothing in it is verified.
 
     Args:
-        data: At most 512 KiB.
+        data: At most 4 MiB.
 
     Raises:
         EvidenceInvalid: Malformed, no start or more than 64, an unknown or a duplicate key.
@@ -148,12 +161,26 @@ def _parse_start(value: object) -> StartEvidence:
             attest=fields.base64url("attest", low=1, high=STRUCTURE_LIMIT_BYTES),
             signature=fields.base64url("signature", low=1, high=STRUCTURE_LIMIT_BYTES),
             pcrs=parse_pcrs(fields, "pcrs", error=EvidenceInvalid),
+            tee=_parse_tee(fields.fields("tee")) if fields.has("tee") else None,
         ),
         ak=parse_public(
             fields.base64url("ak_public", low=1, high=STRUCTURE_LIMIT_BYTES), what="ak_public", error=EvidenceInvalid
         ),
+        pcr_signature=fields.base64url("pcr_signature", low=1, high=PCR_SIGNATURE_BYTES)
+        if fields.has("pcr_signature")
+        else None,
         remote=fields.literal("remote", "keylime") if fields.has("remote") else None,
     )
     model.finish()
     fields.finish()
     return start
+
+
+def _parse_tee(fields: Fields) -> TeeReport:
+    report = TeeReport(
+        provider=fields.string("provider", pattern=_PROVIDER),
+        report=fields.base64url("report", low=1, high=TEE_LIMIT_BYTES),
+        certificates=fields.base64url("certificates", low=0, high=TEE_LIMIT_BYTES),
+    )
+    fields.finish()
+    return report

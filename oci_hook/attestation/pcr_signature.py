@@ -36,7 +36,7 @@ from oci_hook.jws import PublicJwk, ec_public_key, parse_jwk, public_jwk
 LIMIT_BYTES: Final = 256 << 10
 ENTRIES_LIMIT: Final = 128  # of one bank; systemd writes one for each boot phase and key
 SIGNED_PCRS: Final = (11,)  # the only one that systemd-measure signs
-_SIGNATURE_BYTES: Final = 512
+PCR_SIGNATURE_BYTES: Final = 512
 _PEM_LIMIT_BYTES: Final = 16 << 10
 _BLANK: Final = frozenset({bytes(32), b"\xff" * 32})
 
@@ -136,7 +136,7 @@ def _parse_entry(value: object) -> UnverifiedPcrSignature:
     pcrs = fields.items("pcrs", _pcr, low=1, high=24)
     policy = fields.hexadecimal("pol", low=32, high=32)
     try:
-        signature = base64.b64decode(fields.string("sig", limit=_SIGNATURE_BYTES * 2), validate=True)
+        signature = base64.b64decode(fields.string("sig", limit=PCR_SIGNATURE_BYTES * 2), validate=True)
     except (ValueError, binascii.Error) as cause:
         raise BootPolicyInvalid("tpm2-pcr-signature.json: an entry's sig is not base64") from cause
     return UnverifiedPcrSignature(tuple(sorted(pcrs)), policy, signature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,13 @@ from oci_hook.cli.boot_state import verified_state
 from oci_hook.cli.completion import complete_files
 from oci_hook.cli.options import JSON, read_input
 from oci_hook.config import load_config
-from oci_hook.errors import BootPolicyInvalid, FileUnreadable, SczError
+from oci_hook.errors import BootPolicyInvalid, BootPolicyRefused, FileUnreadable, SczError
 from oci_hook.key_errors import EventLogInvalid
 
 if TYPE_CHECKING:
     from oci_hook.attestation.boot_policy import BootPolicy
     from oci_hook.attestation.lockout import Outcome
+    from oci_hook.bundle.grant import Grant
     from oci_hook.trust import Owner
 
 
@@ -37,11 +38,24 @@ if TYPE_CHECKING:
     shell_complete=complete_files,
     help="A boot policy in place of the one in the folder or store: one that is not sent yet; repeat it for more.",
 )
+@click.option(
+    "--pcr-signature",
+    metavar="FILE",
+    shell_complete=complete_files,
+    help="Signatures of PCR 11 (tpm2-pcr-signature.json, an image's .pcrsig) for forms of --pcr-key; default: on a "
+    "host the one that it booted with, for an owner none.",
+)
 @click.option("--whole-class", is_flag=True, help="OWNER: every device of the device's class, as if all were in STATE.")
 @JSON
 @click.pass_obj
 def diff(
-    config_file: str, state: str, keys: str | None, documents: tuple[str, ...], whole_class: bool, as_json: bool
+    config_file: str,
+    state: str,
+    keys: str | None,
+    documents: tuple[str, ...],
+    pcr_signature: str | None,
+    whole_class: bool,
+    as_json: bool,
 ) -> int:
     """OWNER or HOST: tell which models a boot state would lock, before the reboot.
 
@@ -51,10 +65,11 @@ def diff(
         raise click.UsageError("--whole-class looks at an owner's devices: give --keys")
     device, values = _load_state(config_file, keys, state)
     given = [read_input(path, BootPolicyInvalid) for path in documents]
+    signed = _reader_of(pcr_signature)
     if keys:
-        found = list(_of_owner(Path(keys), device, values, given, whole_class=whole_class))
+        found = list(_of_owner(Path(keys), device, values, given, signed, whole_class=whole_class))
     else:
-        found = list(_of_host(config_file, values, given))
+        found = list(_of_host(config_file, values, given, signed))
     locked = [each for each in found if not each.opens]
     if as_json:
         rows = [
@@ -103,10 +118,27 @@ def _verified(given: Iterable[bytes], owner: Owner, model_name: str, device_clas
     return None
 
 
+def _reader_of(path: str | None) -> Callable[[BootPolicy], BootPolicy] | None:
+    """What tells nested forms which values are signed, by a file of the command line; None: none was given."""
+    from oci_hook.attestation.boot_policy import with_host_signatures
+    from oci_hook.attestation.pcr_signature import parse_pcr_signatures
+
+    if path is None:
+        return None
+    entries = parse_pcr_signatures(read_input(path, BootPolicyInvalid))
+    return lambda policy: with_host_signatures(policy, entries, path)
+
+
 def _of_owner(
-    keys: Path, device: str, values: Mapping[int, bytes], given: list[bytes], *, whole_class: bool
+    keys: Path,
+    device: str,
+    values: Mapping[int, bytes],
+    given: list[bytes],
+    signed: Callable[[BootPolicy], BootPolicy] | None,
+    *,
+    whole_class: bool,
 ) -> Iterable[Outcome]:
-    from oci_hook.attestation.lockout import Outcome, outcome_of
+    from oci_hook.attestation.lockout import Outcome
     from oci_hook.owner.policies import load_boot_policy, load_owner
     from oci_hook.owner.records import OwnerRecords
 
@@ -119,19 +151,38 @@ def _of_owner(
         model, line = f"{grant.model.name}:{grant.model.version}", (grant.model.name, grant.device_class)
         if line not in policies:
             try:
-                policies[line] = _verified(given, owner, *line) or load_boot_policy(keys, owner, *line)
+                policy = _verified(given, owner, *line) or load_boot_policy(keys, owner, *line)
+                policies[line] = signed(policy) if signed is not None else policy
             except SczError as error:
                 policies[line] = error
-        policy = policies[line]
-        if isinstance(policy, SczError):
-            yield Outcome(model, grant.device_name, problem=policy.message)
+        found = policies[line]
+        if isinstance(found, SczError):
+            yield Outcome(model, grant.device_name, problem=found.message)
         else:
-            yield outcome_of(model, grant.device_name, policy.forms, values)
+            yield _outcome(model, grant, found, values)
 
 
-def _of_host(config_file: str, values: Mapping[int, bytes], given: list[bytes]) -> Iterable[Outcome]:
-    from oci_hook.attestation.boot_policy import parse_boot_policy, verify_boot_policy
+def _outcome(model: str, grant: Grant, policy: BootPolicy, values: Mapping[int, bytes]) -> Outcome:
+    """What the state does to one grant; a policy of another epoch opens it in no state."""
     from oci_hook.attestation.lockout import Outcome, outcome_of
+    from oci_hook.granted import verify_epoch
+
+    try:
+        verify_epoch(policy, grant)
+    except BootPolicyRefused as error:
+        return Outcome(model, grant.device_name, problem=error.message)
+    return outcome_of(model, grant.device_name, policy.forms, values)
+
+
+def _of_host(
+    config_file: str,
+    values: Mapping[int, bytes],
+    given: list[bytes],
+    signed: Callable[[BootPolicy], BootPolicy] | None,
+) -> Iterable[Outcome]:
+    from oci_hook.attestation.boot_policy import parse_boot_policy, verify_boot_policy
+    from oci_hook.attestation.lockout import Outcome
+    from oci_hook.boot_signatures import with_signatures_of_host
     from oci_hook.bundle.grant import parse_grant, verify_grant_signature
     from oci_hook.provenance import find_owner
     from oci_hook.store import Store
@@ -156,7 +207,8 @@ def _of_host(config_file: str, values: Mapping[int, bytes], given: list[bytes]) 
         except SczError as error:
             yield Outcome(f"{name}:{version}", "", problem=error.message)
         else:
-            yield outcome_of(f"{name}:{version}", grant.device_name, policy.forms, values)
+            policy = signed(policy) if signed is not None else with_signatures_of_host(policy, config)
+            yield _outcome(f"{name}:{version}", grant, policy, values)
 
 
 COMMANDS = {"diff": diff}

@@ -115,8 +115,7 @@ class _Examination:
     def _store(self) -> Iterator[Check]:
         from oci_hook.cli.checks.models import check_models, check_room
 
-        pcrs = self._tpm.pcrs if self._tpm is not None else {}
-        yield from check_models(self._config, self._owners, self._device, pcrs, self._sizes, deep=self._deep)
+        yield from check_models(self._config, self._owners, self._device, self._tpm, self._sizes, deep=self._deep)
         yield from check_room(self._config, self._sizes)
 
     def _audit(self) -> Iterator[Check]:

@@ -131,7 +131,7 @@ def _row(number: int, start: StartEvidence, appraisal: StartAppraisal) -> dict[s
         "model": start.model,
         "manifest": start.manifest_digest,
         "pcrs": sorted(start.quote.pcrs),
-        "quote": start.quote.digest.hex(),
+        "quote": start.quote.quote_digest.hex(),
         "remote": start.remote,
         "diagnosis": {
             "shown": list(appraisal.shown),

@@ -61,8 +61,7 @@ def pack_version(
         SourceInvalid: The source, the fields or the policy cannot be packed.
         FileUnreadable: The system said no; a disk has no room.
     """
-    records = OwnerRecords(keyring.folder)
-    records.verify_new_version(model.name, model.version)
+    OwnerRecords(keyring.folder).verify_new_version(model.name, model.version)
     recipient = load_recipient(keyring.folder, keyring.owner)
     content_key = ContentKey(random(KEY_BYTES))
     folder = Path(os.path.abspath(output)).parent
@@ -86,13 +85,8 @@ def pack_version(
                 progress=progress,
                 annotate=lambda digest: {} if recipient is None else recovery_copy(content_key, digest, recipient),
             )
-            _keep_and_publish(
-                records,
-                _record(keyring, model, packed, content_key, broker=access.broker),
-                keyring.folder,
-                bundle,
-                output,
-            )
+            record = _record(keyring, model, packed, content_key, broker=access.broker)
+            _keep_and_publish(record, keyring.folder, bundle, output)
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or output)}: {cause.strerror}") from cause
     return packed
@@ -105,12 +99,12 @@ def _record(
     return ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed, broker)
 
 
-def _keep_and_publish(records: OwnerRecords, record: ContentKeyRecord, keys: Path, bundle: Path, output: Path) -> None:
+def _keep_and_publish(record: ContentKeyRecord, keys: Path, bundle: Path, output: Path) -> None:
     # The keys may lie on another disk than the bundle, and that one may be full.
     need = Need(_RECORD_BYTES, 1, "free {size} on {mount}, where the folder of --keys is (`df -h {mount}`)")
     with _uninterrupted():
         with full_disk_explained(str(keys), lambda: need):
-            records.save_content_key(record)
+            OwnerRecords(keys).save_content_key(record)
         try:
             _publish(bundle, output)
         except (OSError, OutputExists):  # the key opens nothing, and would be in the way of the next attempt

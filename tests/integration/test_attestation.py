@@ -181,9 +181,11 @@ class Sealing:
     counter_index: int | None = None
     lease: Lease | None = None
 
-    def open_in(self, tpm: Tpm) -> bytes:
+    @property
+    def asked(self) -> Unsealing:
+        """What the hook asks the TPM for."""
         index = self.host.counter(self.keyring).index if self.counter_index is None else self.counter_index
-        asked = Unsealing(
+        return Unsealing(
             sealed=self.blob,
             form=self.form,
             boot_policy_key=self.keyring.owner.boot_policy_key,
@@ -192,7 +194,9 @@ class Sealing:
             counter_maximum=self.maximum,
             lease=self.lease,
         )
-        return tpm.unseal(self.device or self.host.device, asked)
+
+    def open_in(self, tpm: Tpm) -> bytes:
+        return tpm.unseal(self.device or self.host.device, self.asked)
 
     def open(self, tcti: str | None = None) -> bytes:
         with self.host.transaction(tcti) as tpm:

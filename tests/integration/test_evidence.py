@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from jose import jwt
 
+from oci_hook.attestation.kept_evidence import LIMIT_BYTES
 from oci_hook.audit import AuditLog
 from tests.integration.test_release import shell
 from tests.scene import Scene
@@ -202,7 +203,7 @@ def test_a_cut_or_changed_audit_log_is_noticed(scene: Scene, folder: Path, tmp_p
 
 def test_hostile_documents_are_refused(scene: Scene, folder: Path, tmp_path: Path) -> None:
     good, path = (folder / "evidence" / "evidence.json").read_bytes(), tmp_path / "e.json"
-    for data in (b"", b"{}", good + b" " * (512 << 10), good.replace(b'"nonce"', b'"nonce":"","nonce"', 1), good[:-9]):
+    for data in (b"", b"{}", good + b" " * LIMIT_BYTES, good.replace(b'"nonce"', b'"nonce":"","nonce"', 1), good[:-9]):
         path.write_bytes(data)
         code, said, error = appraise(scene, path)
         assert (code, said) == (29, {})

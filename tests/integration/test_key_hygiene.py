@@ -22,6 +22,7 @@ import pytest
 from oci_hook.attestation.boot_policy import parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.sealed import WrappedSecret
 from oci_hook.attestation.tpm import open_tpm
+from oci_hook.attestation.unsealing import Unsealing
 from oci_hook.bundle.grant import unwrap_content_key
 from oci_hook.config import load_config
 from oci_hook.host import load_host
@@ -62,8 +63,7 @@ def keys(scene: Scene) -> Keys:
     policy = parse_boot_policy(host.store.load_boot_policy(owner.owner_id, "small", device_class))
     form = verify_boot_policy(policy, owner=owner, model_name="small", device_class=device_class).forms[0]
     with open_tpm(config.tpm_tcti, scene.runtime_directory / "tpm.lock", timeout_seconds=20) as tpm:
-        secret = tpm.unseal(
-            host.device,
+        asked = Unsealing(
             sealed=WrappedSecret(**sealed),
             form=form,
             boot_policy_key=owner.boot_policy_key,
@@ -71,6 +71,7 @@ def keys(scene: Scene) -> Keys:
             counter_index=grant["counter"]["index"],
             counter_maximum=grant["counter"]["maximum"],
         )
+        secret = tpm.unseal(host.device, asked)
     wrapped = base64.urlsafe_b64decode(grant["wrapped_key"] + "==")
     assert unwrap_content_key(wrapped, secret, digest).value == key.value
     return Keys(key.value, secret)

@@ -41,10 +41,13 @@ from oci_hook.attestation.pcr_signature import (
 )
 from oci_hook.attestation.policy import ZERO_DIGEST, policy_pcr
 from oci_hook.attestation.transactions import perform, quote_request, read_quote, unseal_request
-from oci_hook.errors import BootPolicyRefused, BootStateRefused, TpmFailed
+from oci_hook.errors import BootPolicyRefused, BootStateRefused, KeyRefused, TpmFailed
 from oci_hook.jws import public_jwk
+from oci_hook.key_errors import LeaseExpired
+from oci_hook.lease import Lease
 from oci_hook.owner.keyring import Keyring, create_keyring, open_keyring
 from tests.integration.test_attestation import CLASS, LOCK_SECONDS, MODEL, SECRET, Host, Sealing, wrapped
+from tests.integration.test_lease import HOUR_MS, counted
 from tests.pcr_signer import IMAGE, PHASES, UPDATE, PcrSigner, boot_image
 from tests.software_tpm import SoftwareTpm
 
@@ -135,15 +138,7 @@ def appraise(host: Host, policy: BootPolicy) -> AttestationResult:
 def release(sealing: Sealing, form: BootForm) -> bytes:
     """The secret by the request that the hook makes."""
     host = sealing.host
-    request = unseal_request(
-        host.device,
-        sealed=sealing.blob,
-        form=form,
-        boot_policy_key=sealing.keyring.owner.boot_policy_key,
-        policy_ref=sealing.reference,
-        counter_index=host.counter(sealing.keyring).index,
-        counter_maximum=sealing.maximum,
-    )
+    request = unseal_request(host.device, replace(sealing, form=form).asked)
     return perform(request, tcti=host.tpm.tcti, lock_file=str(host.lock_file), timeout_seconds=LOCK_SECONDS)
 
 
@@ -176,6 +171,22 @@ def test_an_update_of_the_system_needs_no_owner(sealing: Sealing, nested: BootPo
     refused(sealing, here(nested, signer.sign(sealing.host.tpm, IMAGE)), "none of them for this value")
     policy = here(nested, signer.sign(sealing.host.tpm, UPDATE))
     assert release(sealing, appraise(sealing.host, policy).form) == SECRET
+
+
+def test_a_lease_on_a_nested_form_ends_with_its_last_boot(
+    sealing: Sealing, nested: BootPolicy, keyring: Keyring, signer: PcrSigner
+) -> None:
+    host = sealing.host
+    resets, clock, _ = counted(host)
+    lease = Lease(resets, clock + HOUR_MS)
+    leased = replace(sealing, blob=wrapped(host, keyring, sealing.maximum, lease=lease), lease=lease)
+    policy = here(nested, signer.sign(host.tpm))
+    assert release(leased, appraise(host, policy).form) == SECRET
+    with host.refused(KeyRefused):  # a host that leaves the lease out of the walk
+        release(replace(leased, lease=None), policy.forms[0])
+    boot_image(host.tpm)
+    with host.refused(LeaseExpired, "boots"):
+        release(leased, appraise(host, policy).form)
 
 
 def test_each_phase_that_is_signed_opens_and_the_next_one_does_not(

@@ -470,16 +470,7 @@ def test_a_cleared_tpm_says_what_to_do(sealing: Sealing) -> None:
 def requests_of(sealing: Sealing) -> tuple[bytes, bytes]:
     """What a hook asks of the child that stands by."""
     device = sealing.host.device
-    unseal = unseal_request(
-        device,
-        sealed=sealing.blob,
-        form=sealing.form,
-        boot_policy_key=sealing.keyring.owner.boot_policy_key,
-        policy_ref=sealing.reference,
-        counter_index=sealing.host.counter(sealing.keyring).index,
-        counter_maximum=sealing.maximum,
-    )
-    return quote_request(device, [sealing.form], bytes(32)), unseal
+    return quote_request(device, [sealing.form], bytes(32)), unseal_request(device, sealing.asked)
 
 
 def whole_start(sealing: Sealing, seconds: float) -> bytes:

@@ -57,7 +57,7 @@ FLOORS = {
         "delivery/",
         "owner/",
     }
-    | {"broker", "copying"},
+    | {"broker", "copying", "granted"},
     5: {"admission"},
     6: {
         "adoption",

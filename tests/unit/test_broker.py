@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oci_hook.attestation.deadline import Standby
 from oci_hook.broker import ContainerAtBroker
 from oci_hook.bundle.broker_share import BrokerShare, parse_broker_share, share_context
 from oci_hook.bundle.grant import (
@@ -45,6 +47,7 @@ from oci_hook.openbao import OpenBao
 from tests.bundles import CREATED, FIELDS, MODEL, POLICY, make_grant, make_owner
 from tests.rogue_broker import Reply, RogueBroker, answer
 from tests.tls import TestAuthority
+from tests.workshop import wait_until
 
 KEYS = make_owner()
 SECRET, SHARE, CONTENT_KEY = os.urandom(32), os.urandom(32), ContentKey(os.urandom(32))
@@ -131,7 +134,7 @@ def test_a_token_that_is_not_single_use_is_given_back_in_its_namespace(
             return [answer(b'{"auth": {"client_token": "s.the-client-token", "num_uses": 0}}')]
         return [plaintext(SHARE) if "decrypt" in path else answer(b"oops", "500 No")]
 
-    for auth, before in (("auth/jwt", b""), ("t/auth/k", b"t/")):
+    for auth, before in (("auth/jwt", b""), ("t/auth/k", b"t/"), ("myauth/auth/jwt", b"myauth/")):
         grant = replace(GRANT, broker=replace(MEMBER, auth=auth))
         with RogueBroker(tmp_path, reply, authority=authority) as rogue:
             config = Config(broker_address=rogue.address, broker_ca_file=str(ca_file))
@@ -260,6 +263,47 @@ SLOW = {
 def test_one_deadline_for_all_of_it(authority: TestAuthority, ca_file: Path, tmp_path: Path, name: str) -> None:
     with RogueBroker(tmp_path, SLOW[name], authority=authority) as rogue:
         refused(BrokerUnavailable, "within 1 s|in time", rogue.address, ca_file, seconds=1)
+
+
+def test_a_share_that_was_given_outlives_a_server_that_hangs_when_the_token_is_given_back(
+    authority: TestAuthority, ca_file: Path, tmp_path: Path
+) -> None:
+    def reply(path: str, body: bytes) -> Iterable[bytes]:
+        if path.endswith("/login"):
+            return [answer(b'{"auth": {"client_token": "s.the-client-token", "num_uses": 0}}')]
+        return [plaintext(SHARE)] if "decrypt" in path else SLOW["drips a body"](path, body)
+
+    with RogueBroker(tmp_path, reply, authority=authority) as rogue:
+        assert ask(rogue.address, ca_file, seconds=4) == SHARE
+        assert rogue.requests[-1].split()[1] == b"/v1/auth/token/revoke-self"
+
+
+def test_the_broker_s_process_holds_no_pipe_of_the_tpm_s(
+    authority: TestAuthority, ca_file: Path, tmp_path: Path
+) -> None:
+    def pipes(pid: int | str) -> set[str]:
+        found = set()
+        for each in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # the directory's own, or one that is closed meanwhile
+                found.add(os.readlink(each))
+        return {each for each in found if each.startswith("pipe:")}
+
+    before = pipes("self")
+    with (
+        Standby(lambda: None, lambda request: request) as standby,
+        RogueBroker(tmp_path, after_login(plaintext(SHARE)), authority=authority) as rogue,
+    ):
+        of_the_tpm = pipes("self") - before
+        assert len(of_the_tpm) == 2
+        config = Config(broker_address=rogue.address, broker_ca_file=str(ca_file), broker_timeout_seconds=SECONDS)
+        request = ContainerAtBroker(config, TOKEN, standby).begin(GRANT)
+        assert request is not None
+        with request:
+            pid = request._deadline._pid
+            assert pid is not None
+            wait_until(lambda: not pipes(pid) & of_the_tpm)
+            assert standby.ask(b"still there", 10) == b"still there"
+            assert request.result() == SHARE
 
 
 def test_chunks_without_end_are_too_large(authority: TestAuthority, ca_file: Path, tmp_path: Path) -> None:

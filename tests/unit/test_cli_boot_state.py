@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from oci_hook.attestation.boot_policy import parse_boot_policy, pcrs_document, verify_boot_policy
 from oci_hook.attestation.event_log import LIMIT_BYTES, parse_event_log, replay
 from oci_hook.attestation.log_files import keep_event_log, kept_event_logs
+from oci_hook.attestation.policy import ZERO_DIGEST, policy_pcr
 from oci_hook.cli.checks.boot import what_differs, why_refused
 from oci_hook.config import load_config
 from oci_hook.documents import canonical
@@ -296,6 +300,58 @@ def test_diff_over_the_store_of_a_host(house: Household) -> None:
     assert (found.code, "no boot policy" in found.json["models"][0]["words"]) == (1, True)
     done(house.ctl("trust", "rm", "owner", "acme"))
     assert house.ctl("boot-policy", "diff", now, "--json").code == 1
+
+
+def signed_by_another_key(house: Household, value: bytes) -> tuple[Path, Path]:
+    """A signer's public key, and a file of its signature of PCR 11."""
+    key, policy = rsa.generate_private_key(65537, 2048), policy_pcr(ZERO_DIGEST, {11: value})
+    signature = base64.b64encode(key.sign(policy, padding.PKCS1v15(), hashes.SHA256())).decode()
+    pem, file = house.usb / "pcr.pem", house.usb / "signatures.json"
+    public = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    pem.write_bytes(key.public_key().public_bytes(*public))
+    file.write_text(json.dumps({"sha256": [{"pcrs": [11], "pol": policy.hex(), "sig": signature}]}))
+    return pem, file
+
+
+def test_diff_knows_the_signatures_of_pcr_11(house: Household) -> None:
+    value = b"\x77" * 32
+    out, (pem, file) = house.prepared(), signed_by_another_key(house, value)
+    nested = ["--model", "minilm", "--device", "edge-1", "--pcr", "7,12", "--pcr-key", pem]
+    done(sczctl("boot-policy", "sign", "--keys", house.keys, *nested, "-o", out / "nested.json"))
+    (out / "boot-policy.json").unlink()
+    done(house.ctl("add", out))
+    state = prediction(house.usb / "next", measured({11: value}))
+    other = prediction(house.usb / "other", measured({11: b"\x66" * 32}))
+    given = ["--pcr-signature", file]
+    for words in (["--keys", house.keys], []):
+        diff = ["boot-policy", "diff", state, *words]
+        locked = house.ctl(*diff, "--json")
+        assert (locked.code, locked.json["models"][0]["differing"]) == (1, [11])
+        assert "no signature by the form's key" in locked.json["models"][0]["words"]
+        assert done(house.ctl(*diff, *given)).out.startswith("minilm:1 on edge-1: opens\n")
+        unsigned = house.ctl("boot-policy", "diff", other, *words, *given)
+        assert (unsigned.code, "1 signature(s) by the form's key, none of them" in unsigned.out) == (1, True)
+    file.chmod(0o600)
+    house.config.write_text(house.config.read_text() + f'[boot]\npcr_signature = "{file}"\n')
+    assert house.ctl("boot-policy", "diff", state).code == 0  # this host's own file
+    file.write_bytes(b"x")
+    refused(sczctl("boot-policy", "diff", state, "--keys", house.keys, *given), BootPolicyInvalid.code)
+
+
+def test_diff_knows_which_boot_states_were_withdrawn(house: Household) -> None:
+    done(house.ctl("add", house.prepared()))
+    state = prediction(house.usb / "now", measured())
+    words = ["--keys", house.keys]
+    done(sczctl("revoke", *words, "--boot-policy", "minilm:default", "-o", house.usb / "revoked"))
+    found = sczctl("boot-policy", "diff", state, *words)
+    assert (found.code, "of epoch 0, the grant is not" in found.out) == (1, True)
+    assert house.ctl("boot-policy", "diff", state).code == 0  # the host has both as they were
+    done(house.ctl("add", house.usb / "revoked/edge-1/minilm@1.jwt"))
+    assert "of epoch 0, the grant is not" in house.ctl("boot-policy", "diff", state).out
+    done(sczctl(*house.sign_words(house.usb / "again.json")))
+    assert sczctl("boot-policy", "diff", state, *words).code == 0
+    given = ["--boot-policy", house.usb / "again.json"]
+    assert house.ctl("boot-policy", "diff", state, *given).code == 0
 
 
 def test_diff_of_nothing(house: Household, tmp_path: Path) -> None:

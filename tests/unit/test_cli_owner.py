@@ -420,6 +420,7 @@ def test_sign_takes_the_key_of_a_systems_signer_for_pcr_11(house: Household) -> 
         "class": "default",
         "pcrs": [7, 12],
         "states": 2,
+        "epoch": 0,
         "signed_pcrs": [11],
         "pkfp": pkfp,
     }
@@ -483,7 +484,7 @@ def test_pcrs_that_are_none(house: Household, pcrs: str) -> None:
 
 
 def test_sign_needs_a_state(house: Household) -> None:
-    misused(sczctl(*sign(house, "--pcr", "4,8,9")), "--device or --measured")
+    misused(sczctl(*sign(house, "--pcr", "4,8,9")), "--device, --measured or --predicted")
     refused(sczctl(*sign(house, "--device", "edge-1", "--pcr", "4,8,9")), DeviceInvalid.code, "there are none")
     house.enrolled()
     refused(sczctl(*sign(house, "--device", "edge-2", "--pcr", "4,8,9")), DeviceInvalid.code, "there is edge-1")

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oci_hook.admission import _pcr_signature
+from oci_hook.attestation.boot_policy import (
+    parse_boot_policy,
+    sign_boot_policy,
+    verify_boot_policy,
+    with_host_signatures,
+)
+from oci_hook.attestation.evidence import Evidence, TeeReport
 from oci_hook.attestation.evidence_appraisal import StartAppraisal, appraise_kept
 from oci_hook.attestation.kept_evidence import (
     LIMIT_BYTES,
     STARTS_LIMIT,
+    TEE_LIMIT_BYTES,
     KeptEvidence,
     StartEvidence,
     format_evidence,
     parse_evidence,
 )
+from oci_hook.attestation.pcr_signature import SignedPcrs, UnverifiedPcrSignature, fingerprint, load_signer_pem
+from oci_hook.attestation.policy import ZERO_DIGEST, policy_pcr
 from oci_hook.attestation.results import result_of
 from oci_hook.audit_chain import EMPTY_HEAD, Verified
 from oci_hook.errors import BootPolicyRefused, BootStateRefused, EvidenceRefused, Revoked, SczError
@@ -48,13 +62,35 @@ def refused(appraisal: StartAppraisal, error: type[SczError]) -> str:
     return appraisal.error.message
 
 
+REPORT = TeeReport("sev_guest", b"report", b"table")
+
+
+def in_a_guest(start: StartEvidence, report: TeeReport = REPORT) -> StartEvidence:
+    """The same start with a TEE's report."""
+    return replace(start, quote=replace(start.quote, tee=report))
+
+
+def bare(kept: KeptEvidence) -> Evidence:
+    """The quote alone of a document's first start."""
+    return replace(kept.starts[0].quote, tee=None)
+
+
 # --- the document -----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read_again(witness: Witness) -> None:
-    kept = witness.kept(witness.start(1), witness.start(2, remote="keylime"))
+    kept = witness.kept(witness.start(1), witness.start(2, remote="keylime", pcr_signature=b"s" * 256))
     assert parse_evidence(format_evidence(kept)) == kept
-    assert b"remote" not in format_evidence(witness.kept())
+    assert not re.search(rb"remote|pcr_signature|tee", format_evidence(witness.kept()))
+    reported = witness.kept(in_a_guest(witness.start()))
+    assert parse_evidence(format_evidence(reported)) == reported
+    assert parse_evidence(format_evidence(reported)).starts[0].quote.digest == reported.starts[0].quote.digest
+
+
+def test_a_report_that_is_too_large_is_not_kept(witness: Witness) -> None:
+    for large in (TeeReport("x", b"r" * (TEE_LIMIT_BYTES + 1), b""), TeeReport("x", b"r", bytes(TEE_LIMIT_BYTES + 1))):
+        kept = witness.kept(in_a_guest(witness.start(), large))
+        assert parse_evidence(format_evidence(kept)) == witness.kept(replace(kept.starts[0], quote=bare(kept)))
 
 
 def test_later_models_stand_behind_earlier_ones(witness: Witness) -> None:
@@ -65,6 +101,8 @@ def test_later_models_stand_behind_earlier_ones(witness: Witness) -> None:
 def test_the_most_that_is_kept_can_be_read(witness: Witness) -> None:
     every = {pcr: bytes([pcr + 1]) * 32 for pcr in range(24)}
     largest = witness.start(1, pcrs=every, model_name="m" * 64, model_version="v" * 64, device_name="d" * 64)
+    report = TeeReport("p" * 32, b"r" * TEE_LIMIT_BYTES, b"c" * TEE_LIMIT_BYTES)
+    largest = in_a_guest(replace(largest, pcr_signature=b"s" * 512), report)
     kept = KeptEvidence("c" * 1024, (largest,) * STARTS_LIMIT)
     assert len(format_evidence(kept)) < LIMIT_BYTES
     assert len(parse_evidence(format_evidence(kept)).starts) == STARTS_LIMIT
@@ -87,6 +125,13 @@ def test_the_most_that_is_kept_can_be_read(witness: Witness) -> None:
         lambda d: d["starts"][0].update(manifest="ab" * 32),
         lambda d: d["starts"][0].update(attest="A" * 8000),
         lambda d: d["starts"][0].update(remote="other"),
+        lambda d: d["starts"][0].update(pcr_signature=""),
+        lambda d: d["starts"][0].update(pcr_signature="A" * 700),
+        lambda d: d["starts"][0].update(tee={"provider": "p", "report": "", "certificates": ""}),
+        lambda d: d["starts"][0].update(tee={"provider": "P", "report": "AA", "certificates": ""}),
+        lambda d: d["starts"][0].update(tee={"provider": "p", "report": "AA"}),
+        lambda d: d["starts"][0].update(tee={"provider": "p", "report": "AA", "certificates": "", "more": 1}),
+        lambda d: d["starts"][0].update(tee={"provider": "p", "report": "AAAA" * 6000, "certificates": ""}),
         lambda d: d["starts"][0].update(pcrs={"24": "00" * 32}),
         lambda d: d["starts"][0].pop("form"),
     ],
@@ -249,6 +294,52 @@ def test_what_a_remote_verifier_said_is_not_believed(witness: Witness) -> None:
     assert any("a diagnosis" in each for each in found.unchecked)
 
 
+def test_a_signed_pcr_11_is_appraised_by_the_signature_that_was_kept(witness: Witness) -> None:
+    key, value = rsa.generate_private_key(65537, 2048), b"\x77" * 32
+    public = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    signed = SignedPcrs(load_signer_pem(key.public_key().public_bytes(*public)))
+    fixed = {pcr: b"%02d" % pcr * 16 for pcr in (7, 12)}
+    policy = parse_boot_policy(
+        sign_boot_policy(
+            [],
+            owner_id=witness.keyring.owner.owner_id,
+            model_name=MODEL,
+            device_class=CLASS,
+            created=1,
+            key=witness.keyring.boot_policy_key,
+            nested=[(fixed, signed)],
+        )
+    )
+    (form,) = policy.unverified_forms
+
+    def signature(pcr_11: bytes) -> bytes:
+        return key.sign(policy_pcr(ZERO_DIGEST, {11: pcr_11}), padding.PKCS1v15(), hashes.SHA256())
+
+    def appraised(kept: bytes | None, pcr_11: bytes = value) -> StartAppraisal:
+        start = witness.start(pcrs={**fixed, 11: pcr_11}, form_policy=form.policy, pcr_signature=kept)
+        return one(parse_evidence(format_evidence(witness.kept(start))), witness, boot_policies=(policy,))
+
+    # The host keeps the one that it appraised by, of all that it has; none for a form of values.
+    verified = verify_boot_policy(policy, owner=witness.keyring.owner, model_name=MODEL, device_class=CLASS)
+    both = [(policy_pcr(ZERO_DIGEST, {11: each}), signature(each)) for each in (b"\x66" * 32, value)]
+    entries = [UnverifiedPcrSignature((11,), *each) for each in both]
+    (with_host_s,) = with_host_signatures(verified, entries, "the host's file").forms
+    assert _pcr_signature(with_host_s, witness.start(pcrs={**fixed, 11: value}).quote) == signature(value)
+    assert _pcr_signature(replace(with_host_s, signed=None), witness.start().quote) is None
+    good = appraised(signature(value))
+    assert good.error is None
+    assert any(fingerprint(signed.key).hex() in each for each in good.shown)
+    for bad in (None, signature(b"\x66" * 32), bytes(256), signature(value)[:-1]):
+        assert "PCR 11" in refused(appraised(bad), BootStateRefused)
+    refused(appraised(signature(value), b"\x66" * 32), BootStateRefused)
+
+
+def test_a_tee_s_report_is_kept_and_said_not_to_be_appraised(witness: Witness) -> None:
+    found = one(witness.kept(in_a_guest(witness.start())), witness)
+    assert found.error is None
+    assert any("sev_guest" in each and "not appraised" in each for each in found.unchecked)
+
+
 def test_each_start_has_its_own_result(witness: Witness) -> None:
     kept = witness.kept(witness.start(1), witness.start(2, nonce=bytes(32)), witness.start(3))
     assert [each.error is None for each in appraise_kept(kept, witness.references(), None)] == [True, False, True]
@@ -302,6 +393,17 @@ def test_a_start_that_the_host_did_not_log_is_refused(witness: Witness, changes:
     start = witness.start()
     log = [Verified({"event": "closed"}, HEAD), granted(start, **changes)]
     assert "no grant" in refused(one(witness.kept(start), witness, log), EvidenceRefused)
+
+
+def test_the_report_is_the_one_whose_evidence_was_logged(witness: Witness) -> None:
+    start = in_a_guest(witness.start())
+    log = [Verified({}, HEAD), granted(start, tee="sev-snp", evidence=start.quote.digest.hex())]
+    assert one(witness.kept(start), witness, log).error is None
+    another = in_a_guest(start, TeeReport("sev_guest", b"another", b"table"))
+    assert "with this TEE's report" in refused(one(witness.kept(another), witness, log), EvidenceRefused)
+    without = one(witness.kept(replace(start, quote=bare(witness.kept(start)))), witness, log)
+    assert without.error is None
+    assert any("was not kept" in each for each in without.unchecked)
 
 
 def test_another_log_or_order_is_refused(witness: Witness) -> None:

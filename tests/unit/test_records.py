@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook.errors import FileUnreadable, SystemCallFailed
+from oci_hook.evidence_files import LIMIT_BYTES
 from oci_hook.held import HeldModel
 from oci_hook.linux.processes import process_start_time
 from oci_hook.records import ContainerRecord, ContainerRecords
@@ -346,7 +347,7 @@ def test_a_later_decision_replaces_the_evidence_of_this_very_container(tmp_path:
 def test_evidence_that_cannot_be_used_is_not(tmp_path: Path, record: ContainerRecord) -> None:
     records = ContainerRecords(str(tmp_path / "run"))
     with pytest.raises(FileUnreadable, match="larger"):
-        records.write(record, b"x" * ((512 << 10) + 1))
+        records.write(record, b"x" * (LIMIT_BYTES + 1))
     assert records.load("c1", "/b") is None  # the record comes last: no record without its evidence
     records.write(record, b"good")
     (name,) = evidence_files(tmp_path)
