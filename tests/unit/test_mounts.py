@@ -94,18 +94,20 @@ def writable(mount: mounts.DetachedMount, name: str = "file") -> Iterator[int]:
         os.close(fd)
 
 
-def mounted_kinds() -> list[str]:
-    """The sources of all mounts that this process sees."""
-    return [line.split(" - ")[1].split()[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+def mounted(folder: Path) -> list[str]:
+    """What this process sees mounted at or below a folder of the test; other tests mount elsewhere meanwhile."""
+    places = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [place for place in places if Path(place).is_relative_to(folder)]
 
 
 class TestMemoryFilesystem:
     @BOTH
     def test_it_has_no_path(self, kind: MemoryFilesystem) -> None:
-        before = mounted_kinds()
         with mounts.create_memory_filesystem(1 << 20, 5, kind) as mount:
             assert mount.kind is kind
-            assert mounted_kinds() == before
+            device = os.stat(".", dir_fd=mount.fd).st_dev
+            number = f" {os.major(device)}:{os.minor(device)} "
+            assert number not in Path("/proc/self/mountinfo").read_text()
             assert os.stat(".", dir_fd=mount.fd).st_mode & 0o7777 == 0o700
             assert os.listdir(f"/proc/self/fd/{mount.fd}") == []
 
@@ -199,7 +201,6 @@ class TestErasing:
 
 class TestAttaching:
     def test_it_becomes_visible_in_one_namespace_and_can_be_taken_back(self, tmp_path: Path) -> None:
-        before = mounted_kinds()
 
         def body(_channel: Channel) -> Report:
             syscalls.unshare(syscalls.CLONE_NEWNS)
@@ -215,11 +216,10 @@ class TestAttaching:
 
         with Child("the test's child", body, gone=HolderGone) as child:
             assert child.receive(10) == {"done": {"attached": ["file"], "after": []}}
-        assert mounted_kinds() == before
+        assert mounted(tmp_path) == []
 
     def test_a_file_is_no_place_for_it(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        before = mounted_kinds()
         destination = os.open(tmp_path / "file", os.O_PATH)
         try:
             with (
@@ -229,4 +229,4 @@ class TestAttaching:
                 mounts.attach(mount.fd, destination)
         finally:
             os.close(destination)
-        assert mounted_kinds() == before
+        assert mounted(tmp_path) == []

@@ -22,6 +22,12 @@ def _children(pid: int) -> set[int]:
         return set()
 
 
+@pytest.fixture
+def others() -> set[int]:
+    """Children that are there already: of other tests, which may have left one that hung."""
+    return _children(os.getpid())
+
+
 def _wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:
@@ -130,15 +136,15 @@ def test_of_a_foreign_exception_only_the_class_is_told_and_nothing_follows() -> 
             standby.ask(b"x", 10)
 
 
-def test_one_that_is_never_asked_ends_in_silence() -> None:
+def test_one_that_is_never_asked_ends_in_silence(others: set[int]) -> None:
     with Standby(lambda: time.sleep(60), echo):
-        (child,) = _children(os.getpid())
+        (child,) = _children(os.getpid()) - others
     assert _is_gone(child)
 
 
-def test_a_timeout_ends_all_of_it() -> None:
+def test_a_timeout_ends_all_of_it(others: set[int]) -> None:
     with Standby(nothing, hang) as standby:
-        (child,) = _children(os.getpid())
+        (child,) = _children(os.getpid()) - others
         with pytest.raises(TpmTimeout, match=r"did not answer within 0\.2 s"):
             standby.ask(b"", 0.2)
         assert _is_gone(child)
@@ -146,14 +152,14 @@ def test_a_timeout_ends_all_of_it() -> None:
             standby.ask(b"", 10)
 
 
-def test_a_timeout_ends_a_process_that_ignores_every_signal_it_can() -> None:
+def test_a_timeout_ends_a_process_that_ignores_every_signal_it_can(others: set[int]) -> None:
     def act(_request: bytes) -> bytes:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         return hang(b"")
 
     with Standby(nothing, act) as standby:
-        (child,) = _children(os.getpid())
+        (child,) = _children(os.getpid()) - others
         standby._asked = True
         os.write(standby._request_fd, (0).to_bytes(4, "big"))
         _wait(lambda: bool(_children(child)))
@@ -181,13 +187,13 @@ def test_an_end_by_somebody_is_internal(whose: str, number: signal.Signals) -> N
             standby.ask(b"", 10)
 
 
-def test_a_part_of_a_result_is_none() -> None:
+def test_a_part_of_a_result_is_none(others: set[int]) -> None:
     def act(_request: bytes) -> bytes:
         os.kill(os.getppid(), signal.SIGSTOP)  # so that nobody but the test ends this process
         return bytes(500_000)
 
     with Standby(nothing, act) as standby:
-        (child,) = _children(os.getpid())
+        (child,) = _children(os.getpid()) - others
         standby._asked = True
         os.write(standby._request_fd, (0).to_bytes(4, "big"))
         _wait(lambda: bool(_children(child)))
