@@ -1,5 +1,5 @@
 # `make help` lists the targets. A new Debian machine needs git and make; `make` brings the rest.
-# Downloads are pinned by hash: requirements-*.lock and tests/demo/requirements-model.lock.
+# Downloads are pinned by hash: requirements-*.lock, tests/requirements-keylime.lock, tests/demo/requirements-model.lock.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python

@@ -11,9 +11,11 @@ from typing import Any
 
 from oci_hook.documents import Fields
 from oci_hook.errors import SczError
+from oci_hook.tee_policy import TeePolicy, parse_tee_policy, tee_policy_document
 from oci_hook.trust import PLAIN_TEXT
 
 RUNTIMES = ("runc", "crun", "runsc", "kata", "process")
+APPRAISALS = ("keylime",)
 TOKEN_AGE_LOW_SECONDS, TOKEN_AGE_HIGH_SECONDS = 60, 31_622_400
 THUMBPRINT = "[A-Za-z0-9_-]{43}"
 TIME_HIGH = 253_402_300_799  # the end of the year 9999
@@ -31,7 +33,12 @@ class AcceptedIdentity:
 
 @dataclass(frozen=True, slots=True)
 class AccessPolicy:
-    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised."""
+    """Who may have the model, when and where. Times in seconds since 1970; empty `runtimes` means any recognised.
+
+    `broker`: a key needs a broker's share beside the TPM's. `appraisal` is `keylime` if a remote verifier has to
+    accept the evidence, too.
+    `tee` is what it asks of a trusted execution environment; None: nothing.
+    """
 
     identities: tuple[AcceptedIdentity, ...]
     token_age_seconds: int
@@ -39,6 +46,9 @@ class AccessPolicy:
     not_after: int | None
     runtimes: tuple[str, ...]
     share: bool
+    broker: bool = False
+    appraisal: str | None = None
+    tee: TeePolicy | None = None
 
 
 def _identity(value: object, error: type[SczError]) -> AcceptedIdentity:
@@ -76,6 +86,9 @@ def parse_access_policy(value: object, *, error: type[SczError]) -> AccessPolicy
             else ()
         ),
         share=fields.boolean("share"),
+        broker=fields.boolean("broker") if fields.has("broker") else False,
+        appraisal=fields.string("appraisal", pattern="|".join(APPRAISALS)) if fields.has("appraisal") else None,
+        tee=parse_tee_policy(fields.take("tee"), error=error) if fields.has("tee") else None,
     )
     fields.finish()
     if policy.not_before is not None and policy.not_after is not None and policy.not_before >= policy.not_after:
@@ -104,4 +117,10 @@ def access_policy_document(policy: AccessPolicy) -> dict[str, Any]:
         document["not_after"] = policy.not_after
     if policy.runtimes:
         document["runtimes"] = list(policy.runtimes)
+    if policy.broker:
+        document["broker"] = True
+    if policy.appraisal is not None:
+        document["appraisal"] = policy.appraisal
+    if policy.tee is not None:
+        document["tee"] = tee_policy_document(policy.tee)
     return document

@@ -11,25 +11,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from oci_hook.attestation.appraisal import appraise_evidence
-from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.appraisal import AttestationResult, appraise_evidence
+from oci_hook.attestation.boot_policy import BootForm, BootPolicy
 from oci_hook.attestation.deadline import Standby
-from oci_hook.attestation.evidence import qualifying_data
+from oci_hook.attestation.evidence import Evidence, qualifying_data
 from oci_hook.attestation.host_device import HostDevice
+from oci_hook.attestation.kept_evidence import StartEvidence
 from oci_hook.audit import AuditLog
-from oci_hook.bundle.grant import Grant, parse_grant, verify_grant
+from oci_hook.broker import ContainerAtBroker
+from oci_hook.bundle.grant import Grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest, model_document
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.config import Config
 from oci_hook.delivery.deliver import ModelDelivery
 from oci_hook.errors import AccessWindowRefused, ClockRefused, RequirementRefused
+from oci_hook.granted import verified_boot_policy, verified_grant, verified_revocations
 from oci_hook.identity.binding import Bindings, verify_pod_binding
 from oci_hook.identity.sources import TokenFile
 from oci_hook.identity.token import Identity, verify_token
 from oci_hook.oci.annotations import ModelRequest
-from oci_hook.provenance import SignedBundle, verify_device
+from oci_hook.provenance import SignedBundle
 from oci_hook.release import HostTpm, release_key
+from oci_hook.revoked import verify_in_force
 from oci_hook.store import Store
 from oci_hook.trust import Issuer, Owner
 
@@ -66,7 +70,11 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """One model that one container may have: made by `admit` alone, used by the delivery, then gone."""
+    """One model that one container may have: made by `admit` alone, used by the delivery, then gone.
+
+    `evidence` is what was appraised, for others to look at. `tee` says what a TEE's report had to do with it: `sev-snp`
+    was appraised, `sev_guest (not appraised)` was there.
+    """
 
     request: ModelRequest
     manifest: Manifest
@@ -74,6 +82,8 @@ class Admission:
     identity: Identity
     content_key: ContentKey
     audit_head: bytes
+    evidence: StartEvidence
+    tee: str = ""
 
     def delivery(self) -> ModelDelivery:
         """What the delivery needs of it."""
@@ -108,19 +118,18 @@ def admit(request: ModelRequest, bundle: SignedBundle, container: Container, hos
     #    head is read first: another start may add a record meanwhile.
     head = host.audit.head()
     now = host.clock()
-    if now < head.seconds - host.config.token_leeway_seconds:
-        raise ClockRefused(
-            f"the clock is {head.seconds - now:.0f} s behind the last record of {host.config.audit_file}"
-        )
+    _verify_clock(now, head.seconds, host.config)
     # 2. An owner whom this host trusts signed the manifest, and the bundle is what it describes: `verify_signed`.
     layout, manifest, owner = bundle.layout, bundle.manifest, bundle.owner
     # 3. The owner allows the model at this date, under this runtime; the container's own requirements hold.
     _verify_access_window(manifest, now)
     _verify_runtime(manifest, request, container.runtime)
     # 4. The owner granted exactly this manifest to exactly this device.
-    grant = _verified_grant(manifest, owner, host)
+    grant = verified_grant(manifest, owner, host.store, host.device)
     # 5. The owner signed a boot policy for this model line and device class.
-    boot_policy = _verified_boot_policy(manifest, owner, grant, host)
+    boot_policy = verified_boot_policy(owner, grant, host.store, host.config)
+    #    Nor has the owner revoked this version: the list says so, the counter beside the quote that it is the latest.
+    revocations = verified_revocations(manifest.model, owner, grant, host.store)
     # 6. The container's token is by a trusted issuer, fresh, and names a workload of the access policy.
     identity = verify_token(
         container.token.data,
@@ -137,13 +146,101 @@ def admit(request: ModelRequest, bundle: SignedBundle, container: Container, hos
         verify_digests(layout, manifest, lambda _done: None)
     # 9. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
     tpm = HostTpm(host.config, host.device, host.standby)
-    nonce = host.random(32)
-    extra_data = qualifying_data(nonce, identity.token_hash, container.container_id, manifest.digest, head.digest)
-    evidence = tpm.collect_evidence(boot_policy, extra_data)
-    result = appraise_evidence(evidence, ak=host.device.ak, expected_extra_data=extra_data, boot_policy=boot_policy)
-    # 10. The TPM itself, by the sealed object's policy, releases the key.
-    content_key = release_key(result, identity, tpm=tpm, grant=grant, owner=owner)
-    return Admission(request, manifest, layout, identity, content_key, head.digest)
+    asked = _Asked(manifest, grant, boot_policy, identity, container.container_id, int(now), head.digest)
+    result, evidence = _attest(asked, tpm, host)
+    verify_in_force(revocations, evidence.quote.counter, host.device.counter_values.get(owner.owner_id))
+    # 10. The TPM itself, by the sealed object's policy, releases the key; if the owner wants two shares, the broker
+    #     gives the other against the container's token.
+    broker = ContainerAtBroker(host.config, container.token.data, host.standby)
+    content_key = release_key(result, identity, tpm=tpm, broker=broker, grant=grant, owner=owner)
+    return Admission(
+        request, manifest, layout, identity, content_key, head.digest, evidence, _tee_of(evidence.quote, result)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an attestation is about; times in seconds since 1970, the audit log's head 32 bytes."""
+
+    manifest: Manifest
+    grant: Grant
+    boot_policy: BootPolicy
+    identity: Identity
+    container_id: str
+    now: int
+    audit_head: bytes
+
+
+def _attest(asked: _Asked, tpm: HostTpm, host: Host) -> tuple[AttestationResult, StartEvidence]:
+    """Quote and appraise; the result, and what it rests on, for others to look at."""
+    manifest, token_hash, nonce = asked.manifest, asked.identity.token_hash, host.random(32)
+    extra_data = qualifying_data(nonce, token_hash, asked.container_id, manifest.digest, asked.audit_head)
+    # So does the hardware of a TEE for its guest, where there is one; the owner may insist.
+    wanted = manifest.access.tee
+    quote = tpm.add_tee_report(
+        tpm.collect_evidence(asked.boot_policy, extra_data, asked.grant.counter.index),
+        extra_data,
+        required=wanted is not None,
+    )
+    result = appraise_evidence(
+        quote,
+        ak=host.device.ak,
+        expected_extra_data=extra_data,
+        boot_policy=asked.boot_policy,
+        tee=tpm.tee_expectation(wanted, asked.now),
+    )
+    # 9a. If the owner wants that, a remote verifier says so, too. This host asks it about itself: a diagnosis.
+    remote = manifest.access.appraisal
+    if remote is not None:
+        _appraise_remotely(quote, extra_data, host)
+    evidence = StartEvidence(
+        model_name=manifest.model.name,
+        model_version=manifest.model.version,
+        manifest_digest=manifest.digest,
+        owner_id=manifest.owner_id,
+        device_name=asked.grant.device_name,
+        device_class=asked.grant.device_class,
+        created=asked.now,
+        nonce=nonce,
+        token_hash=token_hash,
+        audit_head=asked.audit_head,
+        form_policy=result.form.policy,
+        quote=quote,
+        ak=host.device.ak,
+        pcr_signature=_pcr_signature(result.form, quote),
+        remote=remote,
+    )
+    return result, evidence
+
+
+def _pcr_signature(form: BootForm, quote: Evidence) -> bytes | None:
+    found = form.signed.signature_for(quote.pcrs) if form.signed is not None else None
+    return None if found is None else found.signature
+
+
+def _tee_of(evidence: Evidence, result: AttestationResult) -> str:
+    if result.tee is not None:
+        return result.tee.kind
+    return f"{evidence.tee.provider} (not appraised)" if evidence.tee is not None else ""
+
+
+def _appraise_remotely(quote: Evidence, extra_data: bytes, host: Host) -> None:
+    """Ask Keylime's verifier; the values of the quote are approved ones by now, so they are the reference values."""
+    from oci_hook.remote_appraisal import ask_keylime, host_verifier  # no other start pays for HTTP and TLS
+
+    ask_keylime(
+        host_verifier(host.config),
+        quote,
+        ak=host.device.ak,
+        extra_data=extra_data,
+        reference=quote.pcrs,
+        timeout_seconds=host.config.keylime_timeout_seconds,
+    )
+
+
+def _verify_clock(now: float, last: float, config: Config) -> None:
+    if now < last - config.token_leeway_seconds:
+        raise ClockRefused(f"the clock is {last - now:.0f} s behind the last record of {config.audit_file}")
 
 
 def _verify_access_window(manifest: Manifest, now: float) -> None:
@@ -162,19 +259,6 @@ def _verify_runtime(manifest: Manifest, request: ModelRequest, runtime: str) -> 
     required = request.requirements.runtime
     if required is not None and runtime != required:
         raise RequirementRefused(f"smm.scz/require asks for runtime={required}, this is {runtime}")
-
-
-def _verified_grant(manifest: Manifest, owner: Owner, host: Host) -> Grant:
-    grant = verify_grant(parse_grant(host.store.load_grant(manifest.digest)), owner=owner, manifest=manifest)
-    verify_device(grant, host.device)
-    return grant
-
-
-def _verified_boot_policy(manifest: Manifest, owner: Owner, grant: Grant, host: Host) -> BootPolicy:
-    data = host.store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
-    return verify_boot_policy(
-        parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
-    )
 
 
 def _verify_binding(identity: Identity, container: Container, host: Host) -> None:

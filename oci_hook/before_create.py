@@ -50,6 +50,7 @@ from oci_hook.host import (
     sweep_host_mounts,
 )
 from oci_hook.identity.sources import load_token
+from oci_hook.keeping import kept_evidence
 from oci_hook.linux import mounts
 from oci_hook.oci.annotations import ModelRequest, Requests
 from oci_hook.oci.engine import EngineFacts
@@ -237,7 +238,7 @@ def _attach(
     audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
     undo.callback(_tell_closed, record, host.config)
     records = ContainerRecords(host.config.runtime_directory)
-    records.write(record)
+    records.write(record, kept_evidence(container, admissions, None, records))
     attached = _in_container(delivery.attach(), [admission.request for admission in admissions])
     for entry in entries:
         mounts.make_private(entry.source)
@@ -262,6 +263,8 @@ def _keep(
             remedy="start the container again",
         )
     audit_grants(host, container, admissions)
+    records = ContainerRecords(host.config.runtime_directory)
+    records.keep_evidence(kept, kept_evidence(container, admissions, None, records))
     return tuple(
         Attached(request.slot, request.destination, held.fsid, held.device, held.mount_id, held.size_bytes)
         for request, held in zip(asking.requests.models, kept.held, strict=True)

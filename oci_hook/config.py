@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from oci_hook.documents import Fields
 from oci_hook.errors import ConfigInvalid
+from oci_hook.https_client import ADDRESS
 from oci_hook.trusted_file import load_root_file
 
 DEFAULT_CONFIG_FILE = "/etc/scz-smm/config.toml"
@@ -30,6 +31,7 @@ class Config:
     engine: Engine = "podman"
     tpm_tcti: str = "device:/dev/tpmrm0"
     tpm_timeout_seconds: int = 60
+    tpm_event_log: str = "/sys/kernel/security/tpm0/binary_bios_measurements"
     token_path: str = "/var/run/secrets/scz-smm/token"  # noqa: S105 - a path in the container, not a secret
     token_leeway_seconds: int = 5
     memory_reserve_bytes: int = 256 << 20
@@ -37,11 +39,21 @@ class Config:
     trust_directory: str = "/etc/scz-smm/trust"
     runtime_directory: str = "/run/scz-smm"
     audit_file: str = "/var/log/scz-smm/audit.jsonl"
+    tsm_directory: str = "/sys/kernel/config/tsm/report"
     nri_engine: Engine = "containerd"
     nri_socket: str = "/var/run/nri/nri.sock"
     nri_vm_handlers: tuple[str, ...] = ("kata*",)
+    boot_pcr_signature: str = "/run/systemd/tpm2-pcr-signature.json"
     guest_agent: str = "/usr/bin/kata-agent"
     guest_timeout_seconds: int = 7
+    broker_address: str = ""
+    broker_ca_file: str = ""
+    broker_timeout_seconds: int = 10
+    keylime_address: str = ""
+    keylime_ca_file: str = ""
+    keylime_certificate: str = ""
+    keylime_key: str = ""
+    keylime_timeout_seconds: int = 10
 
 
 def parse_config(data: bytes) -> Config:
@@ -75,11 +87,12 @@ def parse_config(data: bytes) -> Config:
 
     tpm, token, memory, paths = section("tpm"), section("token"), section("memory"), section("paths")
     nri = section("nri")
-    guest = section("guest")
+    guest, boot, broker = section("guest"), section("boot"), section("broker")
     config = Config(
         engine=cast(Engine, text(top, "engine", default.engine, _ENGINES)),
         tpm_tcti=text(tpm, "tcti", default.tpm_tcti, r"(device|swtpm|tabrmd)(:[\x21-\x7e]*)?"),
         tpm_timeout_seconds=number(tpm, "timeout_seconds", default.tpm_timeout_seconds, 1, 600),
+        tpm_event_log=text(tpm, "event_log", default.tpm_event_log, _ABSOLUTE),
         token_path=text(token, "path", default.token_path, _ABSOLUTE),
         token_leeway_seconds=number(token, "leeway_seconds", default.token_leeway_seconds, 0, 60),
         memory_reserve_bytes=number(memory, "reserve_bytes", default.memory_reserve_bytes, 0, 1 << 50),
@@ -87,15 +100,40 @@ def parse_config(data: bytes) -> Config:
         trust_directory=text(paths, "trust", default.trust_directory, _ABSOLUTE),
         runtime_directory=text(paths, "runtime", default.runtime_directory, _ABSOLUTE),
         audit_file=text(paths, "audit", default.audit_file, _ABSOLUTE),
+        tsm_directory=text(paths, "tsm", default.tsm_directory, _ABSOLUTE),
         nri_engine=cast(Engine, text(nri, "engine", default.nri_engine, "containerd|cri-o")),
         nri_socket=text(nri, "socket", default.nri_socket, _ABSOLUTE),
         nri_vm_handlers=patterns(nri, "vm_handlers", default.nri_vm_handlers),
+        boot_pcr_signature=text(boot, "pcr_signature", default.boot_pcr_signature, _ABSOLUTE),
         guest_agent=text(guest, "agent", default.guest_agent, _ABSOLUTE),
         guest_timeout_seconds=number(guest, "timeout_seconds", default.guest_timeout_seconds, 1, 600),
+        broker_address=_or_empty(broker, "address", ADDRESS),
+        broker_ca_file=_or_empty(broker, "ca_file", _ABSOLUTE),
+        broker_timeout_seconds=number(broker, "timeout_seconds", default.broker_timeout_seconds, 1, 600),
+        **_keylime(top),
     )
-    for fields in (tpm, token, memory, paths, nri, guest, top):
+    for fields in (tpm, token, memory, paths, nri, guest, boot, broker, top):
         _finish(fields)
     return config
+
+
+def _or_empty(fields: Fields, name: str, pattern: str) -> str:
+    """A text of that pattern; empty, which means none, if it is absent or empty."""
+    value = fields.take(name) if fields.has(name) else ""
+    one = Fields({name: value}, what="configuration", error=ConfigInvalid)
+    return "" if value == "" else one.string(name, pattern=pattern, limit=512)
+
+
+def _keylime(top: Fields) -> dict[str, Any]:
+    """The section `[keylime]`; an empty text means the same as none."""
+    fields = top.fields("keylime") if top.has("keylime") else Fields({}, what="keylime", error=ConfigInvalid)
+    found: dict[str, Any] = {"keylime_address": _or_empty(fields, "address", r"https://[\x21-\x7e]+")}
+    for name in ("ca_file", "certificate", "key"):
+        found[f"keylime_{name}"] = _or_empty(fields, name, _ABSOLUTE)
+    if fields.has("timeout_seconds"):
+        found["keylime_timeout_seconds"] = fields.integer("timeout_seconds", low=1, high=600)
+    _finish(fields)
+    return found
 
 
 def _handler(value: object) -> str:

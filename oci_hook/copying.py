@@ -11,6 +11,9 @@ import fcntl
 import os
 from collections.abc import Iterator
 
+from oci_hook.bundle.files import closing
+from oci_hook.bundle.layout import Layout
+from oci_hook.errors import SczError
 from oci_hook.store import system_calls
 
 _STEP_BYTES = 4 << 20
@@ -35,6 +38,15 @@ def shares_blocks(source: int, folder: str) -> bool:
             os.close(target)
             os.unlink(path)
     return False
+
+
+def is_shared(layout: Layout, folder: str) -> bool:
+    """Whether copies of a bundle's files in `folder` take no room (`shares_blocks`)."""
+    try:
+        with closing(layout.open_blob(layout.layers[0].digest)) as descriptor:
+            return shares_blocks(descriptor, folder)
+    except SczError:
+        return False  # the copy will say what is wrong
 
 
 def write_new(path: str, data: bytes) -> None:

@@ -342,9 +342,3 @@ class Terminated(CouldNotTell):
 class InstallationIncomplete(CouldNotTell):
     code, summary = 72, "the installation of scz-smm is incomplete, or being changed right now"
     remedy = "`dpkg --configure -a`, `apt install --reinstall scz-smm`; with rpm: `rpm -U --replacepkgs FILE`"
-
-
-def all_errors() -> dict[int, type[SczError]]:
-    """Every error by its exit code; what `sczctl why` is made from."""
-    families = (InputError, Refused, CouldNotTell)
-    return {cls.code: cls for cls in sorted((c for f in families for c in f.__subclasses__()), key=lambda c: c.code)}

@@ -232,6 +232,8 @@ def audit_grants(host: Host, container: Container, admissions: Sequence[Admissio
             issuer=admission.identity.issuer.issuer,
             subject=admission.identity.subject,
             quoted=admission.audit_head.hex(),
+            diagnosis=admission.evidence.remote,  # a remote verifier accepted it, asked by this host about itself
+            **({"tee": admission.tee, "evidence": admission.evidence.quote.digest.hex()} if admission.tee else {}),
         )
         model = f"{admission.manifest.model.name}:{admission.manifest.model.version}"
         tell(

@@ -5,13 +5,16 @@ A stick is hostile: how deep, how many and how large is bounded before anything 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from oci_hook.bundle.layout import LAYOUT_FILE, open_layout
+from oci_hook.bundle.revocations import parse_revocations
 from oci_hook.errors import BundleInvalid, FileUnreadable
+from oci_hook.key_errors import RevocationsMissing
 from oci_hook.trusted_file import load_file
 
 DOCUMENT_BYTES = 1 << 20
@@ -27,6 +30,7 @@ class Incoming:
     bundles: list[str] = field(default_factory=list)
     grants: list[bytes] = field(default_factory=list)
     boot_policies: list[bytes] = field(default_factory=list)
+    revocations: list[bytes] = field(default_factory=list)
     size_bytes: int = field(default=0, compare=False)
 
 
@@ -43,6 +47,16 @@ def collect(paths: Iterable[str]) -> Incoming:
     if incoming == Incoming():
         raise BundleInvalid("there is no bundle, grant or boot policy to add", remedy="name their folder or files")
     return incoming
+
+
+def _list_for(path: str, data: bytes, incoming: Incoming) -> list[bytes]:
+    """Where a document belongs: its type, which it says itself, tells the two kinds of JWS apart."""
+    if path.endswith(".json"):
+        return incoming.boot_policies
+    with contextlib.suppress(RevocationsMissing):  # whoever verifies a grant says what is wrong with it
+        parse_revocations(data)
+        return incoming.revocations
+    return incoming.grants
 
 
 def measure(incoming: Incoming, *, copied: bool) -> int:
@@ -71,7 +85,7 @@ def _collect(path: str, incoming: Incoming, depth: int) -> None:
             _collect(os.path.join(path, entry), incoming, depth + 1)
     elif path.endswith((".jwt", ".json")):
         data = load_file(path, limit_bytes=DOCUMENT_BYTES, error=BundleInvalid)
-        (incoming.grants if path.endswith(".jwt") else incoming.boot_policies).append(data)
+        _list_for(path, data, incoming).append(data)
         incoming.size_bytes += len(data) + _OBJECT_BYTES
         if incoming.size_bytes > _DOCUMENTS_BYTES:
             raise BundleInvalid(f"more than {_DOCUMENTS_BYTES >> 20} MiB of grants and boot policies at once")

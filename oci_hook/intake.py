@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.host_device import HostDevice
-from oci_hook.bundle.files import closing
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant, verify_grant_signature
 from oci_hook.bundle.layout import BLOBS, INDEX_FILE, LAYOUT_FILE, Layout, open_layout, verify_bundle, verify_digests
 from oci_hook.bundle.manifest import Manifest
-from oci_hook.copying import copy_blob, shares_blocks, write_new
+from oci_hook.bundle.revocations import Revocations
+from oci_hook.copying import copy_blob, is_shared, write_new
 from oci_hook.disk_space import Need, block_bytes, full_disk_explained, verify_room
 from oci_hook.errors import (
     BundleInvalid,
@@ -31,6 +31,7 @@ from oci_hook.errors import (
 from oci_hook.incoming import DOCUMENT_BYTES, Incoming
 from oci_hook.placement import locked, place, staging
 from oci_hook.provenance import find_owner, verified_manifest, verify_device
+from oci_hook.revoked import Counting, IncomingList, verify_incoming
 from oci_hook.store import Store, StoredModel, system_calls
 from oci_hook.trust import Owner
 from oci_hook.trusted_file import load_file, sync_directory
@@ -50,6 +51,7 @@ class Taken:
     models: tuple[StoredModel, ...]
     grants: tuple[Grant, ...]
     boot_policies: tuple[BootPolicy, ...]
+    revocations: tuple[Revocations, ...] = ()
 
 
 class Intake:
@@ -62,6 +64,7 @@ class Intake:
         replace: Whether a version may get other contents.
         without_bundle: Whether a grant's bundle may be elsewhere, in images that carry it.
         progress: Called with the bytes done so far, of `measure`.
+        counting: The owners' counters, for lists of revocations; None: a list is refused.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Intake:
         replace: bool = False,
         without_bundle: bool = False,
         progress: Progress = lambda _done: None,
+        counting: Counting | None = None,
     ) -> None:
         self._store = store
         self._owners = owners
@@ -80,6 +84,8 @@ class Intake:
         self._replace = replace
         self._without_bundle = without_bundle
         self._progress = progress
+        self._counting = counting
+        self._lists: list[IncomingList] = []
         self._done = 0
         self._models: dict[tuple[str, str], tuple[StoredModel, Manifest]] = {}
         self._carried: dict[tuple[str, str], StoredModel] = {}
@@ -95,10 +101,13 @@ class Intake:
                 model, manifest = self._verified_bundle(path, layout)
                 verify_digests(layout, manifest, self._counted())
             self._models[model.name, model.version] = model, manifest
+        self._lists = self._verified_lists(incoming)
         return self._taken(self._grants(incoming), self._policies(incoming))
 
     def take(self, incoming: Incoming) -> Taken:
-        """Verify everything, then place it.
+        """Verify everything, then place it, lists of revocations first; at the end the counters are counted up.
+
+        While a list is here and its count not at the end nothing of its owner starts (76); the same call again goes on.
 
         Raises:
             SczError: The first check that failed; nothing was placed.
@@ -110,8 +119,11 @@ class Intake:
         ):
             self._verify_room(incoming, folder)
             staged = [(self._stage(path, os.path.join(folder, str(n))), n) for n, path in enumerate(incoming.bundles)]
+            self._lists = self._verified_lists(incoming)
             grants, policies = self._grants(incoming), self._policies(incoming)
-            documents = [(self._store.grant_path(grant.manifest_digest), data) for grant, data in grants]
+            lists = [(each.revocations.owner_id, each.compact) for each in self._lists]
+            documents = [(self._store.revocations_path(owner_id), data) for owner_id, data in lists]
+            documents += [(self._store.grant_path(grant.manifest_digest), data) for grant, data in grants]
             documents += [
                 (self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class), data)
                 for policy, data in policies
@@ -122,7 +134,11 @@ class Intake:
                 for model in taken.models:
                     self._verify_name_is_free(model)  # again: another `add` may have been faster
                 bundles = [(os.path.join(folder, str(n)), digest) for digest, n in staged if digest is not None]
+                self._lists = self._verified_lists(incoming)  # again, as well
+                self._verify_none_older(grants, policies)
                 place(self._store, bundles, documents)
+                for each in self._lists:
+                    each.count_up()
         return taken
 
     def _taken(self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]) -> Taken:
@@ -130,7 +146,13 @@ class Intake:
             (*(model for model, _ in self._models.values()), *self._carried.values()),
             tuple(grant for grant, _ in grants),
             tuple(policy for policy, _ in policies),
+            tuple(each.revocations for each in self._lists),
         )
+
+    # --- lists of revocations ---
+
+    def _verified_lists(self, incoming: Incoming) -> list[IncomingList]:
+        return verify_incoming(incoming.revocations, self._store, self._owners, self._device, self._counting)
 
     # --- bundles ---
 
@@ -141,10 +163,11 @@ class Intake:
 
     def _need(self, incoming: Incoming, folder: str | None = None) -> Need:
         """The room that the copies take; with a folder of the store's, without those that take none there."""
-        sizes = [_SMALL_BYTES] * (len(incoming.grants) + len(incoming.boot_policies))
+        documents = len(incoming.grants) + len(incoming.boot_policies) + len(incoming.revocations)
+        sizes = [_SMALL_BYTES] * documents
         for path in incoming.bundles:
             with open_layout(path) as layout:
-                if folder is None or not _is_shared(layout, folder):
+                if folder is None or not is_shared(layout, folder):
                     sizes += [_SMALL_BYTES] * 2 + [_size_of(path, digest) for digest in _digests(layout)]
         return Need.of(sizes, block_bytes(self._store.nearest_folder()), _MAKE_ROOM)
 
@@ -223,17 +246,29 @@ class Intake:
     # --- grants and boot policies: older ones first, so that the newest of several stays ---
 
     def _grants(self, incoming: Incoming) -> list[tuple[Grant, bytes]]:
-        grants = [(self._verified_grant(data), data) for data in incoming.grants]
-        for grant, _ in grants:
-            self._verify_newer(self._store.grant_path(grant.manifest_digest), grant.created, self._stored_grant_time)
+        grants = []
+        for data in incoming.grants:
+            try:
+                grants.append((self._verified_grant(data), data))
+            except ModelUnknown:
+                if not self._lists:  # a revocation grants anew what the device may have, whether it is here or not
+                    raise
+        self._verify_none_older(grants, [])
         return sorted(grants, key=lambda item: item[0].created)
 
     def _policies(self, incoming: Incoming) -> list[tuple[BootPolicy, bytes]]:
         policies = [(self._verified_policy(data), data) for data in incoming.boot_policies]
+        self._verify_none_older([], policies)
+        return sorted(policies, key=lambda item: item[0].created)
+
+    def _verify_none_older(
+        self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]
+    ) -> None:
+        for grant, _ in grants:
+            self._verify_newer(self._store.grant_path(grant.manifest_digest), grant.created, self._stored_grant_time)
         for policy, _ in policies:
             path = self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class)
             self._verify_newer(path, policy.created, self._stored_policy_time)
-        return sorted(policies, key=lambda item: item[0].created)
 
     def _verify_newer(self, path: str, created: int, stored_time: Callable[[bytes], int]) -> None:
         """An older document must not come back by mistake: it may approve a boot state that its owner withdrew."""
@@ -311,11 +346,3 @@ def _size_of(bundle: str, digest: str) -> int:
         return os.lstat(os.path.join(bundle, *BLOBS, digest.removeprefix("sha256:"))).st_size
     except OSError:
         return 0
-
-
-def _is_shared(layout: Layout, folder: str) -> bool:
-    try:
-        with closing(layout.open_blob(layout.layers[0].digest)) as descriptor:
-            return shares_blocks(descriptor, folder)
-    except SczError:
-        return False  # the copy will say what is wrong

@@ -16,7 +16,8 @@ from typing import Any
 from oci_hook.audit import AuditLog
 from oci_hook.audit_chain import Verified
 from oci_hook.documents import Fields, canonical, parse_object
-from oci_hook.errors import FileUnreadable, all_errors
+from oci_hook.errors import FileUnreadable
+from oci_hook.key_errors import all_errors
 from oci_hook.trusted_file import load_root_file, replace_file
 
 BUCKETS = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)

@@ -67,7 +67,8 @@ def place(store: Store, bundles: Sequence[tuple[str, str]], documents: Sequence[
     Args:
         store: The store; `locked` is held.
         bundles: Staged folders and their image digests.
-        documents: Paths, by the store's `grant_path`, `boot_policy_path` and `name_entry`, and contents; names last.
+        documents: Paths, by the store's `revocations_path`, `grant_path`, `boot_policy_path` and `name_entry`, and
+            contents, in the order in which they are placed: lists of revocations first, names last.
 
     Raises:
         FileUnreadable: A system call failed.
@@ -149,7 +150,7 @@ def _sweep(store: Store) -> None:
     for entry in entries(store.path("models"), hidden=True):
         if entry.startswith(_STAGING):
             _remove_unless_locked(store.path("models", entry))
-    folders = [store.path("grants")]
+    folders = [store.path("grants"), store.path("revocations")]
     for kind in ("boot-policies", "names"):
         folders += [store.path(kind, entry) for entry in entries(store.path(kind))]
     for folder in folders:

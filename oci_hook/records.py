@@ -2,7 +2,7 @@
 
 One file a container below the run-time directory, named after the id and the bundle (two containerd namespaces may use
 one id). It is written before the model becomes visible and marked once it is; what a killed hook left is told apart by
-the process that it names.
+the process that it names. The evidence of the start lies beside it under the same name, and comes and goes with it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import FileUnreadable, SczError, SystemCallFailed
+from oci_hook.evidence_files import EvidenceFiles
 from oci_hook.held import HeldModel, parse_held
 from oci_hook.linux.processes import process_start_time
 from oci_hook.locks import lock_file
@@ -144,15 +145,19 @@ class ContainerRecords:
     def __init__(self, runtime_directory: str, *, lock_seconds: float = _LOCK_SECONDS) -> None:
         self._runtime_directory = runtime_directory
         self._directory = os.path.join(runtime_directory, "containers")
+        self._evidence = EvidenceFiles(runtime_directory)
         self._lock_seconds = lock_seconds
 
     def _locked(self) -> AbstractContextManager[None]:
         path = os.path.join(self._runtime_directory, _LOCK)
         return lock_file(path, timeout_seconds=self._lock_seconds, error=SystemCallFailed)
 
+    @staticmethod
+    def _name(container_id: str, bundle: str) -> str:
+        return hashlib.sha256(f"{container_id}\0{bundle}".encode()).hexdigest() + ".json"
+
     def _path(self, container_id: str, bundle: str) -> str:
-        name = hashlib.sha256(f"{container_id}\0{bundle}".encode()).hexdigest()
-        return os.path.join(self._directory, f"{name}.json")
+        return os.path.join(self._directory, self._name(container_id, bundle))
 
     def _load(self, path: str) -> ContainerRecord | None:
         try:
@@ -177,8 +182,28 @@ class ContainerRecords:
             return None
         return record
 
-    def write(self, record: ContainerRecord) -> None:
+    def load_evidence(self, container_id: str, bundle: str) -> bytes | None:
+        """A container's evidence, as `attestation.kept_evidence` reads it; None if there is none (FileUnreadable)."""
+        return self._evidence.load(self._name(container_id, bundle))
+
+    def keep_evidence(self, record: ContainerRecord, evidence: bytes) -> None:
+        """Replace a container's evidence, unless it has ended or was started anew meanwhile.
+
+        Raises:
+            FileUnreadable: It cannot be written.
+            SystemCallFailed: Others held the lock for too long.
+        """
+        with self._locked():
+            now = self._load(self._path(record.container_id, record.bundle))
+            if now is not None and (now.pid, now.start_time) == (record.pid, record.start_time):
+                self._evidence.write(self._name(record.container_id, record.bundle), evidence)
+
+    def write(self, record: ContainerRecord, evidence: bytes | None = None) -> None:
         """Write or replace a container's record.
+
+        Args:
+            record: The container's.
+            evidence: Of its start, at most 4 MiB; None: what is there stays.
 
         Raises:
             FileUnreadable: It cannot be written.
@@ -188,6 +213,8 @@ class ContainerRecords:
         make_private_directory(self._directory)
         with self._locked():
             remove_half_written(self._directory, nobody_writes=True)
+            if evidence is not None:
+                self._evidence.write(self._name(record.container_id, record.bundle), evidence)
             self._replace(record)
 
     def _replace(self, record: ContainerRecord) -> None:
@@ -238,6 +265,7 @@ class ContainerRecords:
                 return
             self._replace(replace(record, bundle=bundle, pid=process[0], start_time=process[1]))
             if bundle != earlier:
+                self._evidence.move(self._name(container_id, earlier), self._name(container_id, bundle))
                 os.unlink(self._path(container_id, earlier))
 
     def close(
@@ -261,9 +289,14 @@ class ContainerRecords:
             record = self._load(path)
             if record is not None and process not in (None, (record.pid, record.start_time)):
                 return None
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            self._remove(path)
         return record
+
+    def _remove(self, path: str) -> None:
+        """The evidence first, so that none is left without a record."""
+        self._evidence.remove(os.path.basename(path))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
     def live(self) -> Sequence[ContainerRecord]:
         """The records of processes that still run, oldest first."""
@@ -285,9 +318,9 @@ class ContainerRecords:
             remove_half_written(self._directory, nobody_writes=True)
             for path, record in self._all():
                 if not record.is_alive():
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path)
+                    self._remove(path)
                     found.append(record)
+            self._evidence.remove_all_but(self._directory)
         return found
 
     def _all(self) -> Iterator[tuple[str, ContainerRecord]]:

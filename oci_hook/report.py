@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from oci_hook.audit import AuditLog
 from oci_hook.config import Config, load_config
 from oci_hook.documents import Fields, canonical, parse_object, shown
-from oci_hook.errors import FileUnreadable, SczError, all_errors
+from oci_hook.errors import FileUnreadable, SczError
 from oci_hook.journal import tell
+from oci_hook.key_errors import all_errors
 from oci_hook.oci.state import State
 from oci_hook.trusted_file import load_file, make_private_directory, remove_half_written, replace_file
 

@@ -15,8 +15,9 @@ from contextlib import suppress
 from typing import Any
 
 from oci_hook.documents import Fields, canonical, parse_object, shown
-from oci_hook.errors import SczError, SystemCallFailed, all_errors
+from oci_hook.errors import SczError, SystemCallFailed
 from oci_hook.invocation import ENVIRONMENT, Invocation
+from oci_hook.key_errors import all_errors
 from oci_hook.linux.processes import process_start_time
 from oci_hook.oci.edit import HOOK_SECONDS
 

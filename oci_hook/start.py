@@ -34,6 +34,7 @@ from oci_hook.host import (
     sweep_host_mounts,
 )
 from oci_hook.identity.sources import TokenFile, load_token
+from oci_hook.keeping import kept_evidence
 from oci_hook.oci.annotations import Requests
 from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Spec
@@ -94,7 +95,7 @@ def deliver(
         delivery.fill([each.delivery() for each in admissions if each.request.destination not in shared])
         audit_grants(host, container, admissions)  # synced: if it cannot be written, nothing becomes visible
         record = open_record(container, admissions, earlier, keeper=delivery.keeper, seconds=host.clock())
-        records.write(record)
+        records.write(record, kept_evidence(container, admissions, earlier, records))
         attached, seconds = delivery.attach(), time.monotonic() - began
         records.mark_delivered(record, held_models(admissions, attached))
     audit_outcome(host, container, record, attached, seconds=seconds)

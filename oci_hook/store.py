@@ -8,9 +8,10 @@ store's directory::
     names/<name>/<version>                       {"image" or null, "manifest", "owner"}: written last
     grants/<manifest digest>.jwt                 this device's grant
     boot-policies/<owner id>/<name>@<class>.json
+    revocations/<owner id>.jwt
     device.json                                  this host's enrolment
 
-`placement` changes the first four, under a lock; reading needs none.
+`placement` changes the first five, under a lock; reading needs none.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from oci_hook.errors import (
     ModelUnknown,
     StoreInvalid,
 )
+from oci_hook.key_errors import RevocationsMissing
 from oci_hook.oci.annotations import ModelReference
 from oci_hook.trusted_file import load_root_file, make_private_directory, replace_file
 
@@ -202,6 +204,24 @@ class Store:
         return load_root_file(
             path, limit_bytes=_DOCUMENT_BYTES, error=BootPolicyInvalid, remedy=BootPolicyInvalid.remedy
         )
+
+    def load_revocations(self, owner_id: str) -> bytes | None:
+        """An owner's list of revocations, unverified; None: there is none.
+
+        Raises:
+            RevocationsMissing: It could have been written by others than root.
+            FileUnreadable: It cannot be read.
+        """
+        path = self.revocations_path(owner_id)
+        if not os.path.lexists(path):
+            return None
+        return load_root_file(
+            path, limit_bytes=_DOCUMENT_BYTES, error=RevocationsMissing, remedy=RevocationsMissing.remedy
+        )
+
+    def revocations_path(self, owner_id: str) -> str:
+        """Where an owner's list of revocations lies."""
+        return self.path("revocations", f"{owner_id}.jwt")
 
     def boot_policy_path(self, owner_id: str, model_name: str, device_class: str) -> str:
         """Where an owner's boot policy for a model line and device class lies."""

@@ -61,7 +61,19 @@ def _opened(name: str, flags: int, directory: int | None, path: str) -> Iterator
         os.close(descriptor)
 
 
-def load_root_file(path: str, *, limit_bytes: int, error: type[SczError], remedy: str | None = None) -> bytes:
+def verify_secret(found: os.stat_result, path: str, error: type[SczError]) -> None:
+    """Refuse a file that its group or others may read or write (the class `error`): it holds a secret."""
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o066:
+        raise error(
+            f"{path} may be read or written by others than its owner (mode {mode:04o})",
+            remedy=f"who had it meanwhile? make a new one in its place; if nobody: `chmod 600 {shlex.quote(path)}`",
+        )
+
+
+def load_root_file(
+    path: str, *, limit_bytes: int, error: type[SczError], remedy: str | None = None, is_secret: bool = False
+) -> bytes:
     """Read a file that only root can have written.
 
     Args:
@@ -69,6 +81,7 @@ def load_root_file(path: str, *, limit_bytes: int, error: type[SczError], remedy
         limit_bytes: A larger file is refused.
         error: What to raise if the file is not root's alone, not a regular file, or too large.
         remedy: What mends a file that others could have written; default: a look, and giving it back to root.
+        is_secret: Refuse a file that others may read, too (`verify_secret`).
 
     Raises:
         FileUnreadable: The file is absent or cannot be read.
@@ -86,6 +99,8 @@ def load_root_file(path: str, *, limit_bytes: int, error: type[SczError], remedy
             verify_root_alone(os.fstat(directory), seen, error)
         descriptor = stack.enter_context(_opened(parts[-1], _READ, directory, path))
         verify_root_alone(os.fstat(descriptor), path, error, remedy)
+        if is_secret:
+            verify_secret(os.fstat(descriptor), path, error)
         return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
 
 
@@ -106,13 +121,18 @@ def read_regular(descriptor: int, path: str, *, limit_bytes: int, error: type[Sc
     return b"".join(chunks)
 
 
-def load_file(path: str, *, limit_bytes: int, error: type[SczError]) -> bytes:
-    """Read a regular file of anybody's, at most `limit_bytes` long; a link at the end of the path is not followed."""
+def load_file(path: str, *, limit_bytes: int, error: type[SczError], is_secret: bool = False) -> bytes:
+    """Read a regular file of anybody's, at most `limit_bytes` long; a link at the end of the path is not followed.
+
+    With `is_secret` it may be nobody else's (`verify_secret`).
+    """
     with _opened(path, _READ, None, path) as descriptor:
+        if is_secret:
+            verify_secret(os.fstat(descriptor), path, error)
         return read_regular(descriptor, path, limit_bytes=limit_bytes, error=error)
 
 
-def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) -> None:
+def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1, sync: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one whole: temporary sibling, fsync, rename.
 
     Args:
@@ -120,6 +140,7 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) 
         data: Its contents.
         mode: Its mode.
         group: Its group's id; -1: this process's.
+        sync: Whether it has to survive a power cut; if not, it is still whole or absent for whoever reads it.
 
     Raises:
         FileUnreadable: A system call failed; nothing of the new file is left.
@@ -134,13 +155,15 @@ def replace_file(path: str, data: bytes, *, mode: int = 0o600, group: int = -1) 
                 file.flush()
                 os.fchown(file.fileno(), -1, group)
                 os.fchmod(file.fileno(), mode)
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.rename(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        sync_directory(directory or ".")
+        if sync:
+            sync_directory(directory or ".")
     except OSError as cause:
         raise FileUnreadable(f"{path}: {cause.strerror}") from cause
 

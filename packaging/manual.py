@@ -24,7 +24,7 @@ import click
 from oci_hook import __version__
 from oci_hook.cli import cli
 from oci_hook.config import DEFAULT_CONFIG_FILE, Config
-from oci_hook.errors import all_errors
+from oci_hook.key_errors import all_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "docs" / "man"
@@ -89,7 +89,8 @@ def literal(text: str) -> str:
 
 def prose(text: str) -> str:
     """Paragraphs of a help text as mdoc: one line a sentence at least; what stands in backquotes is bold."""
-    return "\n.Pp\n".join(_paragraph(part) for part in re.split(r"\n\s*\n", text.strip()))
+    text = "\n.Pp\n".join(_paragraph(part) for part in re.split(r"\n\s*\n", text.strip()))
+    return text.replace(".Pp\n.Bd", ".Bd")  # a display begins with a blank line of its own
 
 
 def _paragraph(text: str) -> str:

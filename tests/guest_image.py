@@ -13,6 +13,7 @@ Needs Debian's systemd-boot-efi and binutils. Specification: UAPI group, "Unifie
 
 from __future__ import annotations
 
+import base64
 import gzip
 import os
 import re
@@ -37,6 +38,13 @@ _UNUSED |= {"venv", "wsgiref", "xmlrpc", "curses", "dbm", "sqlite3", "asyncio", 
 _UNUSED_MODULES = re.compile(r"(_test|_xxtest|_codecs_|_ctypes_test|_sqlite|_curses|_decimal|xx|readline|audioop|nis)")
 _PACKAGES = ("cryptography", "tpm2_pytss", "jose", "click", "ecdsa", "rsa", "pyasn1", "six.py", "psutil", "packaging")
 _PACKAGES += ("asn1crypto", "pycparser", "cffi")
+#: A guest's own words for what was measured; `told` and `told_pcrs` read them.
+TELL_THE_BOOT = """
+        for pcr in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
+            echo "guest: pcr $pcr $(cat /sys/class/tpm/tpm0/pcr-sha256/$pcr)"
+        done
+        echo "guest: log $(base64 -w 0 /sys/kernel/security/tpm0/binary_bios_measurements)"
+"""
 _MAIN = f"""#!/bin/sh
 mount -t tmpfs -o mode=0755 run /run
 mkdir -p {SHARED} /var/lib/scz-smm /var/log/scz-smm
@@ -46,10 +54,7 @@ echo "guest: ready"
 while read -r verb id; do
     case $verb in
     log)
-        for pcr in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
-            echo "guest: pcr $pcr $(cat /sys/class/tpm/tpm0/pcr-sha256/$pcr)"
-        done
-        echo "guest: log $(base64 -w 0 /sys/kernel/security/tpm0/binary_bios_measurements)" ;;
+{TELL_THE_BOOT}        ;;
     measure)
         /usr/bin/python3 -I /usr/bin/sczctl boot-policy measure --device guest-1 -o /run/measurement.json &&
             echo "guest: measurement $(base64 -w 0 /run/measurement.json)" ;;
@@ -154,7 +159,7 @@ def write_image(path: Path, folder: Path, kernel: Kernel, *, command_line: str =
     (parts / "cmdline").write_bytes(command_line.encode() + b"\0")
     (parts / "osrel").write_text("ID=scz-smm-tests\nVERSION_ID=1\n")
     shutil.copy(kernel.image, parts / "linux")
-    words, place = ["objcopy"], _end_of(STUB.read_bytes())
+    words, place = ["objcopy"], image_end(STUB.read_bytes())
     for name in ("osrel", "cmdline", "linux", "initrd"):
         words += ["--add-section", f".{name}={parts / name}", "--set-section-flags", f".{name}=data,readonly"]
         words += ["--change-section-vma", f".{name}={place:#x}"]
@@ -168,7 +173,7 @@ def _aligned(size: int) -> int:
     return -(-size // 0x10000) * 0x10000
 
 
-def _end_of(image: bytes) -> int:
+def image_end(image: bytes) -> int:
     """The address behind the last section of a PE32+ image (Microsoft, "PE Format")."""
     (start,) = struct.unpack_from("<I", image, 0x3C)
     sections, optional_bytes = struct.unpack_from("<H12xH", image, start + 6)
@@ -198,3 +203,15 @@ class MeasuredGuest(Guest):
             del words[where : where + 2]
         outside = [] if self._command_line is None else ["-append", self._command_line]
         return [*words, "-kernel", os.fspath(self._image), *outside]
+
+
+def told(lines: list[str], what: str) -> bytes:
+    """What the guest printed in base64."""
+    (found,) = [line.split()[2] for line in lines if line.startswith(f"guest: {what} ")]
+    return base64.b64decode(found)
+
+
+def told_pcrs(lines: list[str]) -> dict[int, bytes]:
+    """The PCRs as the guest's kernel shows them."""
+    found = [line.split() for line in lines if line.startswith("guest: pcr ")]
+    return {int(words[2]): bytes.fromhex(words[3]) for words in found}

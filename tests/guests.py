@@ -42,6 +42,7 @@ _VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _FIRMWARE, _VARIABLES = Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _APT_SECONDS = 600
+_APT_DOWNLOAD = ("apt-get", "-o", "APT::Sandbox::User=root", "-qq", "download")
 _XZ = b"\xfd7zXZ\0"
 #: A boot takes about five seconds on an idle machine, and the tests' machines are not idle.
 GUEST_SECONDS = 300
@@ -119,10 +120,10 @@ def fetch_kernel(folder: Path) -> Kernel:
     """
     folder.mkdir(parents=True)
     try:
-        _download(folder)
+        _download_kernel(folder)
     except GuestError:  # the machine has no package lists, or they are older than the mirror
         _run(folder, "apt-get", "-qq", "update")
-        _download(folder)
+        _download_kernel(folder)
     (archive,) = folder.glob("linux-image-*.deb")
     wanted = ["./boot/vmlinuz-*", "*/modules.builtin", *(f"*/kernel/{part}/*" for part in _UNPACKED)]
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, env=_ENVIRONMENT) as data:
@@ -139,11 +140,32 @@ def fetch_kernel(folder: Path) -> Kernel:
     return Kernel(image.name.removeprefix("vmlinuz-"), image, modules, builtin, _unpack(image, folder / "vmlinux"))
 
 
-def _download(folder: Path) -> None:
+def _download_kernel(folder: Path) -> None:
     found = re.search(r"Depends: (linux-image-\S+)", _run(folder, "apt-cache", "depends", "--important", _PACKAGE))
     if found is None:
         raise GuestError(f"{_PACKAGE} depends on no kernel")
-    _run(folder, "apt-get", "-o", "APT::Sandbox::User=root", "-qq", "download", found[1])
+    _run(folder, *_APT_DOWNLOAD, found[1])
+
+
+def fetch_packages(folder: Path, *names: str) -> Path:
+    """Download packages of the machine's own suite and unpack them, without what they depend on.
+
+    Args:
+        folder: Where to; a new folder, the caller's to remove.
+
+    Returns:
+        `folder`, with the packages' files below it.
+    """
+    folder.mkdir(parents=True)
+    try:
+        _run(folder, *_APT_DOWNLOAD, *names)
+    except GuestError:
+        _run(folder, "apt-get", "-qq", "update")
+        _run(folder, *_APT_DOWNLOAD, *names)
+    for archive in sorted(folder.glob("*.deb")):
+        _run(folder, "dpkg-deb", "--extract", str(archive), str(folder))
+        archive.unlink()
+    return folder
 
 
 def _unpack(image: Path, plain: Path) -> Path | None:

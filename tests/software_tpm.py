@@ -56,9 +56,12 @@ class SoftwareTpm:
     Args:
         directory: Where state and CA live; made with mode 0700 if absent. A directory that this class made before is
             used again: the same TPM, restarted (a copy of such a directory is a TPM with the same keys).
+        certified: Whether a new TPM has EK certificates.
+        banks: The PCR banks of a new TPM, which firmware measures into, with commas between.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, certified: bool = True, banks: str = "sha256") -> None:
+        self._certified, self._banks = certified, banks
         self.directory = Path(directory).resolve()
         self._state = self.directory / "state"
         self._ca = self.directory / "ca"
@@ -93,7 +96,10 @@ class SoftwareTpm:
 
     def extend(self, pcr: int, data: bytes | str) -> bytes:
         """Measure `data` into a PCR of the SHA-256 bank; returns the digest that was extended."""
-        digest = hashlib.sha256(data.encode() if isinstance(data, str) else data).digest()
+        return self.extend_digest(pcr, hashlib.sha256(data.encode() if isinstance(data, str) else data).digest())
+
+    def extend_digest(self, pcr: int, digest: bytes) -> bytes:
+        """Extend a PCR of the SHA-256 bank with a digest that an event log has; returns it."""
         password = bytes.fromhex("400000090000010000")  # empty password, continueSession
         body = pcr.to_bytes(4, "big") + len(password).to_bytes(4, "big") + password
         body += (1).to_bytes(4, "big") + bytes.fromhex("000b") + digest
@@ -105,11 +111,15 @@ class SoftwareTpm:
         for pcr, name in {**BOOT_MEASUREMENTS, **(changes or {})}.items():
             self.extend(pcr, name)
 
-    def restart(self) -> None:
-        """Turn the machine off in order and on again: PCRs are reset, persistent objects and NV stay."""
+    def restart(self, *, locality: int = 0) -> None:
+        """Turn the machine off in order and on again: PCRs are reset, persistent objects and NV stay.
+
+        Args:
+            locality: Where TPM2_Startup comes from: 0, or 3, with which PCR 0 begins.
+        """
         self._command(0x8001, 0x145, bytes(2))  # TPM2_Shutdown(CLEAR)
         self._stop_process()
-        self._start_process()
+        self._start_process(locality)
 
     def pause(self) -> None:
         """Let the TPM hang (SIGSTOP) until `resume`."""
@@ -184,10 +194,11 @@ class SoftwareTpm:
             "create_certs_tool = /usr/bin/swtpm_localca\n"
             f"create_certs_tool_config = {self.directory}/localca.conf\n"
             f"create_certs_tool_options = {self.directory}/localca.options\n"
-            "active_pcr_banks = sha256\n"
+            f"active_pcr_banks = {self._banks}\n"
         )
-        command = ["/usr/bin/swtpm_setup", "--tpm2", "--tpm-state", str(self._state), "--create-ek-cert"]
-        command += ["--config", str(self.directory / "setup.conf"), "--pcr-banks", "sha256", "--overwrite"]
+        command = ["/usr/bin/swtpm_setup", "--tpm2", "--tpm-state", str(self._state)]
+        command += ["--create-ek-cert"] if self._certified else []
+        command += ["--config", str(self.directory / "setup.conf"), "--pcr-banks", self._banks, "--overwrite"]
         if os.geteuid() == 0:
             command += ["--runas", "root"]  # as root it would turn into user tss, who may not enter this directory
         environment = {**_ENVIRONMENT, "HOME": str(self.directory), "XDG_CONFIG_HOME": str(self.directory)}
@@ -198,15 +209,19 @@ class SoftwareTpm:
             raise SoftwareTpmError(f"swtpm_setup failed:\n{(made.stdout + made.stderr).decode(errors='replace')}")
         (self.directory / "made").touch()
 
-    def _start_process(self) -> None:
+    def _start_process(self, locality: int = 0) -> None:
         path = str(self.socket_path)
         for old in (path, f"{path}.ctrl"):
             Path(old).unlink(missing_ok=True)
         words = ["--server", f"type=unixio,path={path}", "--ctrl", f"type=unixio,path={path}.ctrl"]
-        self._spawn(*words, "--flags", "not-need-init,startup-clear")
+        self._spawn(*words, "--flags", "not-need-init" if locality else "not-need-init,startup-clear")
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
+                if locality:
+                    self._set_locality(locality)
+                    self._command(0x8001, 0x144, bytes(2))  # TPM2_Startup(CLEAR)
+                    self._set_locality(0)
                 self._command(0x8001, 0x17B, (8).to_bytes(2, "big"))  # TPM2_GetRandom: it has started up
                 return
             except OSError as cause:
@@ -234,6 +249,15 @@ class SoftwareTpm:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+    def _set_locality(self, number: int) -> None:
+        """CMD_SET_LOCALITY of swtpm's control channel (man 8 swtpm, swtpm_ioctls(3))."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_START_SECONDS)
+            connection.connect(f"{self.socket_path}.ctrl")
+            connection.sendall((5).to_bytes(4, "big") + bytes([number]))
+            if connection.recv(4) != bytes(4):
+                raise SoftwareTpmError(f"the TPM does not take commands from locality {number}")
 
     def _command(self, tag: int, code: int, body: bytes) -> None:
         command = tag.to_bytes(2, "big") + (10 + len(body)).to_bytes(4, "big") + code.to_bytes(4, "big") + body

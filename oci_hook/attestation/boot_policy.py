@@ -8,7 +8,7 @@ values that the TPM would not enforce. Specification: docs/specification.md, "Bo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -17,7 +17,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
-from oci_hook.attestation.policy import PCR_COUNT, approved_policy, policy_ref
+from oci_hook.attestation.pcr_signature import (
+    SignedPcrs,
+    UnverifiedPcrSignature,
+    parse_signed_pcrs,
+    signer_name,
+)
+from oci_hook.attestation.policy import PCR_COUNT, approved_policy, nested_policy, policy_ref
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import BootPolicyInvalid, BootPolicyRefused, SczError
 from oci_hook.jws import ec_public_key
@@ -28,6 +34,7 @@ LIMIT_BYTES: Final = 1 << 20
 FORMS_LIMIT: Final = 32
 _OWNER_ID: Final = r"[A-Za-z0-9_-]{43}"
 _TIME_LIMIT: Final = 1 << 40
+EPOCH_LIMIT: Final = (1 << 31) - 1
 
 # Kernel, initrd and command line: by a unified kernel image, or by GRUB.
 COVERAGE: Final = (frozenset({11, 12}), frozenset({4, 8, 9}))
@@ -36,12 +43,21 @@ RESETTABLE: Final = frozenset({16, 23})  # root can reset them while the system 
 
 @dataclass(frozen=True, slots=True)
 class BootForm:
-    """One approved state: PCR values of the SHA-256 bank, their policy digest, and its signature (r, s: 32 bytes)."""
+    """One approved state: PCR values of the SHA-256 bank, their policy digest, and its signature (r, s: 32 bytes).
+
+    `signed`: further PCRs, whose values are approved by another key (nested form); None: there are none.
+    """
 
     pcrs: Mapping[int, bytes]
     policy: bytes
     signature_r: bytes
     signature_s: bytes
+    signed: SignedPcrs | None = None
+
+    @property
+    def selection(self) -> frozenset[int]:
+        """All PCRs that it covers, by value or by signature."""
+        return frozenset(self.pcrs) | frozenset(self.signed.pcrs if self.signed is not None else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +69,12 @@ class UnverifiedBootPolicy:
     unverified_device_class: str
     unverified_created: int
     unverified_forms: tuple[BootForm, ...]
+    unverified_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BootPolicy:
-    """A boot policy by a trusted owner, for one model line and device class."""
+    """A boot policy by a trusted owner, for one model line and device class; `epoch`: see `policy.policy_ref`."""
 
     owner_id: str
     model_name: str
@@ -65,21 +82,26 @@ class BootPolicy:
     created: int
     forms: tuple[BootForm, ...]
     policy_ref: bytes
+    epoch: int = 0
 
 
-def verify_coverage(pcrs: Mapping[int, bytes], error: type[SczError]) -> None:
+def verify_coverage(pcrs: Mapping[int, bytes], error: type[SczError], *, signed: SignedPcrs | None = None) -> None:
     """Refuse PCRs that do not tell one system from another.
 
     Args:
         pcrs: Values of the SHA-256 bank by number.
         error: What to raise.
+        signed: PCRs whose values another key approves: they count as covered, and as measured.
 
     Raises:
         SczError: The class `error`: kernel, initrd and command line are not covered; PCR 16 or 23; a value of all zeros
             (nothing was measured, or the bank is unused; PCR 12 beside a measured PCR 11 may be zero) or all ones (a
-            PCR of a dynamic launch that did not happen).
+            PCR of a dynamic launch that did not happen); a PCR both by value and by signature.
     """
-    if not any(needed <= pcrs.keys() for needed in COVERAGE):
+    by_signature = frozenset(signed.pcrs if signed is not None else ())
+    if by_signature & pcrs.keys():
+        raise error("a form covers a PCR either by its value or by a signature")
+    if not any(needed <= pcrs.keys() | by_signature for needed in COVERAGE):
         raise error("the PCRs cover neither 11 and 12 (unified kernel image) nor 4, 8 and 9 (GRUB)")
     for pcr, value in sorted(pcrs.items()):
         if not 0 <= pcr < PCR_COUNT:
@@ -90,7 +112,7 @@ def verify_coverage(pcrs: Mapping[int, bytes], error: type[SczError]) -> None:
             raise error(f"PCR {pcr} is not a SHA-256 value")
         # systemd-stub measures into PCR 12 only what overrides the image's own command line: beside a measured PCR 11,
         # zero there says that nothing did.
-        untouched_override = pcr == 12 and pcrs.get(11, bytes(32)) != bytes(32)
+        untouched_override = pcr == 12 and (11 in by_signature or pcrs.get(11, bytes(32)) != bytes(32))
         if value in (bytes(32), b"\xff" * 32) and not (untouched_override and value == bytes(32)):
             raise error(f"PCR {pcr} has never been measured into: all bits are the same")
 
@@ -123,13 +145,14 @@ def _parse_form(value: object) -> BootForm:
     fields.literal("type", "pcr")
     fields.literal("bank", "sha256")
     pcrs = parse_pcrs(fields, "pcrs", error=BootPolicyInvalid)
+    signed = parse_signed_pcrs(fields, error=BootPolicyInvalid) if fields.has("signed") else None
     policy = fields.hexadecimal("policy", low=32, high=32)
     signature = fields.fields("signature")
     fields.finish()
     r, s = (signature.hexadecimal(name, low=32, high=32) for name in ("r", "s"))
     signature.finish()
-    verify_coverage(pcrs, BootPolicyInvalid)
-    return BootForm(pcrs, policy, r, s)
+    verify_coverage(pcrs, BootPolicyInvalid, signed=signed)
+    return BootForm(pcrs, policy, r, s, signed)
 
 
 def parse_boot_policy(data: bytes) -> UnverifiedBootPolicy:
@@ -150,6 +173,7 @@ def parse_boot_policy(data: bytes) -> UnverifiedBootPolicy:
         unverified_device_class=fields.string("class", pattern=NAME, limit=NAME_LIMIT),
         unverified_created=fields.integer("created", low=0, high=_TIME_LIMIT),
         unverified_forms=fields.items("forms", _parse_form, low=1, high=FORMS_LIMIT),
+        unverified_epoch=fields.integer("epoch", low=1, high=EPOCH_LIMIT) if fields.has("epoch") else 0,
     )
     fields.finish()
     return unverified
@@ -176,11 +200,12 @@ def verify_boot_policy(
         raise BootPolicyRefused(f"the boot policy is for the model {unverified.unverified_model_name}")
     if unverified.unverified_device_class != device_class:
         raise BootPolicyRefused(f"the boot policy is for the device class {unverified.unverified_device_class}")
-    reference = policy_ref(model_name, device_class)
+    reference = policy_ref(model_name, device_class, unverified.unverified_epoch)
     key = ec_public_key(owner.boot_policy_key, error=BootPolicyRefused)
     for number, form in enumerate(unverified.unverified_forms, 1):
-        # 2. Each policy is that of the PCR values beside it: they are shown to people and used as reference values.
-        if approved_policy(form.pcrs) != form.policy:
+        # 2. Each policy is that of the PCR values, and the signer's key, beside it: they are shown to people and used
+        #    as reference values.
+        if form_policy(form.pcrs, form.signed) != form.policy:
             raise BootPolicyRefused(f"form {number} of the boot policy: the policy is not that of its PCR values")
         # 3. The owner's boot-policy key signed it together with the policyRef.
         _verify_signature(form, reference, key, number)
@@ -191,7 +216,28 @@ def verify_boot_policy(
         created=unverified.unverified_created,
         forms=unverified.unverified_forms,
         policy_ref=reference,
+        epoch=unverified.unverified_epoch,
     )
+
+
+def form_policy(pcrs: Mapping[int, bytes], signed: SignedPcrs | None) -> bytes:
+    """The policy of a form, 32 bytes, which the owner signs."""
+    return approved_policy(pcrs) if signed is None else nested_policy(signer_name(signed.key), pcrs)
+
+
+def with_host_signatures(boot_policy: BootPolicy, entries: Sequence[UnverifiedPcrSignature], source: str) -> BootPolicy:
+    """The same boot policy, whose nested forms have the signatures of this host that are by their keys.
+
+    Args:
+        boot_policy: Verified.
+        entries: Of the host's signature file; none if it has none.
+        source: Where they come from, for messages.
+    """
+    forms = (
+        form if form.signed is None else replace(form, signed=form.signed.with_signatures(entries, source))
+        for form in boot_policy.forms
+    )
+    return replace(boot_policy, forms=tuple(forms))
 
 
 def _verify_signature(form: BootForm, reference: bytes, key: ec.EllipticCurvePublicKey, number: int) -> None:
@@ -215,6 +261,8 @@ def sign_boot_policy(
     device_class: str,
     created: int,
     key: ec.EllipticCurvePrivateKey,
+    nested: Sequence[tuple[Mapping[int, bytes], SignedPcrs]] = (),
+    epoch: int = 0,
 ) -> bytes:
     """Sign a boot policy.
 
@@ -225,6 +273,8 @@ def sign_boot_policy(
         device_class: The device class.
         created: Seconds since 1970.
         key: The owner's boot-policy key, on P-256.
+        nested: Further forms: PCR values, and the PCRs that another key approves.
+        epoch: The current one of the model line and class, 0 to 2³¹−1.
 
     Returns:
         The document.
@@ -232,18 +282,21 @@ def sign_boot_policy(
     Raises:
         BootPolicyInvalid: No form or more than 32, a form twice, or one that covers too little.
     """
-    reference = policy_ref(model_name, device_class)
+    reference = policy_ref(model_name, device_class, epoch)
     forms = []
-    for pcrs in forms_pcrs:
-        verify_coverage(pcrs, BootPolicyInvalid)
-        policy = approved_policy(pcrs)
+    for pcrs, signed in [*((pcrs, None) for pcrs in forms_pcrs), *nested]:
+        verify_coverage(pcrs, BootPolicyInvalid, signed=signed)
+        policy = form_policy(pcrs, signed)
         r, s = decode_dss_signature(key.sign(policy + reference, ec.ECDSA(hashes.SHA256())))
         signature = {"r": r.to_bytes(32, "big").hex(), "s": s.to_bytes(32, "big").hex()}
-        values = pcrs_document(pcrs)
-        forms.append({"type": "pcr", "bank": "sha256", "pcrs": values, "policy": policy.hex(), "signature": signature})
+        form = {"type": "pcr", "bank": "sha256", "pcrs": pcrs_document(pcrs), "policy": policy.hex()}
+        by_key = {} if signed is None else {"signed": signed.document()}
+        forms.append({**form, **by_key, "signature": signature})
     if len({form["policy"] for form in forms}) != len(forms):
         raise BootPolicyInvalid("two forms of the boot policy are the same")
-    document = {"schema": SCHEMA, "owner": owner_id, "model": model_name, "class": device_class, "created": created}
-    data = canonical({**document, "forms": forms})
+    document: dict[str, object] = {"schema": SCHEMA, "owner": owner_id, "model": model_name, "class": device_class}
+    if epoch:  # 0 is not written: versions that know no epochs read the document
+        document["epoch"] = epoch
+    data = canonical({**document, "created": created, "forms": forms})
     parse_boot_policy(data)  # what a reader would refuse is never written
     return data

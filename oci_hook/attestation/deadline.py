@@ -20,18 +20,17 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from types import TracebackType
 from typing import Final, NoReturn
 
-from oci_hook.errors import InternalError, SczError, TpmTimeout, all_errors
+from oci_hook.errors import InternalError, SczError, TpmTimeout
+from oci_hook.key_errors import all_errors
 from oci_hook.linux.processes import lock_memory
 from oci_hook.linux.syscalls import failing, prctl_set_pdeathsig
 
 RESULT_LIMIT_BYTES: Final = 1 << 20
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LENGTH_BYTES: Final = 4
-_REAP_SECONDS: Final = 2.0
-_IDLE_SECONDS: Final = 0.5
+_REAP_SECONDS, _IDLE_SECONDS = 2.0, 0.5
 _GOOD, _BAD = b"+", b"-"
 _SENT: Final = 85  # exit code of a child that has answered: a library that ends its process says 0 or 1
 _ENDED: Final = "the TPM's child was ended before it was done"
@@ -83,9 +82,7 @@ class Deadline:
     def __enter__(self) -> Deadline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)  # not yet reaped: the pid is still ours
@@ -94,6 +91,10 @@ class Deadline:
         if self._read_fd >= 0:
             os.close(self._read_fd)
             self._read_fd = -1
+
+    def count_anew(self) -> None:
+        """Let the seconds begin now: until now the child was waiting for its caller."""
+        self._until = time.monotonic() + self._seconds
 
     def result(self) -> bytes:
         """Wait for the child's result; once.
@@ -131,7 +132,7 @@ class Standby:
                 ours.callback(os.close, self._result_fd)
                 self._pid: int | None = os.fork()
                 if self._pid == 0:
-                    _run_standby(ready, act, request_fd, result_fd, parent, ours)
+                    _run_standby(ready, act, (request_fd, result_fd), parent, ours)
                 ours.pop_all()
                 self._ends: tuple[int, ...] = (self._request_fd, self._result_fd)
         finally:
@@ -141,9 +142,7 @@ class Standby:
     def __enter__(self) -> Standby:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
         if self._pid is None:
             return
@@ -152,6 +151,11 @@ class Standby:
         if not _reap(pid, _REAP_SECONDS + 1 if self._asked else _IDLE_SECONDS):
             os.kill(pid, signal.SIGKILL)
             _reap(pid)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it takes requests: one that had no whole answer was the last."""
+        return bool(self._ends)
 
     def end(self) -> None:
         """There are no more requests: what runs ends by itself, which is not waited for before the block's end."""
@@ -186,25 +190,31 @@ class Standby:
             raise InternalError(_ENDED) from cause
         finally:  # a signal's `Terminated`, too
             if message is None:
-                self.__exit__(None, None, None)
+                self.__exit__()
         return _open_message(message)
 
 
-def _receive(fd: int, until: float, seconds: float) -> bytes:
-    """Take one message from a pipe, whole, without its length."""
-    received = bytearray()
-    while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
-        _wait(fd, select.POLLIN, until, seconds)
-        chunk = os.read(fd, 1 << 16)
-        if not chunk:
-            break
-        received += chunk
-        if len(received) > RESULT_LIMIT_BYTES:
-            raise InternalError("the TPM's child sent more than 1 MiB")
-    message = bytes(received[_LENGTH_BYTES:])
-    if len(message) != _length(received) or message[:1] not in (_GOOD, _BAD):
+def _receive(fd: int, until: float, seconds: float) -> bytearray:
+    """Take one message from a pipe, whole, without its length: into one buffer, which `_open_message` wipes."""
+    size = int.from_bytes(_take(fd, _LENGTH_BYTES, until, seconds), "big")
+    if _LENGTH_BYTES + size > RESULT_LIMIT_BYTES:
+        raise InternalError("the TPM's child sent more than 1 MiB")
+    message = _take(fd, size, until, seconds)
+    if message[:1] not in (_GOOD, _BAD):
         raise InternalError(_ENDED)
     return message
+
+
+def _take(fd: int, size: int, until: float, seconds: float) -> bytearray:
+    taken, done = bytearray(size), 0
+    while done < size:
+        _wait(fd, select.POLLIN, until, seconds)
+        with memoryview(taken) as view:
+            count = os.readv(fd, [view[done:]])
+        if not count:
+            raise InternalError(_ENDED)
+        done += count
+    return taken
 
 
 def _send_within(fd: int, data: bytes, until: float, seconds: float) -> None:
@@ -263,15 +273,11 @@ def _is_alone(parent: int) -> bool:
 
 
 def _run_standby(
-    ready: Callable[[], object],
-    act: Callable[[bytes], bytes],
-    request_fd: int,
-    result_fd: int,
-    parent: int,
-    parents_ends: ExitStack,
+    ready: Callable[[], object], act: Callable[[bytes], bytes], fds: tuple[int, int], parent: int, ends: ExitStack
 ) -> NoReturn:
     try:
-        parents_ends.close()
+        ends.close()  # the parent's
+        request_fd, result_fd = fds
         if _is_alone(parent):
             with suppress(Exception):
                 ready()
@@ -287,7 +293,7 @@ def _run_standby(
 
 def _next_request(fd: int) -> bytes:
     received = bytearray()
-    while len(received) < _LENGTH_BYTES or len(received) - _LENGTH_BYTES < _length(received):
+    while len(received) < _LENGTH_BYTES or len(received) < _LENGTH_BYTES + int.from_bytes(received[:_LENGTH_BYTES]):
         chunk = os.read(fd, 1 << 16)
         if not chunk:
             os._exit(1)  # there is none
@@ -328,18 +334,17 @@ def _framed(message: bytes) -> bytes:
     return len(message).to_bytes(_LENGTH_BYTES, "big") + message
 
 
-def _length(received: bytes | bytearray) -> int:
-    return int.from_bytes(received[:_LENGTH_BYTES], "big")
-
-
 def _send(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
 
 
-def _open_message(message: bytes) -> bytes:
-    if message[:1] == _GOOD:
-        return message[1:]
-    sent = json.loads(message[1:])
+def _open_message(message: bytearray) -> bytes:
+    with memoryview(message) as view:
+        kind, told = bytes(view[:1]), bytes(view[1:])
+    message[:] = bytes(len(message))  # the one copy of a secret that is ours to wipe
+    if kind == _GOOD:
+        return told
+    sent = json.loads(told)
     classes = {cls.__name__: cls for cls in all_errors().values()}
     raise classes.get(sent["reason"], InternalError)(sent["message"], remedy=sent["advice"])

@@ -3,8 +3,9 @@
     request (host) ─► checks 1 to 5 ─► challenge (owner) ─► answer (host) ─► checks 1 to 9 ─► device record (owner)
 
 Pure: bytes, a clock's reading and a random secret in, documents out. The owner's side needs no TPM; MakeCredential is
-passed in, as it lives in `tpm`. The challenge proves that the TPM with the certified EK holds the AK; the AK then
-vouches for the SRK, the counter and the PCRs. Specification: docs/specification.md, "Enrolment".
+passed in, as it lives in `tpm`. The challenge proves that the TPM with that EK holds the AK; the AK then vouches for
+the SRK, the counter and the PCRs. That the EK is a TPM's, its certificate says or, if it has none, the owner's list.
+Specification: docs/specification.md, "Enrolment".
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from oci_hook.attestation.attest import verify_attest
-from oci_hook.attestation.device_record import COUNTER_LIMIT, DeviceRecord
-from oci_hook.attestation.ek_chain import CaCertificates, EkCertificate, verify_ek_certificate
+from oci_hook.attestation.attest import parse_attest, verify_attest
+from oci_hook.attestation.device_record import COUNTER_LIMIT, DeviceRecord, Vouched
+from oci_hook.attestation.ek_chain import CaCertificates, verify_ek_certificate
+from oci_hook.attestation.ek_list import EkList, verify_listed, verify_not_listed_otherwise
 from oci_hook.attestation.enrolment_documents import (
     Answer,
     Certification,
@@ -43,11 +45,20 @@ MakeCredential = Callable[[Public, bytes, bytes], tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
+class VouchedEk:
+    """By what an EK is a TPM's, the SHA-256 of that (see `DeviceRecord`), and who made the TPM."""
+
+    vouched: Vouched
+    sha256: str
+    subject: str
+
+
+@dataclass(frozen=True, slots=True)
 class VerifiedRequest:
     """A request that passed checks 1 to 5. That its keys lie in one TPM is not known before the answer."""
 
     request: Request
-    ek_certificate: EkCertificate
+    ek: VouchedEk
 
 
 @contextmanager
@@ -76,23 +87,26 @@ def enrolment_qualifying_data(kind: str, secret: bytes, request_digest: bytes) -
 # --- the owner's side -------------------------------------------------------------------------------------------------
 
 
-def verify_request(request: Request, *, authorities: CaCertificates, now: datetime) -> VerifiedRequest:
-    """Checks 1 to 5: the certificate and every attribute of the keys and the counter.
+def verify_request(
+    request: Request, *, authorities: CaCertificates | None, now: datetime, ek_list: EkList | None = None
+) -> VerifiedRequest:
+    """Checks 1 to 5: who vouches for the EK, and every attribute of the keys and the counter.
+
+    A request that has a certificate needs a root for it; the list then says only which TPM has which name.
 
     Args:
         request: From `parse_request`.
-        authorities: The owner's folder of EK roots.
+        authorities: The owner's folder of EK roots; None: no certificate is accepted.
         now: With a time zone.
+        ek_list: The owner's list of TPMs and their names; None: no TPM without certificate is accepted.
 
     Raises:
         EnrolmentRefused: The first check that failed.
     """
-    # 1. The EK certificate chains to a root in the owner's folder, all in their dates, issuers CAs.
-    with _check(1):
-        certificate = verify_ek_certificate(request.ek_certificate, authorities, now=now)
+    # 1. The EK certificate chains to a root in the owner's folder, all in their dates, issuers CAs; or, where there is
+    #    no certificate, the owner's list has the EK under this device's name.
     # 2. The EK is the certified key, of the default template's kind.
-    with _check(2):
-        verify_ek(request.ek, certificate.public_key, error=EnrolmentRefused)
+    vouched = _verify_ek_listed(request, ek_list) or _verify_ek_certified(request, authorities, now, ek_list)
     # 3. The AK can sign nothing but what its own TPM says.
     with _check(3):
         verify_ak(request.ak, error=EnrolmentRefused)
@@ -102,7 +116,34 @@ def verify_request(request: Request, *, authorities: CaCertificates, now: dateti
     # 5. The counter is one that only counts up.
     with _check(5):
         verify_counter(request.counter, request.owner_id, error=EnrolmentRefused)
-    return VerifiedRequest(request, certificate)
+    return VerifiedRequest(request, vouched)
+
+
+def _verify_ek_listed(request: Request, ek_list: EkList | None) -> VouchedEk | None:
+    """Checks 1 and 2 of a request without a certificate; None: it has one."""
+    if request.ek_certificate is not None:
+        return None
+    with _check(1):
+        if ek_list is None:
+            raise EnrolmentRefused("the TPM has no EK certificate, and no list of EKs was given")
+        digest = verify_listed(request.ek, request.device, ek_list, error=EnrolmentRefused)
+    with _check(2):
+        verify_ek(request.ek, request.ek.public_key, error=EnrolmentRefused)
+    return VouchedEk("list", digest, "no certificate: in the owner's list")
+
+
+def _verify_ek_certified(
+    request: Request, authorities: CaCertificates | None, now: datetime, ek_list: EkList | None
+) -> VouchedEk:
+    with _check(1):
+        if request.ek_certificate is None or authorities is None:
+            raise EnrolmentRefused("the TPM has an EK certificate, and no folder of EK roots was given")
+        certificate = verify_ek_certificate(request.ek_certificate, authorities, now=now, links=request.ek_chain)
+        if ek_list is not None:
+            verify_not_listed_otherwise(request.ek, request.device, ek_list, error=EnrolmentRefused)
+    with _check(2):
+        verify_ek(request.ek, certificate.public_key, error=EnrolmentRefused)
+    return VouchedEk("certificate", certificate.sha256, certificate.subject)
 
 
 def make_challenge(
@@ -131,16 +172,23 @@ def make_challenge(
 
 
 def verify_answer(
-    pending: Pending, answer: Answer, *, authorities: CaCertificates, now: datetime, device_class: str
+    pending: Pending,
+    answer: Answer,
+    *,
+    authorities: CaCertificates | None,
+    now: datetime,
+    device_class: str,
+    ek_list: EkList | None = None,
 ) -> DeviceRecord:
-    """All nine checks; the first five again, as the owner's folder or the date may have changed meanwhile.
+    """All nine checks; the first five again, as the owner's folder, list or the date may have changed meanwhile.
 
     Args:
         pending: What `make_challenge` returned.
         answer: From `parse_answer`.
-        authorities: The owner's folder of EK roots.
+        authorities: The owner's folder of EK roots, as for `verify_request`.
         now: With a time zone; becomes the record's date.
         device_class: The class that the owner gives the device.
+        ek_list: The owner's list of TPMs and their names, as for `verify_request`.
 
     Returns:
         The record of the enrolled device.
@@ -151,7 +199,7 @@ def verify_answer(
     request, verifier = pending.request, pending.verifier
     if (answer.device, answer.owner_id) != (request.device, request.owner_id):
         raise EnrolmentRefused("the answer is another device's or for another owner")
-    verified = verify_request(request, authorities=authorities, now=now)
+    verified = verify_request(request, authorities=authorities, now=now, ek_list=ek_list)
     # 6. Only the TPM with that EK and that AK could open the challenge.
     if not hmac.compare_digest(hashlib.sha256(answer.proof).digest(), verifier.proof_sha256):
         raise EnrolmentRefused("enrolment check 6: the proof is wrong: another TPM, or another challenge's answer")
@@ -163,24 +211,23 @@ def verify_answer(
         value = _verify_counter_certified(request, answer.counter_certify, verifier.counter)
     # 9. The AK quotes PCRs 0 to 15, freshly.
     with _check(9):
-        verify_quote(
-            answer.quote,
-            ak=request.ak,
-            extra_data=verifier.quote,
-            selections=[MEASURED_PCRS],
-            error=EnrolmentRefused,
-        )
+        quote, kinds = answer.quote, [MEASURED_PCRS]
+        verify_quote(quote, ak=request.ak, extra_data=verifier.quote, selections=kinds, error=EnrolmentRefused)
+    attest = parse_attest(answer.quote.attest, error=EnrolmentRefused)
     return DeviceRecord(
         device=request.device,
         device_class=device_class,
         enrolled=int(now.timestamp()),
-        ek_sha256=verified.ek_certificate.sha256,
-        ek_subject=verified.ek_certificate.subject,
+        ek_sha256=verified.ek.sha256,
+        ek_subject=verified.ek.subject,
         ak=request.ak,
         srk=request.srk,
         counter=request.counter,
         counter_value=value,
         pcrs=answer.quote.pcrs,
+        vouched=verified.ek.vouched,
+        resets=attest.reset_count,
+        clock_ms=attest.clock,
     )
 
 
@@ -218,6 +265,7 @@ def _verify_counter_certified(request: Request, certification: Certification, ex
 __all__ = [
     "MakeCredential",
     "VerifiedRequest",
+    "VouchedEk",
     "enrolment_qualifying_data",
     "make_challenge",
     "parse_request",

@@ -7,12 +7,13 @@ it, so each is bounded and read strictly. Specification: docs/specification.md, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from oci_hook.attestation.boot_policy import pcrs_document
 from oci_hook.attestation.device_record import counter_document, take_counter, take_public
-from oci_hook.attestation.ek_chain import CERTIFICATE_LIMIT_BYTES
+from oci_hook.attestation.ek_chain import CERTIFICATE_LIMIT_BYTES, LINK_LIMIT
 from oci_hook.attestation.evidence import Evidence
 from oci_hook.attestation.measurement import parse_evidence
 from oci_hook.attestation.structures import STRUCTURE_LIMIT_BYTES, NvPublic, Public
@@ -31,12 +32,13 @@ class Request:
 
     device: str
     owner_id: str
-    ek_certificate: bytes
+    ek_certificate: bytes | None
     ek: Public
     ak: Public
     srk: Public
     counter: NvPublic
     document: bytes
+    ek_chain: tuple[bytes, ...] = ()
 
     @property
     def digest(self) -> bytes:
@@ -112,25 +114,37 @@ def _owner(fields: Fields) -> str:
 
 
 def format_request(
-    *, device: str, owner_id: str, ek_certificate: bytes, ek: Public, ak: Public, srk: Public, counter: NvPublic
+    *,
+    device: str,
+    owner_id: str,
+    ek_certificate: bytes | None,
+    ek: Public,
+    ak: Public,
+    srk: Public,
+    counter: NvPublic,
+    ek_chain: Sequence[bytes] = (),
 ) -> bytes:
     """The request's bytes.
 
     Args:
         device: The name that the device shall have.
         owner_id: To whom it goes.
-        ek_certificate: DER.
+        ek_certificate: DER; None: the TPM has none, and the owner's list has to vouch for the EK.
         ek: The endorsement key's public area.
         ak: The attestation key's.
         srk: The storage root key's.
         counter: The public area of the NV counter for this owner.
+        ek_chain: The authorities' certificates that the TPM holds, DER; at most 8.
     """
+    chain = {"ek_chain": [encode_base64url(each) for each in ek_chain]} if ek_chain else {}
+    certificate = {} if ek_certificate is None else {"ek_certificate": encode_base64url(ek_certificate)}
     return canonical(
         {
             "schema": "scz-smm/enroll-request/v1",
             "device": device,
             "owner": owner_id,
-            "ek_certificate": encode_base64url(ek_certificate),
+            **certificate,
+            **chain,
             "ek_public": encode_base64url(ek.marshalled),
             "ak_public": encode_base64url(ak.marshalled),
             "srk_public": encode_base64url(srk.marshalled),
@@ -147,19 +161,31 @@ def parse_request(data: bytes) -> Request:
     """
     fields = _open(data, "scz-smm/enroll-request/v1", "enrolment request")
     counter = fields.fields("counter")
+    certificate = None
+    if fields.has("ek_certificate"):
+        certificate = fields.base64url("ek_certificate", low=1, high=CERTIFICATE_LIMIT_BYTES)
+    chain: tuple[bytes, ...] = ()
+    if fields.has("ek_chain"):
+        chain = fields.items("ek_chain", _certificate, low=1, high=LINK_LIMIT)
     request = Request(
         device=_device(fields),
         owner_id=_owner(fields),
-        ek_certificate=fields.base64url("ek_certificate", low=1, high=CERTIFICATE_LIMIT_BYTES),
+        ek_certificate=certificate,
         ek=take_public(fields, "ek_public"),
         ak=take_public(fields, "ak_public"),
         srk=take_public(fields, "srk_public"),
         counter=take_counter(counter),
         document=data,
+        ek_chain=chain,
     )
     counter.finish()
     fields.finish()
     return request
+
+
+def _certificate(item: object) -> bytes:
+    fields = Fields({"certificate": item}, what="enrolment request: ek_chain", error=DeviceInvalid)
+    return fields.base64url("certificate", low=1, high=CERTIFICATE_LIMIT_BYTES)
 
 
 # --- 2. challenge, and what the owner keeps ---------------------------------------------------------------------------

@@ -17,20 +17,64 @@ from oci_hook.attestation.structures import ALG_SHA256, Public
 from oci_hook.errors import SczError
 
 _LABEL: Final = b"scz-smm/evidence/v1"
+_TEE_LABEL: Final = b"scz-smm/evidence/v1 tee\0"
+
+
+@dataclass(frozen=True, slots=True)
+class TeeReport:
+    """A report of a trusted execution environment: the name of its format, its bytes, the host's certificates."""
+
+    provider: str
+    report: bytes
+    certificates: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A quote: TPMS_ATTEST, TPMT_SIGNATURE, and the PCR values (SHA-256 bank) that were read beside it."""
+    """A quote: TPMS_ATTEST, TPMT_SIGNATURE, and the PCR values (SHA-256 bank) that were read beside it.
+
+    `tee` is a report over the same data and that quote, where the machine is a guest that can ask for one.
+    `counter` is the owner's counter as the bus delivered it in the same transaction, if it was asked for and there is
+    one; no signature covers it: the TPM enforces the grant's maximum itself.
+    """
 
     attest: bytes
     signature: bytes
     pcrs: Mapping[int, bytes]
+    tee: TeeReport | None = None
+    counter: int | None = None
+
+    @property
+    def quote_digest(self) -> bytes:
+        """SHA-256 over what the TPM signed and its signature; 32 bytes."""
+        return hashlib.sha256(len(self.attest).to_bytes(4, "big") + self.attest + self.signature).digest()
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 over what the TPM signed and its signature; 32 bytes, for the audit log."""
-        return hashlib.sha256(len(self.attest).to_bytes(4, "big") + self.attest + self.signature).digest()
+        """SHA-256 over all that was signed, 32 bytes, for the audit log: without a TEE the quote's."""
+        if self.tee is None:
+            return self.quote_digest
+        parts = (self.tee.provider.encode(), self.tee.report, self.tee.certificates)
+        framed = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+        return hashlib.sha256(_TEE_LABEL + self.quote_digest + framed).digest()
+
+
+def tee_report_data(extra_data: bytes, quote_digest: bytes) -> bytes:
+    """What a TEE's report must carry to be evidence for one start: the quote's own data, then that quote.
+
+    Args:
+        extra_data: `qualifying_data` of the start, 32 bytes.
+        quote_digest: Of the quote that was made for it, 32 bytes.
+
+    Returns:
+        64 bytes: the whole of REPORT_DATA.
+
+    Raises:
+        ValueError: A part of another length; a mistake of the caller's.
+    """
+    if not len(extra_data) == len(quote_digest) == 32:
+        raise ValueError("the quote's data and its digest are 32 bytes each")
+    return extra_data + quote_digest
 
 
 def qualifying_data(

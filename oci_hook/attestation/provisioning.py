@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Literal, Protocol
 
-from oci_hook.attestation.host_device import HostDevice
+from oci_hook.attestation.host_device import AskedAgain, HostDevice
 from oci_hook.attestation.key_checks import COUNTER_ATTRIBUTES, counter_indices, verify_counter, verify_srk
 from oci_hook.attestation.structures import Handle, NvPublic, Public
 from oci_hook.errors import DeviceInvalid, TpmFailed
@@ -42,12 +43,18 @@ class ProvisioningCommands(Protocol):
 
     def increment_counter(self, index: int) -> int: ...
 
-    def provision(self, owner_id: str, known: HostDevice | None) -> HostDevice:
+    def read_counter(self, index: int) -> int: ...
+
+    def provision(self, owner_id: str, known: HostDevice | None, *, newest_grant: int = 0) -> HostDevice:
         """Make, or find again, what an enrolment with this owner needs.
+
+        The counter's value at the enrolment stays that of the one that was accepted: asking is not enrolling. Of keys
+        or a counter that were not there before, it is the value now.
 
         Args:
             owner_id: For whom the counter is.
             known: What this host remembers of an earlier enrolment.
+            newest_grant: When the newest grant was made that it has of that owner, in seconds since 1970; 0: none.
 
         Returns:
             What the host shall remember.
@@ -57,9 +64,16 @@ class ProvisioningCommands(Protocol):
         """
         srk_handle, srk, serialised = self._srk(known)
         ak_handle, ak = self._ak(known)
-        counters = {} if known is None else dict(known.counters)
-        device = HostDevice(srk_handle, srk, serialised, ak_handle, ak, MappingProxyType(counters))
-        return device.with_counter(owner_id, self._counter(owner_id, device))
+        device = HostDevice(srk_handle, srk, serialised, ak_handle, ak, MappingProxyType({}))
+        if known is not None:
+            counters, values, asked = known.counters, known.counter_values, known.asked_again
+            device = replace(device, counters=counters, counter_values=values, asked_again=asked)
+        counter = self._counter(owner_id, device)
+        value = self.read_counter(counter.index)
+        enrolled = _enrolled_value(known, device, owner_id, counter)
+        if enrolled in (None, value):
+            return device.with_counter(owner_id, counter, value)
+        return device.with_counter(owner_id, counter, enrolled, AskedAgain(value, newest_grant))
 
     def _holds(self, handle: int, name: bytes) -> bool:
         found = self._find(handle)
@@ -136,3 +150,11 @@ class ProvisioningCommands(Protocol):
         if found is None:
             raise DeviceInvalid(f"the TPM has no NV index {index:#x}")
         return self._nv_read_public(found)
+
+
+def _enrolled_value(known: HostDevice | None, device: HostDevice, owner_id: str, counter: NvPublic) -> int | None:
+    """The counter's value at the enrolment, if it was with these keys and this counter; None: not so, or not known."""
+    if known is None or (known.srk.name, known.ak.name) != (device.srk.name, device.ak.name):
+        return None
+    before = known.counters.get(owner_id)
+    return known.counter_values.get(owner_id) if before is not None and before.name == counter.name else None

@@ -27,6 +27,7 @@ ALG_AES: Final = 0x0006
 ALG_KEYEDHASH: Final = 0x0008
 ALG_SHA256: Final = 0x000B
 ALG_NULL: Final = 0x0010
+ALG_RSASSA: Final = 0x0014
 ALG_RSAES: Final = 0x0015
 ALG_ECDSA: Final = 0x0018
 ALG_ECC: Final = 0x0023
@@ -281,6 +282,24 @@ def ecdsa_signing_public(key: ec.EllipticCurvePublicKey) -> bytes:
     parameters = (ALG_NULL, ALG_ECDSA, ALG_SHA256, CURVE_P256, ALG_NULL)
     fixed = b"".join(int(value).to_bytes(2, "big") for value in head + parameters)
     return fixed + tpm2b(numbers.x.to_bytes(32, "big")) + tpm2b(numbers.y.to_bytes(32, "big"))
+
+
+def rsassa_signing_public(key: rsa.RSAPublicKey) -> bytes:
+    """The TPMT_PUBLIC of a key that signs PCR values for an operating system; docs/specification.md, "TPM policy".
+
+    Args:
+        key: Of 2048 bits, with the exponent 65537.
+
+    Raises:
+        ValueError: Another size or exponent; a mistake of the caller's.
+    """
+    if key.key_size != 2048 or key.public_numbers().e != 65537:
+        raise ValueError("a signer's RSA key has 2048 bits and the exponent 65537")
+    attributes = ObjectAttributes.SIGN | ObjectAttributes.USER_WITH_AUTH
+    head = (ALG_RSA, ALG_SHA256, attributes >> 16, attributes & 0xFFFF, 0)  # the last: an empty policy
+    parameters = (ALG_NULL, ALG_RSASSA, ALG_SHA256, key.key_size, 0, 0)  # the last two: the default exponent
+    fixed = b"".join(int(value).to_bytes(2, "big") for value in head + parameters)
+    return fixed + tpm2b(key.public_numbers().n.to_bytes(256, "big"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,16 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from oci_hook.access_policy import TIME_HIGH
+from oci_hook.bundle.broker_share import BrokerShare, parse_broker_share
 from oci_hook.bundle.manifest import Manifest, sign_owned
 from oci_hook.bundle.model import ModelId, parse_model_id
 from oci_hook.bundle.segments import KEY_BYTES, TAG_BYTES, ContentKey
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid, GrantInvalid, GrantRefused, KeyRefused, SczError
 from oci_hook.jws import UnverifiedJws, parse_document, verify_compact
+from oci_hook.key_errors import BrokerRefused
+from oci_hook.lease import Lease, parse_lease
+from oci_hook.openbao import SHARE_BYTES
 from oci_hook.trust import NAME, NAME_LIMIT, Owner
 
 GRANT_TYP = "scz-smm-grant+jwt"
@@ -29,7 +33,7 @@ SECRET_BYTES, NONCE_BYTES = 32, 12
 WRAPPED_BYTES = NONCE_BYTES + KEY_BYTES + TAG_BYTES
 NAME_BYTES = 34  # a TPM Name: 0x000b (SHA-256) and the digest
 _SCHEMA = "scz-smm/grant/v1"
-_WRAP_LABEL = b"scz-smm/grant/v1 tpm"
+_WRAP_LABEL, _WRAP_LABEL_BROKER = b"scz-smm/grant/v1 tpm", b"scz-smm/grant/v1 tpm+broker"
 _TPM_LIMIT_BYTES = 2048
 
 
@@ -53,7 +57,10 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A grant. TPM Names are 34 bytes, `policy_ref` 32, `wrapped_key` 60 (nonce, key, tag)."""
+    """A grant. TPM Names are 34 bytes, `policy_ref` 32, `wrapped_key` 60 (nonce, key, tag).
+
+    `broker`: the other share of the wrapping key; None: the TPM's alone opens it.
+    """
 
     model: ModelId
     manifest_digest: str
@@ -68,6 +75,8 @@ class Grant:
     counter: Counter
     sealed: SealedKey
     wrapped_key: bytes = field(repr=False)
+    broker: BrokerShare | None = None
+    lease: Lease | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,8 @@ def verify_grant(unverified: UnverifiedGrant, *, owner: Owner, manifest: Manifes
     enforces both.
 
     Raises:
-        GrantRefused: Another owner's, another model's or another manifest's.
+        GrantRefused: Another owner's, another model's or another manifest's; or it has a broker's share though the
+            access policy asks for none, or none though it does.
         GrantInvalid: The owner signed what the specification forbids.
     """
     # 1. The grant is this owner's.
@@ -108,6 +118,10 @@ def verify_grant(unverified: UnverifiedGrant, *, owner: Owner, manifest: Manifes
         raise GrantRefused(
             f"the grant is for {grant.model.name}:{grant.model.version}, manifest {grant.manifest_digest}"
         )
+    # 4. It opens with the shares that the access policy asks for, no fewer and no others.
+    if (grant.broker is not None) != manifest.access.broker:
+        has, asks = ("a", "none") if grant.broker is not None else ("no", "one")
+        raise GrantRefused(f"the grant has {has} share of a broker, and the manifest's access policy asks for {asks}")
     return grant
 
 
@@ -163,6 +177,8 @@ def _parse_payload(payload: bytes, *, owner_id: str, error: type[SczError]) -> G
             seed=sealed.base64url("seed", low=1, high=_TPM_LIMIT_BYTES),
         ),
         wrapped_key=fields.base64url("wrapped_key", low=WRAPPED_BYTES, high=WRAPPED_BYTES),
+        broker=parse_broker_share(fields.fields("broker")) if fields.has("broker") else None,
+        lease=parse_lease(fields, "lease", error=error),
     )
     for part in (device, policy, counter, sealed, fields):
         part.finish()
@@ -200,52 +216,68 @@ def sign_grant(grant: Grant, *, key: ec.EllipticCurvePrivateKey) -> bytes:
                 "seed": encode_base64url(grant.sealed.seed),
             },
             "wrapped_key": encode_base64url(grant.wrapped_key),
+            **({"broker": grant.broker.document()} if grant.broker is not None else {}),
+            **({"lease": grant.lease.document()} if grant.lease else {}),
         }
     )
     _parse_payload(payload, owner_id=grant.owner_id, error=DeviceInvalid)
     return sign_owned(payload, typ=GRANT_TYP, owner_id=grant.owner_id, key=key)
 
 
-def _wrapping_key(secret: bytes, manifest_digest: str) -> AESGCM:
-    info = _WRAP_LABEL + b"\0" + manifest_digest.encode()
-    return AESGCM(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(secret))
+def _wrapping_key(secret: bytes, share: bytes | None, manifest_digest: str) -> AESGCM:
+    label = _WRAP_LABEL if share is None else _WRAP_LABEL_BROKER
+    info = label + b"\0" + manifest_digest.encode()
+    material = secret if share is None else secret + share
+    return AESGCM(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(material))
 
 
-def wrap_content_key(content_key: ContentKey, secret: bytes, manifest_digest: str, nonce: bytes) -> bytes:
-    """Wrap a content key under the secret that the TPM will unseal.
+def wrap_content_key(
+    content_key: ContentKey, secret: bytes, manifest_digest: str, nonce: bytes, share: bytes | None = None
+) -> bytes:
+    """Wrap a content key under the secret that the TPM will unseal, and the broker's share if there is one.
 
     Args:
         content_key: The model version's key.
         secret: 32 random bytes, one grant's own.
         manifest_digest: `sha256:` and 64 digits.
         nonce: 12 random bytes.
+        share: 32 random bytes, one grant's own, that the broker will decrypt; None: the TPM's secret alone.
 
     Returns:
         60 bytes: nonce, ciphertext, tag.
 
     Raises:
-        ValueError: A secret or nonce of another length.
+        ValueError: A secret, nonce or share of another length.
     """
-    if len(secret) != SECRET_BYTES or len(nonce) != NONCE_BYTES:
-        raise ValueError("secret or nonce of the wrong length")
-    return nonce + _wrapping_key(secret, manifest_digest).encrypt(nonce, content_key.value, None)
+    if len(secret) != SECRET_BYTES or len(nonce) != NONCE_BYTES or (share is not None and len(share) != SHARE_BYTES):
+        raise ValueError("secret, nonce or share of the wrong length")
+    return nonce + _wrapping_key(secret, share, manifest_digest).encrypt(nonce, content_key.value, None)
 
 
-def unwrap_content_key(wrapped: bytes, secret: bytes, manifest_digest: str) -> ContentKey:
+def unwrap_content_key(wrapped: bytes, secret: bytes, manifest_digest: str, share: bytes | None = None) -> ContentKey:
     """Unwrap a content key.
 
     Args:
         wrapped: 60 bytes of the grant.
         secret: What the TPM unsealed.
         manifest_digest: Of the verified manifest.
+        share: What the broker decrypted; None: the grant has no share there.
 
     Raises:
         KeyRefused: The secret is not this grant's, or the manifest is not the one that the key was wrapped for.
+        BrokerRefused: With a broker's share: it is not this grant's, or the secret or the manifest is not.
     """
-    if len(wrapped) != WRAPPED_BYTES or len(secret) != SECRET_BYTES:
-        raise KeyRefused("the wrapped key or the unsealed secret has the wrong length")
+    lengths = (len(wrapped), len(secret), SHARE_BYTES if share is None else len(share))
+    if lengths != (WRAPPED_BYTES, SECRET_BYTES, SHARE_BYTES):
+        raise KeyRefused("the wrapped key, the unsealed secret or the broker's share has the wrong length")
     try:
-        value = _wrapping_key(secret, manifest_digest).decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], None)
+        opener = _wrapping_key(secret, share, manifest_digest)
+        value = opener.decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], None)
     except InvalidTag as cause:
+        if share is not None:  # nothing vouches for what a broker answers; for the secret, the TPM and the owner do
+            raise BrokerRefused(
+                "the broker's share and the unsealed secret do not open the grant's key: the share is another one",
+                remedy="look whether [broker] names the right broker, and whether its key was restored or replaced",
+            ) from cause
         raise KeyRefused("the unsealed secret does not open the grant's key") from cause
     return ContentKey(value)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from types import MappingProxyType
 
 from oci_hook.bundle.manifest import FILES_LIMIT, MANIFEST_LIMIT_BYTES
 from oci_hook.bundle.model import PATH_LIMIT_BYTES, verify_path
 from oci_hook.bundle.segments import FILE_LIMIT_BYTES, ciphertext_size
-from oci_hook.documents import Fields, canonical, parse_object, shown
+from oci_hook.documents import Fields, canonical, decode_base64url, encode_base64url, parse_object, shown
 from oci_hook.errors import BundleInvalid
 
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -26,11 +27,13 @@ DOC_TYPE = "application/vnd.cncf.model.doc.v1.raw+encrypted"
 CODE_TYPE = "application/vnd.cncf.model.code.v1.raw+encrypted"
 LAYER_TYPES = frozenset({WEIGHT_TYPE, WEIGHT_CONFIG_TYPE, DOC_TYPE, CODE_TYPE})
 PATH_ANNOTATION = "org.cncf.model.filepath"
+RECOVERY_ANNOTATION = "vnd.scz-smm.recovery.v1"
 VERSION_ANNOTATION = "org.opencontainers.image.ref.name"
 LAYOUT_FILE, INDEX_FILE, BLOBS = "oci-layout", "index.json", ("blobs", "sha256")
 LAYOUT_DOCUMENT = b'{"imageLayoutVersion":"1.0.0"}'
 INDEX_LIMIT_BYTES = 64 * 1024
 IMAGE_MANIFEST_LIMIT_BYTES = 8 * 2**20
+_RECOVERY_COPY = r"[A-Za-z0-9_-]{43}\.[A-Za-z0-9_-]{151}"  # a key's thumbprint, then 113 bytes
 _LAYER_LIMIT_BYTES = ciphertext_size(FILE_LIMIT_BYTES)
 
 _SUFFIX_TYPES: Mapping[str, str] = {
@@ -134,10 +137,41 @@ def parse_image_manifest(data: bytes) -> tuple[Descriptor, tuple[Layer, ...]]:
     fields.literal("artifactType", ARTIFACT_TYPE)
     config = fields.fields("config")
     layers = fields.items("layers", _layer, low=1, high=FILES_LIMIT)
+    _recovery_copy(fields)
     fields.finish()
     blob = _descriptor(config, CONFIG_TYPE, limit_bytes=MANIFEST_LIMIT_BYTES)
     config.finish()
     return blob, layers
+
+
+def parse_recovery_copy(data: bytes) -> tuple[str, bytes] | None:
+    """The sealed copy of the content key that an image manifest carries for an offline recovery key.
+
+    Returns:
+        The recovery key's thumbprint and the copy, 113 bytes; None: it carries none.
+
+    Raises:
+        BundleInvalid: Malformed.
+    """
+    text = _recovery_copy(_document(data, IMAGE_MANIFEST_LIMIT_BYTES, "image manifest"))
+    if text is None:
+        return None
+    thumbprint, _, sealed = text.partition(".")
+    return thumbprint, decode_base64url(sealed, what="the recovery copy", error=BundleInvalid)
+
+
+def recovery_annotations(thumbprint: str, sealed: bytes) -> dict[str, str]:
+    """The annotations of an image manifest that carries a recovery copy."""
+    return {RECOVERY_ANNOTATION: f"{thumbprint}.{encode_base64url(sealed)}"}
+
+
+def _recovery_copy(fields: Fields) -> str | None:
+    if not fields.has("annotations"):
+        return None
+    annotations = fields.fields("annotations")
+    text = annotations.string(RECOVERY_ANNOTATION, pattern=_RECOVERY_COPY)
+    annotations.finish()
+    return text
 
 
 def _layer(value: object) -> Layer:
@@ -157,10 +191,14 @@ def _layer(value: object) -> Layer:
     return layer
 
 
-def image_manifest_document(config: Descriptor, layers: Sequence[Layer]) -> bytes:
+def image_manifest_document(
+    config: Descriptor, layers: Sequence[Layer], annotations: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """The bytes of an image manifest."""
+    more = {"annotations": dict(annotations)} if annotations else {}
     return canonical(
         {
+            **more,
             "schemaVersion": 2,
             "mediaType": IMAGE_MANIFEST_TYPE,
             "artifactType": ARTIFACT_TYPE,

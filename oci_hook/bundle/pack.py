@@ -92,6 +92,7 @@ def pack(
     content_key: ContentKey,
     random: Callable[[int], bytes],
     progress: Callable[[int], object],
+    annotate: Callable[[str], Mapping[str, str]] = lambda _manifest_digest: {},
 ) -> PackedBundle:
     """Pack a folder into a bundle.
 
@@ -108,6 +109,7 @@ def pack(
         content_key: This model version's own key.
         random: Gives so many random bytes, as `os.urandom` does.
         progress: Called with the bytes of plaintext done so far.
+        annotate: Asked once, with the manifest digest, for the image manifest's annotations.
 
     Raises:
         OutputExists: Nothing is overwritten.
@@ -130,7 +132,8 @@ def pack(
                 if _scan(folder) != found:
                     raise SourceInvalid("the source folder changed while it was packed")
                 compact = sign_manifest(model, entries, access, fields, created, owner_id=owner_id, key=key)
-                image = writer.commit(writer.add_blob(compact), layers, model.version)
+                annotations = annotate(compact_digest(compact))
+                image = writer.commit(writer.add_blob(compact), layers, model.version, annotations)
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or output)}: {cause.strerror}") from cause
     return PackedBundle(image.digest, compact_digest(compact), len(entries), sum(entry.size for entry in entries))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from oci_hook.bundle.files import CREATE, NewFolder, closing, create_file, write_all
@@ -94,13 +94,20 @@ class LayoutWriter:
             blob.write(data)
         return blob.descriptor
 
-    def commit(self, config: Descriptor, layers: Sequence[Layer], version: str) -> Descriptor:
+    def commit(
+        self,
+        config: Descriptor,
+        layers: Sequence[Layer],
+        version: str,
+        annotations: Mapping[str, str] = MappingProxyType({}),
+    ) -> Descriptor:
         """Write the image manifest and the index, and put the layout in its place.
 
         Args:
             config: The signed manifest's blob, written before.
             layers: The encrypted files' blobs, written before, in the manifest's order.
             version: The tag in `index.json`.
+            annotations: Of the image manifest.
 
         Returns:
             The image manifest's descriptor.
@@ -109,7 +116,7 @@ class LayoutWriter:
             OutputExists: Something appeared at the output meanwhile.
             SourceInvalid: The image manifest would be too large.
         """
-        document = image_manifest_document(config, layers)
+        document = image_manifest_document(config, layers, annotations)
         if len(document) > IMAGE_MANIFEST_LIMIT_BYTES:
             raise SourceInvalid(f"the image manifest would be larger than {IMAGE_MANIFEST_LIMIT_BYTES} bytes")
         image = self.add_blob(document)

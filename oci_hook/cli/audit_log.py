@@ -18,7 +18,8 @@ from oci_hook.audit import EMPTY_HEAD, EVENTS, AuditLog, text_line
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.options import DRY_RUN, JSON, container_of
 from oci_hook.config import load_config
-from oci_hook.errors import AuditRefused, all_errors
+from oci_hook.errors import AuditRefused
+from oci_hook.key_errors import all_errors
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _KEPT_LINES = 100_000

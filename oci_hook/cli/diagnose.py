@@ -12,7 +12,8 @@ from oci_hook.audit import format_time
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.completion import complete_refused
 from oci_hook.cli.options import container_of
-from oci_hook.errors import all_errors
+from oci_hook.errors import BootStateRefused
+from oci_hook.key_errors import all_errors
 from oci_hook.report import Refusal, explain, load_refusals, reporting_config
 
 _RAISED_BY_RUNTIMES = {
@@ -44,17 +45,27 @@ def why(config_file: str, what: str | None, codes: bool, as_json: bool) -> int:
         hint = "" if os.geteuid() == 0 else "; run it as root, who alone may read them"
         click.echo("no refusal is known" + (f" for {printable(what)}" if what else "") + hint, err=True)
         return 1
-    _show_refusal(found[0], as_json)
+    _show_refusal(found[0], _differences(config_file, found[0]), as_json)
     return 0
 
 
-def _show_refusal(refusal: Refusal, as_json: bool) -> None:
+def _differences(config_file: str, refusal: Refusal) -> list[str]:
+    """What this boot measured otherwise than an approved one, if that is why and event logs tell."""
+    if refusal.code != BootStateRefused.code:
+        return []
+    from oci_hook.cli.checks.boot import why_refused
+
+    return why_refused(reporting_config(config_file)[0], refusal.message)
+
+
+def _show_refusal(refusal: Refusal, differences: list[str], as_json: bool) -> None:
     if as_json:
-        print_json(dataclasses.asdict(refusal))
+        print_json(dataclasses.asdict(refusal) | ({"differences": differences} if differences else {}))
         return
     for line in (
         f"{format_time(refusal.seconds)} container {refusal.container_id[:12]}",
         f"{refusal.reason} ({refusal.code}): {refusal.message}",
+        *(f"  {line}" for line in differences),
         f"remedy: {refusal.remedy}",
     ):
         click.echo(printable(line))

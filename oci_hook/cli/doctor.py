@@ -53,6 +53,7 @@ class _Examination:
             ("memory", self._memory),
             ("TPM", self._of_tpm),
             ("trust", self._trust),
+            ("broker", self._broker),
             ("store", self._store),
             ("audit", self._audit),
             ("engines", self._engines),
@@ -106,11 +107,15 @@ class _Examination:
         self._owners, checks = check_trust(self._config)
         yield from checks
 
+    def _broker(self) -> Iterator[Check]:
+        from oci_hook.cli.checks.broker import check_broker
+
+        return check_broker(self._config)
+
     def _store(self) -> Iterator[Check]:
         from oci_hook.cli.checks.models import check_models, check_room
 
-        pcrs = self._tpm.pcrs if self._tpm is not None else {}
-        yield from check_models(self._config, self._owners, self._device, pcrs, self._sizes, deep=self._deep)
+        yield from check_models(self._config, self._owners, self._device, self._tpm, self._sizes, deep=self._deep)
         yield from check_room(self._config, self._sizes)
 
     def _audit(self) -> Iterator[Check]:

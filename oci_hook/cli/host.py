@@ -31,11 +31,15 @@ def add(
 ) -> None:
     """Verify what an owner sent, then put it into the store.
 
-    PATHS are bundles, files (grants end in .jwt, boot policies in .json), or folders of them. Signatures and every
-    layer's digest are verified on a private copy first; if anything fails, nothing is added.
+    PATHS are bundles, files (grants and lists of revocations end in .jwt, boot policies in .json), or folders of them.
+    Signatures and every layer's digest are verified on a private copy first; if anything fails, nothing is added. A
+    folder of `sczctl revoke` is given whole: its list counts the owner's counter in the TPM up, and what running
+    containers still hold of it is shown.
     """
+    from oci_hook.cli.holders import holders, holders_document, show_holders
     from oci_hook.incoming import collect, measure
     from oci_hook.intake import Intake
+    from oci_hook.revoked import TpmCounting, remember_granted
 
     config = load_config(config_file)
     store, owners = Store(config.store_directory), Trust(config.trust_directory).owners()
@@ -45,10 +49,21 @@ def add(
     except DeviceNotEnrolled:
         device = None
     with show_progress("verifying", measure(incoming, copied=not dry_run)) as progress:
-        intake = Intake(store, owners, device, replace=replace, without_bundle=without_bundle, progress=progress)
+        intake = Intake(
+            store,
+            owners,
+            device,
+            replace=replace,
+            without_bundle=without_bundle,
+            progress=progress,
+            counting=TpmCounting(config),
+        )
         taken = intake.verify(incoming) if dry_run else intake.take(incoming)
+    if taken.grants and not dry_run:
+        remember_granted(store, taken.grants)
     if as_json:
-        print_json({"dry_run": dry_run, **_document(taken)})
+        held = {"held": holders_document(holders(config_file))} if taken.revocations and not dry_run else {}
+        print_json({"dry_run": dry_run, **_document(taken), **held})
         return
     done = "would add" if dry_run else "added"
     for model in taken.models:
@@ -57,6 +72,10 @@ def add(
         click.echo(f"{done} grant for {grant.model.name}:{grant.model.version} to {grant.device_name}")
     for policy in taken.boot_policies:
         click.echo(f"{done} boot policy for {policy.model_name}, device class {policy.device_class}")
+    for each in taken.revocations:
+        click.echo(f"{'would apply' if dry_run else 'applied'} the revocations of {each.owner_id} up to {each.value}")
+    if taken.revocations and not dry_run:
+        show_holders(holders(config_file), as_json=False)
 
 
 def _image(model: StoredModel) -> str:
@@ -81,6 +100,7 @@ def _document(taken: Taken) -> dict[str, Any]:
             {"model": policy.model_name, "class": policy.device_class, "owner": policy.owner_id}
             for policy in taken.boot_policies
         ],
+        "revocations": [{"owner": each.owner_id, "counter": each.value} for each in taken.revocations],
     }
 
 
@@ -126,7 +146,7 @@ def _show_models(rows: list[dict[str, Any]]) -> None:
 
 
 def _list_grants(keys: str, as_json: bool) -> None:
-    from oci_hook.owner.records import load_grants
+    from oci_hook.owner.grant_batch import load_grants
 
     rows = load_grants(keys)
     if as_json:
@@ -138,6 +158,7 @@ def _list_grants(keys: str, as_json: bool) -> None:
         click.echo(
             f"{row['model']:<32} {row['device']:<24} class {row['class']:<12} "
             f"counter up to {row['counter_maximum']:<5} {format_time(float(row['created']))}"
+            f"{'  leased' if row['lease'] else ''}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ from oci_hook.audit import format_time
 from oci_hook.bundle.grant import GRANT_LIMIT_BYTES, GRANT_TYP
 from oci_hook.bundle.layout import Layout, open_layout
 from oci_hook.bundle.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_TYP
+from oci_hook.bundle.revocations import parse_revocations
 from oci_hook.documents import parse_object
 from oci_hook.errors import BundleInvalid, GrantInvalid
 from oci_hook.jws import parse_document
+from oci_hook.key_errors import RevocationsMissing
+from oci_hook.owner.recovery import load_recovery_copy
 from oci_hook.trusted_file import load_file
 
 _DOCUMENT_BYTES = 1 << 20
@@ -25,6 +29,9 @@ _KINDS = {
     "scz-smm/issuer/v1": "issuer",
     "scz-smm/device/v1": "device record",
     "scz-smm/measurement/v1": "measurement",
+    "scz-smm/evidence/v1": "evidence",
+    "scz-smm/lease-request/v1": "lease request",
+    "scz-smm/line/v1": "model line",
 }
 
 
@@ -41,8 +48,12 @@ def describe(path: str) -> dict[str, Any]:
     if data.lstrip()[:1] == b"{":
         document = parse_object(data, limit_bytes=_DOCUMENT_BYTES, what=path, error=BundleInvalid)
         return _headed(document, kind=_KINDS.get(str(document.get("schema")), "document"))
-    if data.count(b".") != 2:  # three parts are a JWS, and of those a grant is the only one that is a file
+    if data.count(b".") != 2:  # three parts are a JWS, and of those grants and lists of revocations are files
         raise BundleInvalid(f"{path} is neither a bundle's folder, a grant nor a JSON document")
+    with contextlib.suppress(RevocationsMissing):
+        found = parse_revocations(data)
+        payload = parse_object(found.unverified_payload, limit_bytes=_DOCUMENT_BYTES, what=path, error=BundleInvalid)
+        return _headed(payload, kind="list of revocations", owner=found.owner_id)
     jws = parse_document(data, typ=GRANT_TYP, limit_bytes=GRANT_LIMIT_BYTES, what="grant", error=GrantInvalid)
     payload = parse_object(jws.unverified_payload, limit_bytes=GRANT_LIMIT_BYTES, what="grant", error=GrantInvalid)
     payload.pop("wrapped_key", None)
@@ -70,8 +81,11 @@ def describe_bundle(layout: Layout) -> dict[str, Any]:
     payload = parse_object(
         jws.unverified_payload, limit_bytes=MANIFEST_LIMIT_BYTES, what="manifest", error=BundleInvalid
     )
+    copy = load_recovery_copy(layout)
+    recoverable = {} if copy is None else {"recovery_key": copy[0]}
     return _headed(
         payload,
+        **recoverable,
         kind="bundle",
         image=layout.image_digest,
         manifest=layout.manifest_digest,

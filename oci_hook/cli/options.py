@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from oci_hook.attestation.ek_chain import CaCertificates
     from oci_hook.store import Store, StoredModel
 
-_DOCUMENT_BYTES = 1 << 20
+DOCUMENT_BYTES = 1 << 20
 _PASSPHRASE_BYTES = 1024
 _MAX_AUTHORITIES = 1000
 
@@ -103,12 +103,6 @@ OUTPUT = click.option(
     required=True,
     shell_complete=complete_files,
     help="File to write; nothing is overwritten.",
-)
-EK_ROOTS = click.option(
-    "--ek-roots",
-    type=click.Path(file_okay=False),
-    required=True,
-    help="Folder with the CA certificates of the TPM manufacturers that you accept (PEM or DER).",
 )
 PASSPHRASE_FILE = click.option(
     "--passphrase-file",
@@ -194,7 +188,7 @@ def load_authorities(folder: str) -> CaCertificates:
 
 def read_input(path: str, error: type[SczError]) -> bytes:
     """Read a document of at most 1 MiB."""
-    return load_file(path, limit_bytes=_DOCUMENT_BYTES, error=error)
+    return load_file(path, limit_bytes=DOCUMENT_BYTES, error=error)
 
 
 def verify_new_output(path: str) -> None:

@@ -1,10 +1,8 @@
-"""The model owner's commands but for packing and boot policies: keygen, grant, inspect, verify."""
+"""The model owner's commands but for packing, granting and boot policies: keygen, inspect, verify."""
 
 from __future__ import annotations
 
 import os
-import secrets
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,25 +10,19 @@ from typing import TYPE_CHECKING
 import click
 
 from oci_hook.cli import print_json
-from oci_hook.cli.completion import complete_devices, complete_packed
 from oci_hook.cli.options import (
     JSON,
-    KEYS,
-    OUTPUT,
     PASSPHRASE_FILE,
     is_model,
     known_model,
-    model_of,
     name_of,
     passphrase_source,
     read_input,
     show_progress,
     verify_new_output,
-    verify_one_of,
-    write_output,
 )
 from oci_hook.config import load_config
-from oci_hook.errors import BundleInvalid, DeviceInvalid, KeyInvalid, TrustInvalid
+from oci_hook.errors import BundleInvalid, TrustInvalid
 from oci_hook.store import Store
 from oci_hook.trust_folder import Trust
 
@@ -44,89 +36,52 @@ if TYPE_CHECKING:
 @click.option(
     "--name",
     metavar="NAME",
-    required=True,
     callback=name_of,
-    help="The owner's name: lower-case letters and digits, with . _ - between them.",
+    help="The owner's name, or the recovery key's: lower-case letters and digits, with . _ - between them.",
+)
+@click.option("--recovery-only", is_flag=True, help="Make an offline recovery key and no owner; keep it elsewhere.")
+@click.option(
+    "--recovery-key",
+    type=click.Path(dir_okay=False),
+    help="Name the offline recovery key (recovery.json) for what is packed; without --name: of an owner who is there.",
 )
 @PASSPHRASE_FILE
 @click.option("--no-passphrase", is_flag=True, help="Leave the private keys unencrypted, for another vault to guard.")
-def keygen(keys: str, name: str, passphrase_file: str | None, no_passphrase: bool) -> None:
+def keygen(
+    keys: str,
+    name: str | None,
+    recovery_only: bool,
+    recovery_key: str | None,
+    passphrase_file: str | None,
+    no_passphrase: bool,
+) -> None:
     """Make an owner's folder of keys, under a passphrase.
 
     The keys are for manifests, boot policies and recovery. Publish owner.json of it; guard the rest. Without this
-    folder no device can ever be granted your models again.
+    folder no device can ever be granted your models again, unless they were packed with a --recovery-key.
     """
+    from oci_hook.cli.recover import load_public_key, make_recovery_key, name_recovery_key
     from oci_hook.owner.keyring import create_keyring
 
-    if no_passphrase and passphrase_file:
-        raise click.UsageError("--passphrase-file and --no-passphrase exclude each other")
+    if (no_passphrase and passphrase_file) or (recovery_only and recovery_key):
+        raise click.UsageError("--passphrase-file and --no-passphrase, --recovery-only and -key, exclude each other")
+    recipient = load_public_key(recovery_key) if recovery_key else None
+    if recipient is not None and name is None:
+        name_recovery_key(keys, recipient, passphrase_source(passphrase_file))
+        return
+    if name is None:
+        raise click.UsageError("Missing option '--name'.")
     verify_new_output(keys)
     passphrase = None if no_passphrase else passphrase_source(passphrase_file, confirm=True)()
-    owner = create_keyring(Path(keys), name, passphrase)
     if no_passphrase:
         click.echo("the private keys are NOT encrypted", err=True)
-    click.echo(f"owner {name}, id {owner.owner_id}; give {os.path.join(keys, 'owner.json')} to the hosts' operators")
-
-
-@click.command()
-@click.argument("model", metavar="NAME:VERSION", callback=model_of, shell_complete=complete_packed)
-@KEYS
-@click.option(
-    "--device",
-    metavar="NAME",
-    required=True,
-    callback=name_of,
-    shell_complete=complete_devices,
-    help="The device, as it was enrolled.",
-)
-@click.option(
-    "--maximum",
-    type=click.IntRange(0, (1 << 63) - 1),
-    metavar="NUMBER",
-    default=None,
-    help="Opens while the device's counter is at most this; default: its value at enrolment.",
-)
-@OUTPUT
-@PASSPHRASE_FILE
-@JSON
-def grant(
-    model: tuple[str, str],
-    keys: str,
-    device: str,
-    maximum: int | None,
-    output: str,
-    passphrase_file: str | None,
-    as_json: bool,
-) -> None:
-    """Wrap a model's content key for one device's TPM."""
-    from oci_hook.attestation.device_record import parse_device_record
-    from oci_hook.owner.granting import make_grant
-    from oci_hook.owner.keyring import open_keyring
-    from oci_hook.owner.records import OwnerRecords
-
-    name, version = model
-    records = OwnerRecords(Path(keys))
-    packed = [":".join(found) for found in records.content_keys()]
-    verify_one_of("packed version", f"{name}:{version}", packed, KeyInvalid, remedy="`sczctl pack` it; check --keys")
-    verify_one_of(
-        "enrolled device", device, records.devices(), DeviceInvalid, remedy="`sczctl enroll` it; check --keys"
-    )
-    verify_new_output(output)
-    record, content = parse_device_record(records.load_device(device)), records.load_content_key(name, version)
-    keyring = open_keyring(Path(keys), passphrase_source(passphrase_file))
-    made, compact = make_grant(
-        keyring, content, record, maximum=maximum, created=int(time.time()), random=secrets.token_bytes
-    )
-    write_output(output, compact)
-    records.save_grant(made, compact)
-    if as_json:
-        granted = {"model": f"{name}:{version}", "device": device, "class": record.device_class}
-        print_json({**granted, "manifest": made.manifest_digest, "counter_maximum": made.counter.maximum})
+    if recovery_only:
+        make_recovery_key(keys, name, passphrase)
         return
-    click.echo(
-        f"granted {name}:{version} to {device} (class {record.device_class}, "
-        f"while its counter is at most {made.counter.maximum})"
-    )
+    owner = create_keyring(Path(keys), name, passphrase)
+    if recipient is not None:
+        name_recovery_key(keys, recipient, lambda: passphrase or "")
+    click.echo(f"owner {name}, id {owner.owner_id}; give {os.path.join(keys, 'owner.json')} to the hosts' operators")
 
 
 @click.command()
@@ -223,4 +178,4 @@ def _to_verify(config_file: str, bundle: str, owner_file: str | None) -> tuple[L
     return store.open_model(known_model(store, bundle)), Trust(config.trust_directory).owners()
 
 
-COMMANDS = {"keygen": keygen, "grant": grant, "inspect": inspect, "verify": verify}
+COMMANDS = {"keygen": keygen, "inspect": inspect, "verify": verify}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,9 @@ from oci_hook.documents import parse_object
 from oci_hook.errors import SourceInvalid
 from oci_hook.trusted_file import load_file
 
+if TYPE_CHECKING:
+    from oci_hook.owner.keyring import Keyring
+
 _FIELDS_BYTES = 64 << 10
 _POLICY_BYTES = 256 << 10
 
@@ -41,18 +44,27 @@ def _access_document(
     keys: tuple[str, ...],
     token_age_seconds: int,
     share: bool,
+    broker: bool,
 ) -> dict[str, Any]:
     """The access policy: the owner's file, or one identity from the options."""
     if access_file is not None:
-        if issuer or subjects or keys or share:
-            raise click.UsageError("--access excludes --issuer, --subject, --issuer-key and --share")
+        if issuer or subjects or keys or share or broker:
+            raise click.UsageError("--access excludes --issuer, --subject, --issuer-key, --share and --broker")
         return _json_file(access_file, _POLICY_BYTES, "access policy")
     if not issuer or not subjects:
         raise click.UsageError("say who may use the model: --access FILE, or --issuer and --subject")
     identity: dict[str, Any] = {"issuer": issuer, "audience": audience, "subjects": sorted(subjects)}
     if keys:
         identity["keys"] = sorted(keys)
-    return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": share}
+    wanted = {"broker": True} if broker else {}
+    return {"identities": [identity], "token_age_seconds": token_age_seconds, "share": share, **wanted}
+
+
+def _recoverable(keyring: Keyring) -> dict[str, str]:
+    from oci_hook.owner.recovery import load_recipient
+
+    recipient = load_recipient(keyring.folder, keyring.owner)
+    return {} if recipient is None else {"recovery_key": recipient.key.thumbprint}
 
 
 @click.command()
@@ -107,6 +119,11 @@ def _access_document(
     "--share", is_flag=True, help="With --issuer: containers of one host may have one decrypted copy in common."
 )
 @click.option(
+    "--broker",
+    is_flag=True,
+    help="With --issuer: a start needs a key broker's share beside the TPM's (`sczctl grant --broker`).",
+)
+@click.option(
     "--fields",
     "fields_file",
     type=click.Path(dir_okay=False),
@@ -128,6 +145,7 @@ def pack(
     issuer_keys: tuple[str, ...],
     token_age_seconds: int,
     share: bool,
+    broker: bool,
     fields_file: str | None,
     passphrase_file: str | None,
     as_json: bool,
@@ -144,7 +162,7 @@ def pack(
     from oci_hook.owner.packing import pack_version
     from oci_hook.owner.records import OwnerRecords
 
-    document = _access_document(access_file, issuer, audience, subjects, issuer_keys, token_age_seconds, share)
+    document = _access_document(access_file, issuer, audience, subjects, issuer_keys, token_age_seconds, share, broker)
     access = parse_access_policy(document, error=SourceInvalid)
     fields = _json_file(fields_file, _FIELDS_BYTES, "model fields") if fields_file is not None else {}
     OwnerRecords(Path(keys)).verify_new_version(name, version)
@@ -163,13 +181,15 @@ def pack(
             random=secrets.token_bytes,
             progress=progress,
         )
+    recoverable = _recoverable(keyring)
     if as_json:
         model = {"name": name, "version": version, "generation": generation}
         digests = {"image": packed.image_digest, "manifest": packed.manifest_digest}
-        print_json({**model, **digests, "files": packed.files, "bytes": packed.bytes})
+        print_json({**model, **digests, "files": packed.files, "bytes": packed.bytes, **recoverable})
     else:
         click.echo(
             f"packed {name}:{version}: {packed.files} files, {packed.bytes} bytes, image {packed.image_digest[:19]}…"
+            f"{', with a recovery copy' if recoverable else ''}"
         )
 
 

@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from oci_hook.documents import parse_object
-from oci_hook.errors import InternalError, SczError, SystemCallFailed, all_errors
+from oci_hook.errors import InternalError, SczError, SystemCallFailed
+from oci_hook.key_errors import all_errors
 from oci_hook.linux import syscalls
 from oci_hook.linux.processes import clear_signals
 

@@ -12,8 +12,9 @@ import re
 import subprocess
 import threading
 
-from oci_hook.errors import InternalError, SczError, Terminated, all_errors
+from oci_hook.errors import InternalError, SczError, Terminated
 from oci_hook.invocation import ENVIRONMENT, Invocation
+from oci_hook.key_errors import all_errors
 from oci_hook.nri.adjust import parse_binds
 from oci_hook.nri.messages import Mount
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from oci_hook.bundle.segments import KEY_BYTES, ContentKey
 from oci_hook.documents import Fields, canonical, parse_object, shown
 from oci_hook.errors import FileUnreadable, KeyInvalid, TrustInvalid
 from oci_hook.jws import PublicJwk, ec_public_key, owner_jwk, public_jwk
-from oci_hook.owner.records import load_grants
+from oci_hook.owner.grant_batch import load_grants
 from oci_hook.trust import NAME, NAME_LIMIT, OWNER_LIMIT_BYTES, Owner, parse_owner
 
 __all__ = [
@@ -75,23 +75,40 @@ def create_keyring(folder: Path, name: str, passphrase: str | None) -> Owner:
     """
     if not re.fullmatch(NAME, name) or len(name) > NAME_LIMIT:
         raise KeyInvalid(f"{shown(name)} is not an owner's name: lower-case letters, digits, and . _ - between them")
-    stretch = _Stretch(os.urandom(_SALT_BYTES))
-    encryption = _encryption(passphrase, stretch)
     keys = {role: ec.generate_private_key(ec.SECP256R1()) for role in KEY_FILES}
     public = {role: public_jwk(key.public_key()) for role, key in keys.items()}
     document = canonical({"schema": "scz-smm/owner/v1", "name": name, **public})
     owner = parse_owner(document)
+    write_key_folder(folder, {KEY_FILES[role]: key for role, key in keys.items()}, {OWNER_FILE: document}, passphrase)
+    return owner
+
+
+def write_key_folder(
+    folder: Path,
+    keys: Mapping[str, ec.EllipticCurvePrivateKey],
+    documents: Mapping[str, bytes],
+    passphrase: str | None,
+) -> None:
+    """Make a folder of private keys, 0600, and public documents, 0644, with what its passphrase is stretched by.
+
+    Raises:
+        OutputExists: The folder is there.
+        KeyInvalid: A passphrase that is empty or over 1023 bytes.
+        FileUnreadable: The system said no.
+    """
+    stretch = _Stretch(os.urandom(_SALT_BYTES))
+    encryption = _encryption(passphrase, stretch)
     try:
         with NewFolder(folder) as new:
-            for role, key in keys.items():
+            for name, key in keys.items():
                 pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-                create_file(new.partial / KEY_FILES[role], pem, mode=0o600)
-            create_file(new.partial / OWNER_FILE, document, mode=0o644)
+                create_file(new.partial / name, pem, mode=0o600)
+            for name, document in documents.items():
+                create_file(new.partial / name, document, mode=0o644)
             create_file(new.partial / STRETCH_FILE, stretch.document(), mode=0o600)
             new.publish(mode=0o700)
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or folder)}: {cause.strerror}") from cause
-    return owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +201,30 @@ def open_keyring(folder: Path, passphrase_source: Callable[[], str]) -> Keyring:
     )
 
 
+def open_key_file(path: Path, passphrase_source: Callable[[], str]) -> ec.EllipticCurvePrivateKey:
+    """One private key as `write_key_folder` writes it; its `passphrase.json` lies beside it.
+
+    Args:
+        path: Of the PEM file.
+        passphrase_source: Asked once, and only if the key is encrypted.
+
+    Raises:
+        KeyInvalid: A wrong passphrase, a file that others may read, or not a P-256 key.
+        FileUnreadable: The system said no.
+    """
+    pem = _read(path.parent, path.name, _PEM_LIMIT_BYTES, private=True)
+    encrypted = pem.lstrip().startswith(_ENCRYPTED)
+    return _parse_key(pem, _load_stretch(path.parent).password(passphrase_source()) if encrypted else None, path.name)
+
+
 def _load_key(pem: bytes, passphrase: bytes | None, expected: PublicJwk, name: str) -> ec.EllipticCurvePrivateKey:
+    key = _parse_key(pem, passphrase, name)
+    if owner_jwk(public_jwk(key.public_key()), error=KeyInvalid).thumbprint != expected.thumbprint:
+        raise KeyInvalid(f"{name} is not the key that {OWNER_FILE} names")
+    return key
+
+
+def _parse_key(pem: bytes, passphrase: bytes | None, name: str) -> ec.EllipticCurvePrivateKey:
     used = passphrase if pem.lstrip().startswith(_ENCRYPTED) else None
     try:
         key = serialization.load_pem_private_key(pem, used)
@@ -192,8 +232,7 @@ def _load_key(pem: bytes, passphrase: bytes | None, expected: PublicJwk, name: s
         raise KeyInvalid(f"{name} cannot be opened: a wrong passphrase, or not a PKCS#8 key") from cause
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise KeyInvalid(f"{name} is not an elliptic-curve key")
-    if owner_jwk(public_jwk(key.public_key()), error=KeyInvalid).thumbprint != expected.thumbprint:
-        raise KeyInvalid(f"{name} is not the key that {OWNER_FILE} names")
+    owner_jwk(public_jwk(key.public_key()), error=KeyInvalid)  # on P-256
     return key
 
 
@@ -217,14 +256,19 @@ def _suite() -> Suite:
     return Suite(KEM.P256, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
-def _info(manifest_digest: str) -> bytes:
-    return _HPKE_LABEL + b"\0" + manifest_digest.encode()
+def _info(label: bytes, manifest_digest: str) -> bytes:
+    return label + b"\0" + manifest_digest.encode()
 
 
 def seal_content_key(content_key: ContentKey, *, manifest_digest: str, owner: Owner) -> bytes:
     """Seal a content key to the owner's recovery key, bound to one manifest; 113 bytes, enc ‖ ciphertext."""
-    recovery = ec_public_key(owner.recovery_key, error=KeyInvalid)
-    return _suite().encrypt(content_key.value, recovery, _info(manifest_digest))
+    return seal_to(content_key, owner.recovery_key, manifest_digest=manifest_digest, label=_HPKE_LABEL)
+
+
+def seal_to(content_key: ContentKey, recipient: PublicJwk, *, manifest_digest: str, label: bytes) -> bytes:
+    """Seal a content key to a P-256 key by HPKE; the label says what for, and keeps one use from another."""
+    public = ec_public_key(recipient, error=KeyInvalid)
+    return _suite().encrypt(content_key.value, public, _info(label, manifest_digest))
 
 
 def open_content_key(sealed: bytes, *, manifest_digest: str, recovery_key: ec.EllipticCurvePrivateKey) -> ContentKey:
@@ -233,8 +277,17 @@ def open_content_key(sealed: bytes, *, manifest_digest: str, recovery_key: ec.El
     Raises:
         KeyInvalid: Another owner's, another manifest's, or changed.
     """
+    return open_sealed(sealed, recovery_key, manifest_digest=manifest_digest, label=_HPKE_LABEL)
+
+
+def open_sealed(sealed: bytes, key: ec.EllipticCurvePrivateKey, *, manifest_digest: str, label: bytes) -> ContentKey:
+    """Open what `seal_to` sealed.
+
+    Raises:
+        KeyInvalid: To another key, for another manifest or use, or changed.
+    """
     try:
-        value = _suite().decrypt(sealed, recovery_key, _info(manifest_digest))
+        value = _suite().decrypt(sealed, key, _info(label, manifest_digest))
     except (InvalidTag, ValueError) as cause:
         raise KeyInvalid("the sealed content key does not open: another owner's or another manifest's") from cause
     if len(sealed) != SEALED_BYTES or len(value) != KEY_BYTES:

@@ -24,6 +24,7 @@ from oci_hook.documents import shown
 from oci_hook.errors import FileUnreadable, OutputExists
 from oci_hook.owner.keyring import Keyring, seal_content_key
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
+from oci_hook.owner.recovery import load_recipient, recovery_copy
 from oci_hook.trusted_file import sync_directory
 
 _RECORD_BYTES = 16 << 10  # of a content key, with its folders
@@ -56,11 +57,12 @@ def pack_version(
 
     Raises:
         OutputExists: The output is there, or the version was packed before.
+        KeyInvalid: The offline recovery key of the folder is not one that its owner named.
         SourceInvalid: The source, the fields or the policy cannot be packed.
         FileUnreadable: The system said no; a disk has no room.
     """
-    records = OwnerRecords(keyring.folder)
-    records.verify_new_version(model.name, model.version)
+    OwnerRecords(keyring.folder).verify_new_version(model.name, model.version)
+    recipient = load_recipient(keyring.folder, keyring.owner)
     content_key = ContentKey(random(KEY_BYTES))
     folder = Path(os.path.abspath(output)).parent
     try:
@@ -81,21 +83,28 @@ def pack_version(
                 content_key=content_key,
                 random=random,
                 progress=progress,
+                annotate=lambda digest: {} if recipient is None else recovery_copy(content_key, digest, recipient),
             )
-            sealed = seal_content_key(content_key, manifest_digest=packed.manifest_digest, owner=keyring.owner)
-            record = ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed)
-            _keep_and_publish(records, record, keyring.folder, bundle, output)
+            record = _record(keyring, model, packed, content_key, broker=access.broker)
+            _keep_and_publish(record, keyring.folder, bundle, output)
     except OSError as cause:
         raise FileUnreadable(f"{shown(cause.filename or output)}: {cause.strerror}") from cause
     return packed
 
 
-def _keep_and_publish(records: OwnerRecords, record: ContentKeyRecord, keys: Path, bundle: Path, output: Path) -> None:
+def _record(
+    keyring: Keyring, model: ModelId, packed: PackedBundle, content_key: ContentKey, *, broker: bool
+) -> ContentKeyRecord:
+    sealed = seal_content_key(content_key, manifest_digest=packed.manifest_digest, owner=keyring.owner)
+    return ContentKeyRecord(model, packed.manifest_digest, packed.image_digest, sealed, broker)
+
+
+def _keep_and_publish(record: ContentKeyRecord, keys: Path, bundle: Path, output: Path) -> None:
     # The keys may lie on another disk than the bundle, and that one may be full.
     need = Need(_RECORD_BYTES, 1, "free {size} on {mount}, where the folder of --keys is (`df -h {mount}`)")
     with _uninterrupted():
         with full_disk_explained(str(keys), lambda: need):
-            records.save_content_key(record)
+            OwnerRecords(keys).save_content_key(record)
         try:
             _publish(bundle, output)
         except (OSError, OutputExists):  # the key opens nothing, and would be in the way of the next attempt

@@ -1,4 +1,4 @@
-"""What an owner's folder holds beside the keys: sealed content keys, device records, waiting challenges, grants.
+"""What an owner's folder holds beside the keys: content keys, model lines, devices, waiting challenges, grants.
 
 Files of mode 0600, each there whole or not at all. Device records and challenges are kept as the bytes that
 `attestation.enrolment` reads and writes. Specification: docs/specification.md, "Owner".
@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
-from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
+from oci_hook.bundle.grant import Grant
 from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists, SczError
-from oci_hook.trust import NAME, NAME_LIMIT, parse_owner
+from oci_hook.locks import lock_file
+from oci_hook.owner.grant_copies import verify_copy, verify_owned
+from oci_hook.owner.lines import Line, format_line, parse_line
+from oci_hook.owner.parallel import map_chunks
+from oci_hook.owner.staged import save_together
+from oci_hook.trust import NAME, NAME_LIMIT, Owner, parse_owner
 from oci_hook.trusted_file import replace_file
 
 RECORD_LIMIT_BYTES = 2**20
+_LOCK_SECONDS = 120  # longer than thousands of devices take
 _SCHEMA = "scz-smm/content-key/v1"
 _NO_SUCH_KEY = "`sczctl pack` makes a version's key; check --keys and the model's name and version"
 _NO_SUCH_DEVICE = "`sczctl enroll` enrols a device; check --keys and the device's name"
@@ -27,12 +37,16 @@ _NO_SUCH_DEVICE = "`sczctl enroll` enrols a device; check --keys and the device'
 
 @dataclass(frozen=True, slots=True)
 class ContentKeyRecord:
-    """A model version's content key, sealed to the owner's recovery key, and the digests of its bundle."""
+    """A model version's content key, sealed to the owner's recovery key, and the digests of its bundle.
+
+    `broker`: its access policy asks for a broker's share in every grant.
+    """
 
     model: ModelId
     manifest_digest: str
     image_digest: str
     sealed_key: bytes
+    broker: bool = False
 
 
 def _name(value: str, error: type[SczError]) -> str:
@@ -47,15 +61,24 @@ def _version(value: str, error: type[SczError]) -> str:
     return value
 
 
-class OwnerRecords:
-    """The records of one owner's folder.
+def _grant_parts(grant: Grant) -> tuple[str, ...]:
+    return "grants", grant.model.name, grant.model.version, f"{grant.device_name}.grant"
 
-    Args:
-        folder: As `keyring.create_keyring` made it.
-    """
+
+class OwnerRecords:
+    """The records of one owner's folder, as `keyring.create_keyring` made it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder's lock: who changes a record reads it in here, so that nobody's change is undone.
+
+        A passphrase, or another machine, is waited for before. FileUnreadable: others held it for two minutes.
+        """
+        with lock_file(self._folder / ".lock", timeout_seconds=_LOCK_SECONDS, error=FileUnreadable):
+            yield
 
     # --- content keys ---
 
@@ -87,6 +110,7 @@ class OwnerRecords:
                 "manifest": record.manifest_digest,
                 "image": record.image_digest,
                 "sealed_key": encode_base64url(record.sealed_key),
+                **({"broker": True} if record.broker else {}),
             }
         )
         self._save(self._content_key_parts(record.model.name, record.model.version), data, replace=False)
@@ -99,7 +123,10 @@ class OwnerRecords:
             FileUnreadable: The system said no.
         """
         data = self._load(self._content_key_parts(name, version), KeyInvalid, _NO_SUCH_KEY)
-        record = _parse_content_key(data)
+        try:
+            record = _parse_content_key(data)
+        except KeyInvalid as cause:
+            raise KeyInvalid(f"{name}:{version}: {cause.message}", remedy=cause.advice) from cause
         if (record.model.name, record.model.version) != (name, version):
             raise KeyInvalid(f"the content key of {name}:{version} is another model's")
         return record
@@ -114,6 +141,33 @@ class OwnerRecords:
 
     def _content_key_parts(self, name: str, version: str) -> tuple[str, ...]:
         return "models", _name(name, KeyInvalid), f"{_version(version, KeyInvalid)}.json"
+
+    # --- model lines ---
+
+    def load_line(self, name: str) -> Line:
+        """What was revoked of a model line; nothing, if that was never said.
+
+        Raises:
+            KeyInvalid: Not a name, or the record is malformed.
+            FileUnreadable: The system said no.
+        """
+        if not os.path.lexists(self._folder / "lines" / f"{_name(name, KeyInvalid)}.json"):
+            return Line(name)
+        try:
+            line = parse_line(self._load(("lines", f"{name}.json"), KeyInvalid, KeyInvalid.remedy))
+        except KeyInvalid as cause:
+            raise KeyInvalid(f"{name}: {cause.message}", remedy=cause.advice) from cause
+        if line.model != name:
+            raise KeyInvalid(f"the record of the model line {name} is that of {line.model}")
+        return line
+
+    def save_line(self, line: Line) -> None:
+        """Keep what was revoked of a model line (FileUnreadable)."""
+        self._save(("lines", f"{_name(line.model, KeyInvalid)}.json"), format_line(line), replace=True)
+
+    def lines(self) -> tuple[Line, ...]:
+        """Every model line of which something was revoked, sorted by name (KeyInvalid, FileUnreadable)."""
+        return tuple(self.load_line(name) for name in self._names(("lines",), suffix=".json", pattern=NAME))
 
     # --- devices ---
 
@@ -160,11 +214,7 @@ class OwnerRecords:
         Raises:
             FileUnreadable: The system said no.
         """
-        path = self._folder / "pending" / f"{_name(device, DeviceInvalid)}.json"
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as cause:
-            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
+        self._remove(self._folder / "pending" / f"{_name(device, DeviceInvalid)}.json")
 
     # --- grants that were given ---
 
@@ -174,26 +224,60 @@ class OwnerRecords:
         Raises:
             FileUnreadable: The system said no.
         """
-        parts = ("grants", grant.model.name, grant.model.version, f"{grant.device_name}.grant")
-        self._save(parts, compact, replace=True)
+        self._save(_grant_parts(grant), compact, replace=True)
 
-    def grants(self) -> tuple[Grant, ...]:
-        """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
+    def save_grants(
+        self, made: Sequence[tuple[Grant, bytes]], writers: Executor, progress: Callable[[int], object]
+    ) -> None:
+        """Keep copies of many grants: all are written and synced before the first is renamed into its place.
+
+        Args:
+            made: At most one for each version and device.
+            writers: In which the files are written side by side.
+            progress: Called with the number of files written so far.
 
         Raises:
-            GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
+            FileUnreadable: The system said no; none was kept.
+        """
+        files = [(self._folder.joinpath(*_grant_parts(grant)), compact) for grant, compact in made]
+        save_together(self._folder, files, writers, progress)
+
+    def grants_of(self, name: str, version: str) -> dict[str, Grant]:
+        """The grants of one version that were kept, by device; the owner's, but one may lie in another's place."""
+        owner = self._owner()
+        devices = self._names(("grants", name, version), suffix=".grant", pattern=NAME)
+        places = {device: (name, version, device) for device in devices}
+        return {device: verify_owned(self._copy(place), owner, place) for device, place in places.items()}
+
+    def remove_grant(self, grant: Grant) -> None:
+        """Forget a grant that was revoked (FileUnreadable)."""
+        self._remove(self._folder.joinpath(*_grant_parts(grant)))
+
+    def grants(self, devices: Collection[str] | None = None) -> tuple[Grant, ...]:
+        """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
+
+        Args:
+            devices: Only what was granted to these, so that nothing else can be in the way; None: all.
+
+        Raises:
+            GrantInvalid, GrantRefused: A file there is not that grant, or not this owner's; the message names it.
             KeyInvalid: Not an owner's folder.
         """
-        owner = parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
-        return tuple(
-            verify_grant_signature(
-                parse_grant(self._load(("grants", name, version, f"{device}.grant"), KeyInvalid, KeyInvalid.remedy)),
-                owner=owner,
-            )
+        self._owner()
+        places = [
+            (name, version, device)
             for name in self._names(("grants",), suffix="", pattern=NAME)
             for version in self._names(("grants", name), suffix="", pattern=VERSION)
             for device in self._names(("grants", name, version), suffix=".grant", pattern=NAME)
-        )
+            if devices is None or device in devices
+        ]
+        return tuple(map_chunks(partial(_verified_grants, self._folder), places))
+
+    def _owner(self) -> Owner:
+        return parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
+
+    def _copy(self, place: tuple[str, str, str]) -> bytes:
+        return self._load(("grants", *place[:2], f"{place[2]}.grant"), KeyInvalid, KeyInvalid.remedy)
 
     # --- files ---
 
@@ -208,6 +292,12 @@ class OwnerRecords:
             replace_file(str(path), data, mode=0o600)
         else:
             save_new_file(path, data, mode=0o600)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as cause:
+            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
 
     def _load(self, parts: tuple[str, ...], error: type[SczError], remedy: str) -> bytes:
         try:
@@ -234,6 +324,13 @@ class OwnerRecords:
         return tuple(sorted(name for name in names if re.fullmatch(pattern, name)))
 
 
+def _verified_grants(folder: Path, places: Sequence[tuple[str, str, str]]) -> list[Grant]:
+    """The grants by model, version and device; also in a worker (`parallel`)."""
+    records = OwnerRecords(folder)
+    owner = records._owner()
+    return [verify_copy(records._copy(place), owner, place) for place in places]
+
+
 def _parse_content_key(data: bytes) -> ContentKeyRecord:
     what = "content key"
     fields = Fields(
@@ -245,26 +342,7 @@ def _parse_content_key(data: bytes) -> ContentKeyRecord:
         manifest_digest=fields.digest("manifest"),
         image_digest=fields.digest("image"),
         sealed_key=fields.base64url("sealed_key", low=1, high=1024),
+        broker=fields.boolean("broker") if fields.has("broker") else False,
     )
     fields.finish()
     return record
-
-
-def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, str | int]]:
-    """Who can open what: one row a grant, as `sczctl list --grants` prints it.
-
-    Raises:
-        GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
-        KeyInvalid: Not an owner's folder.
-    """
-    return [
-        {
-            "model": f"{grant.model.name}:{grant.model.version}",
-            "device": grant.device_name,
-            "class": grant.device_class,
-            "manifest": grant.manifest_digest,
-            "created": grant.created,
-            "counter_maximum": grant.counter.maximum,
-        }
-        for grant in OwnerRecords(Path(folder)).grants()
-    ]

@@ -10,20 +10,16 @@ from __future__ import annotations
 import os
 import random
 import re
-import select
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -60,7 +56,7 @@ from oci_hook.attestation.enrolment_documents import (
     parse_request,
 )
 from oci_hook.attestation.evidence import Evidence, qualifying_data
-from oci_hook.attestation.host_device import HostDevice, format_host_device, parse_host_device
+from oci_hook.attestation.host_device import AskedAgain, HostDevice, format_host_device, parse_host_device
 from oci_hook.attestation.key_checks import COUNTER_ATTRIBUTES, counter_public
 from oci_hook.attestation.measurement import MEASURED_PCRS
 from oci_hook.attestation.policy import CC_UNSEAL, approved_policy, policy_ref, sealed_object_policy
@@ -77,6 +73,7 @@ from oci_hook.attestation.structures import (
 )
 from oci_hook.attestation.tpm import Tpm, make_credential, open_tpm, wrap_secret
 from oci_hook.attestation.tpm_lock import tpm_lock
+from oci_hook.attestation.unsealing import Unsealing
 from oci_hook.errors import (
     BootPolicyRefused,
     BootStateRefused,
@@ -93,10 +90,12 @@ from oci_hook.errors import (
     TpmTimeout,
     TpmUnavailable,
 )
+from oci_hook.lease import Lease
 from oci_hook.linux.syscalls import prctl_set_pdeathsig
 from oci_hook.owner.keyring import Keyring, create_keyring, open_keyring
 from tests.devices import make_device
 from tests.software_tpm import SoftwareTpm
+from tests.tpm_proxy import Tap
 
 MODEL, CLASS, DEVICE = "small", "default", "edge-1"
 GRUB, UKI = (0, 2, 4, 7, 8, 9), (7, 11, 12, 14)
@@ -180,18 +179,24 @@ class Sealing:
     reference: bytes = field(default_factory=lambda: policy_ref(MODEL, CLASS))
     device: HostDevice | None = None
     counter_index: int | None = None
+    lease: Lease | None = None
 
-    def open_in(self, tpm: Tpm) -> bytes:
+    @property
+    def asked(self) -> Unsealing:
+        """What the hook asks the TPM for."""
         index = self.host.counter(self.keyring).index if self.counter_index is None else self.counter_index
-        return tpm.unseal(
-            self.device or self.host.device,
+        return Unsealing(
             sealed=self.blob,
             form=self.form,
             boot_policy_key=self.keyring.owner.boot_policy_key,
             policy_ref=self.reference,
             counter_index=index,
             counter_maximum=self.maximum,
+            lease=self.lease,
         )
+
+    def open_in(self, tpm: Tpm) -> bytes:
+        return tpm.unseal(self.device or self.host.device, self.asked)
 
     def open(self, tcti: str | None = None) -> bytes:
         with self.host.transaction(tcti) as tpm:
@@ -199,7 +204,11 @@ class Sealing:
 
 
 def approve(
-    keyring: Keyring, *states: Mapping[int, bytes], model: str = MODEL, device_class: str = CLASS
+    keyring: Keyring,
+    *states: Mapping[int, bytes],
+    model: str = MODEL,
+    device_class: str = CLASS,
+    epoch: int = 0,
 ) -> BootPolicy:
     """A boot policy that the owner signed and that was verified, as a host has it."""
     owner = keyring.owner
@@ -210,16 +219,20 @@ def approve(
         device_class=device_class,
         created=1_767_225_600,
         key=keyring.boot_policy_key,
+        epoch=epoch,
     )
     return verify_boot_policy(parse_boot_policy(document), owner=owner, model_name=model, device_class=device_class)
 
 
-def wrapped(host: Host, keyring: Keyring, maximum: int, *, model: str = MODEL) -> WrappedSecret:
+def wrapped(
+    host: Host, keyring: Keyring, maximum: int, *, model: str = MODEL, lease: Lease | None = None, epoch: int = 0
+) -> WrappedSecret:
     """The owner's side, which sees public areas only."""
     key = parse_public(
         tpm2b(ecdsa_signing_public(keyring.boot_policy_key.public_key())), what="key", error=DeviceInvalid
     )
-    policy = sealed_object_policy(key.name, policy_ref(model, CLASS), host.counter(keyring).name, maximum)
+    reference = policy_ref(model, CLASS, epoch)
+    policy = sealed_object_policy(key.name, reference, host.counter(keyring).name, maximum, lease)
     return wrap_secret(host.device.srk, SECRET, policy)
 
 
@@ -491,10 +504,27 @@ def test_provisioning_twice_changes_nothing(host: Host, keyring: Keyring) -> Non
     assert host.count(keyring) == value
 
 
+def test_asking_again_keeps_the_counter_s_value_of_the_enrolment(own_host: Host, keyring: Keyring) -> None:
+    """A host that asks is not enrolled yet: what a revocation counted up since is still missing its list."""
+    host, owner_id = own_host, keyring.owner.owner_id
+    before, value = host.device, host.count(keyring)
+    assert before.counter_values[owner_id] == value
+    with host.transaction() as tpm:
+        tpm.increment_counter(host.counter(keyring).index)
+        again = tpm.provision(owner_id, before, newest_grant=7)
+    assert again == before.with_counter(owner_id, before.counters[owner_id], value, AskedAgain(value + 1, 7))
+    with host.transaction() as tpm:
+        assert tpm.provision(owner_id, again, newest_grant=8).asked_again[owner_id] == AskedAgain(value + 1, 8)
+        # Nothing is known of an enrolment, or it was with other keys: it is the value now.
+        for known in (None, replace(before, counter_values={}), replace(before, srk=before.ak)):
+            made = tpm.provision(owner_id, known)
+            assert (dict(made.counter_values), dict(made.asked_again)) == ({owner_id: value + 1}, {})
+
+
 def test_each_owner_has_a_counter_of_its_own(host: Host, keyring: Keyring, stranger: Keyring) -> None:
     before = host.device
     after = host.provision(stranger.owner.owner_id)
-    assert replace(after, counters={}) == replace(before, counters={})
+    assert replace(after, counters={}, counter_values={}) == replace(before, counters={}, counter_values={})
     assert host.counter(stranger).index != host.counter(keyring).index
     assert host.counter(keyring) == before.counters[keyring.owner.owner_id]
     value = host.count(keyring)
@@ -930,88 +960,6 @@ def _read_pcr(host: Host, tcti: str) -> bytes:
 
 
 # --- the bus ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Exchange:
-    """A command and its response, as they crossed the bus."""
-
-    code: int
-    command: bytes
-    response: bytes = b""
-
-
-class Tap:
-    """A tap on the bus: a socket before swtpm's that records every byte, and changes responses if it is told to.
-
-    Args:
-        target: swtpm's command socket; its control socket carries no TPM command and is reached directly.
-        change: From a command's code and its response to what is delivered instead.
-    """
-
-    def __init__(self, target: Path, change: Callable[[int, bytes], bytes] = lambda _, response: response) -> None:
-        self.exchanges: list[Exchange] = []
-        self._target = target
-        self._change = change
-        self._folder = Path(tempfile.mkdtemp(prefix="scz-tap-", dir="/tmp"))
-        self._stopped = threading.Event()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-
-    @property
-    def tcti(self) -> str:
-        return f"swtpm:path={self._folder}/tpm"
-
-    @property
-    def recorded(self) -> bytes:
-        return b"".join(each.command + each.response for each in self.exchanges)
-
-    def __enter__(self) -> Tap:
-        self._listener.bind(f"{self._folder}/tpm")
-        self._listener.listen()
-        (self._folder / "tpm.ctrl").symlink_to(f"{self._target}.ctrl")
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self._listener.close()
-        shutil.rmtree(self._folder)
-
-    def _serve(self) -> None:
-        while not self._stopped.is_set():
-            if select.select([self._listener], [], [], 0.05)[0]:
-                near, _ = self._listener.accept()
-                with near, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as far:
-                    far.connect(str(self._target))
-                    self._carry(near, far)
-
-    def _carry(self, near: socket.socket, far: socket.socket) -> None:
-        while not self._stopped.is_set():
-            if not select.select([near], [], [], 0.05)[0]:
-                continue
-            command = _message(near)
-            if not command:
-                return
-            exchange = Exchange(int.from_bytes(command[6:10], "big"), command)
-            self.exchanges.append(exchange)
-            far.sendall(command)
-            exchange.response = _message(far)
-            near.sendall(self._change(exchange.code, exchange.response))
-
-
-def _message(connection: socket.socket) -> bytes:
-    """One command or response: its size stands in its header."""
-    data = b""
-    while len(data) < 10 or len(data) < int.from_bytes(data[2:6], "big"):
-        part = connection.recv(4096)
-        if not part:
-            return b""
-        data += part
-    return data
 
 
 def windows(secret: bytes, size: int) -> Iterator[bytes]:

@@ -26,7 +26,8 @@ import pytest
 import oci_hook.before_create as before_create_module
 from oci_hook.before_create import Asking, adopt, discard, known, prepare
 from oci_hook.config import load_config
-from oci_hook.errors import HolderRefused, SystemCallFailed, all_errors
+from oci_hook.errors import HolderRefused, SystemCallFailed
+from oci_hook.key_errors import all_errors
 from oci_hook.linux import mounts
 from oci_hook.linux.processes import process_start_time
 from oci_hook.oci.annotations import gather_requests
@@ -122,7 +123,7 @@ class Sandboxes:
         """Whatever a container could have left in the run-time directory."""
         run = self.scene.runtime_directory
         found = [*self.mounts()]
-        for name in ("bound", "host-mounts", "containers", "tokens", "reservations"):
+        for name in ("bound", "host-mounts", "containers", "evidence", "tokens", "reservations"):
             found += [str(path) for path in (run / name).glob("*")] if (run / name).is_dir() else []
         return [path for path in found if not path.endswith("/lock")]
 
@@ -203,6 +204,8 @@ def test_the_shim_makes_ready_and_the_container_reads(vms: Sandboxes) -> None:
         (row,) = vms.ps()
         assert (row["runtime"], row["container_id"], row["pid"]) == ("kata", "c1", state["init_process_pid"])
         assert row["memory_bytes"] >= sum(FILES.values())
+        (shown,) = json.loads(vms.scene.sczctl("evidence", "c1", "--json").stdout)["models"]
+        assert shown["diagnosis"]["error"] is None  # it went with the record to the process's own
         released = vms.scene.sczctl("release", "c1", check=False)
         assert released.returncode == CODES["EngineUnsupported"]
         assert "bind entry" in released.stderr
@@ -787,7 +790,11 @@ def test_the_same_once_more_is_admitted_once_more(vms: Sandboxes, known: bool) -
     assert ask(vms.scene, "once", bundle, known=known).returncode == 0
     (path,) = vms.mounts()
     held = os.open(f"{path}/config.json", os.O_RDONLY)
+    evidence = vms.scene.runtime_directory / "evidence"
+    (first,) = [each.read_bytes() for each in evidence.iterdir()]
     assert ask(vms.scene, "once", bundle, known=known).returncode == 0
+    (second,) = [each.read_bytes() for each in evidence.iterdir()]
+    assert json.loads(first)["starts"][0]["nonce"] != json.loads(second)["starts"][0]["nonce"]  # the last decision's
     (path,) = vms.mounts()
     # Where no bundle is known it may be another container's: what was made for the one before is emptied and gone.
     assert (os.pread(held, 1, 0) != b"") is known

@@ -46,6 +46,20 @@ NOT_RUN = {
         "tests/matrix/test_docker.py"
     ),
     "podman --runtime runsc run --rm --annotation smm.scz/model=minilm:1 \\": "tests/matrix/test_gvisor_podman.py",
+    "# wait for usb/requests (operators)": "tests/integration/test_enroll.py",
+    "sczctl enroll run --keys acme --ek-roots tpm-makers --device edge-3 -- ssh edge-3 sudo": (
+        "tests/integration/test_enroll.py"
+    ),
+    "sczctl enroll challenge usb/requests --keys acme --ek-roots tpm-makers --ek-list eks.txt -o usb/challenges": (
+        "tests/integration/test_enroll.py"
+    ),
+    "sczctl grant minilm:1 --keys acme --class kiosk -o usb/grants       "
+    "# or --all-devices, --devices-from FILE, several --device": "tests/integration/test_fleet.py",
+    "sczctl appraise c0ffee-evidence --keys acme --device edge-1 --boot-policy boot-policy.json "
+    "--audit-log log/audit.jsonl": "tests/integration/test_evidence.py",
+    "sczctl boot-policy log event-log.bin --measurement measured.json --keys acme": (
+        "tests/integration/test_boot_state.py"
+    ),
 }
 #: The operator of the second device, who has no page of an own.
 SECOND = """```sh
@@ -264,8 +278,8 @@ Event = tuple[Callable[[Stage], None], Callable[[Stage], None]]
 EVENTS: dict[str, Event] = {
     "sczctl boot-policy measure": (boots_another_kernel, nothing),
     "sczctl add usb/boot-policy-2.json": (must_not_start, must_start),
-    "tpm2_nvincrement": (must_start, must_not_start),
-    "sczctl add usb/grant-again.jwt": (nothing, must_start),
+    "sczctl add usb/revoked/edge-1": (must_start, must_start),
+    "sczctl add usb/renewed.jwt": (must_start, must_start),
     "sczctl uninstall --engine podman": (must_start, must_not_start),
 }
 

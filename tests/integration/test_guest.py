@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from oci_hook.errors import all_errors
+from oci_hook.key_errors import all_errors
 from tests import agent as stand_in
 from tests.engines import unpack_busybox
 from tests.integration.conftest import FILES, contents

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hook.errors import all_errors
+from oci_hook.key_errors import all_errors
 from tests.integration.conftest import FILES, contents
 from tests.integration.test_start import CODES, refused, start
 from tests.scene import Scene

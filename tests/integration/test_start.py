@@ -21,15 +21,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from oci_hook.audit import AuditLog
 from oci_hook.config import Config
-from oci_hook.errors import all_errors
 from oci_hook.jws import sign_token
+from oci_hook.key_errors import all_errors
 from tests.demo.__main__ import flip_bit
 from tests.integration.conftest import FIELDS, FILES, contents
 from tests.scene import AUDIENCE, ISSUER, SUBJECT, TOKEN_PATH, Scene
 
 CODES = {cls.__name__: code for code, cls in all_errors().items()}
 RUNTIMES = ("runc", "crun")
-KEPT = ("last", "tokens", "containers", "reservations", "tpm.lock", "memory.lock", "containers.lock")
+KEPT = ("last", "tokens", "containers", "evidence", "reservations", "tpm.lock", "memory.lock", "containers.lock")
 
 
 def hook_processes(scene: Scene) -> list[int]:
@@ -603,10 +603,14 @@ def test_a_revoked_grant(scene: Scene) -> None:
     ((_, counter),) = device["counters"].items()
     environment = {"PATH": "/usr/bin:/bin", "TPM2TOOLS_TCTI": scene.tpm.tcti}
     subprocess.run(["tpm2_nvincrement", hex(counter["index"])], env=environment, check=True, capture_output=True)
-    refused(scene, "Revoked", scene.token())
+    refused(scene, "RevocationsMissing", scene.token())  # counted by hand, and no list says why
     assert tpm_handles(scene) == ""
+    for name in ("request.json", "challenge.json", "answer.json"):
+        (scene.usb / name).unlink()
+    scene.enrol()  # what the counter is at is what the enrolment begins with
+    refused(scene, "Revoked", scene.token())
     out = scene.usb / "again.jwt"
-    scene.sczctl("grant", "small:1", "--keys", scene.owner / "keys", "--device", "edge-1", "--maximum", "2", "-o", out)
+    scene.sczctl("grant", "small:1", "--keys", scene.owner / "keys", "--device", "edge-1", "-o", out)
     scene.sczctl("add", out)
     assert start(scene, scene.token()).returncode == 0
 

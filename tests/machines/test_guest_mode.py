@@ -8,7 +8,6 @@ a byte of plaintext. The machine's own memory has, as QEMU's process: only a con
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -20,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook.attestation.event_log import parse_event_log, replay
+from oci_hook.attestation.event_words import section_name
 from tests.engines import unpack_busybox
-from tests.event_log import parse_event_log, replay
-from tests.guest_image import COMMAND_LINE, MeasuredGuest, write_image, write_root
+from tests.guest_image import COMMAND_LINE, MeasuredGuest, told, told_pcrs, write_image, write_root
 from tests.guests import Kernel, Machine, Share
 from tests.scene import TOKEN_PATH, Scene
 
@@ -61,18 +61,18 @@ class World:
     boots: list[list[str]] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def boot(self, command_line: str | None = None) -> Iterator[MeasuredGuest]:
-        """Boot the image, wait until it takes verbs, and end it."""
+    def boot(self, command_line: str | None = None, *, image: Path | None = None) -> Iterator[MeasuredGuest]:
+        """Boot the image, or another one, wait until it takes verbs, and end it."""
         with self.scene.tpm.lent() as control:
             machine = Machine(
                 self.machine.kernel,
-                self.image,
+                image or self.image,
                 memory_mib=512,
                 shares=self.machine.shares,
                 firmware=True,
                 tpm=control,
             )
-            with MeasuredGuest(machine, self.image, command_line=command_line) as guest:
+            with MeasuredGuest(machine, image or self.image, command_line=command_line) as guest:
                 guest.wait_for("guest: ready$")  # behind what the firmware wrote on that line
                 yield guest
                 guest.say("end")
@@ -98,12 +98,6 @@ class World:
             "linux": {"namespaces": [{"type": each} for each in ("mount", "uts", "ipc", "pid")]},
         }
         (folder / "config.json").write_text(json.dumps(spec))
-
-
-def told(lines: list[str], what: str) -> bytes:
-    """What the guest printed in base64."""
-    (found,) = [line.split()[2] for line in lines if line.startswith(f"guest: {what} ")]
-    return base64.b64decode(found)
 
 
 def run_container(world: World, name: str, command_line: str | None = None) -> list[str]:
@@ -157,27 +151,41 @@ def approve(world: World, out: Path) -> None:
     scene.add(out)
 
 
-def pcrs(lines: list[str]) -> dict[int, bytes]:
-    """The PCRs as the guest's kernel shows them."""
-    found = [line.split() for line in lines if line.startswith("guest: pcr ")]
-    return {int(words[2]): bytes.fromhex(words[3]) for words in found}
-
-
 def test_the_event_log_says_what_the_tpm_has(world: World) -> None:
-    log, values = told(world.boots[0], "log"), pcrs(world.boots[0])
+    log, values = told(world.boots[0], "log"), told_pcrs(world.boots[0])
     # Linux itself measures after the firmware's log ended: IMA's first entry, into 10.
-    assert {pcr: value for pcr, value in replay(log).items() if pcr != 10} == {
+    assert {pcr: value for pcr, value in replay(parse_event_log(log)).items() if pcr != 10} == {
         pcr: value for pcr, value in values.items() if pcr != 10 and any(value)
     }
-    stub = {event.data.decode("utf-16-le").rstrip("\0") for event in parse_event_log(log) if event.pcr == 11}
+    stub = {section_name(event) for event in parse_event_log(log).events if event.pcr == 11}
     assert stub >= {".linux", ".initrd", ".cmdline"}
-    digests = {event.digest for event in parse_event_log(log) if event.pcr == 11}
+    digests = {event.digest for event in parse_event_log(log).events if event.pcr == 11}
     assert hashlib.sha256(COMMAND_LINE.encode() + b"\0").digest() in digests
+
+
+def test_the_boot_of_the_next_image_has_the_predicted_values(world: World) -> None:
+    usb, image = world.scene.usb, world.image.read_bytes()
+    command_line = COMMAND_LINE.replace("loglevel=1", "loglevel=2").encode()
+    assert image.count(COMMAND_LINE.encode()) == 1
+    following = usb / "next.efi"
+    following.write_bytes(image.replace(COMMAND_LINE.encode(), command_line))
+    (usb / "event-log.bin").write_bytes(told(world.boots[0], "log"))
+    (usb / "measured.json").write_bytes(told(world.boots[0], "measurement"))
+    words = ["--measurement", usb / "measured.json", "--keys", world.scene.owner / "keys", "--uki", following]
+    shown = world.scene.sczctl("boot-policy", "predict", usb / "event-log.bin", *words, "--json")
+    predicted = json.loads(shown.stdout)
+    assert (predicted["changed"], predicted["unknown"]) == ([4, 9, 11], {})
+    with world.boot(image=following) as guest:
+        guest.say("log")
+        guest.wait_for("^guest: done log")
+    assert {str(pcr): value.hex() for pcr, value in told_pcrs(world.boots[-1]).items() if pcr != 10} == {
+        pcr: value for pcr, value in predicted["pcrs"].items() if pcr != "10"
+    }
 
 
 def test_a_container_in_the_guest_reads_the_model_and_the_host_has_no_byte_of_it(world: World) -> None:
     lines = run_container(world, "approved")
-    assert pcrs(lines) == pcrs(world.boots[0])  # a boot of the same image is the same state
+    assert told_pcrs(lines) == told_pcrs(world.boots[0])  # a boot of the same image is the same state
     for name, size in FILES.items():
         assert f"{hashlib.sha256(contents(name, size)).hexdigest()}  /models/small/{name}" in lines
     (mount,) = [line for line in lines if " /models/small " in line and " - " in line]
@@ -195,7 +203,7 @@ def test_a_container_in_the_guest_reads_the_model_and_the_host_has_no_byte_of_it
 
 def test_another_command_line_is_refused_by_the_tpm_and_the_workload_is_told(world: World) -> None:
     lines = run_container(world, "changed", command_line=f"{COMMAND_LINE} audit=0")
-    assert pcrs(lines)[12] != bytes(32)  # what systemd-stub did not find in the image
+    assert told_pcrs(lines)[12] != bytes(32)  # what systemd-stub did not find in the image
     assert any(line.startswith("code: 35") for line in lines), lines
     assert any(line.startswith("reason: BootStateRefused") for line in lines)
     assert any(line.startswith("remedy: ") for line in lines)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from oci_hook.errors import all_errors
+from oci_hook.key_errors import all_errors
 from tests.dockerd import Docker
 from tests.integration.conftest import FILES, contents
 from tests.integration.test_start import hook_processes, model_mounts

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook.engines.podman import OWN_DIRECTORY
-from oci_hook.errors import all_errors
+from oci_hook.key_errors import all_errors
 from oci_hook.oci.precreate import container_id, parse_precreate
 from tests.engines import RuntimeNamespace
 from tests.integration.conftest import FILES, contents

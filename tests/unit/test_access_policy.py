@@ -55,6 +55,22 @@ def test_optional_parts_may_be_absent() -> None:
     assert access_policy_document(policy) == value
 
 
+def test_a_policy_that_asks_for_a_broker() -> None:
+    policy = parse_access_policy({**copy.deepcopy(GOOD), "broker": True}, error=BundleInvalid)
+    assert policy.broker
+    assert access_policy_document(policy) == {**GOOD, "broker": True}
+    assert not parse_access_policy({**copy.deepcopy(GOOD), "broker": False}, error=BundleInvalid).broker
+
+
+def test_a_remote_appraisal_is_asked_for_by_name() -> None:
+    policy = parse_access_policy({**copy.deepcopy(GOOD), "appraisal": "keylime"}, error=BundleInvalid)
+    assert policy.appraisal == "keylime"
+    assert access_policy_document(policy) == {**GOOD, "appraisal": "keylime"}
+    for other in ("", "Keylime", "none", True, None, ["keylime"]):
+        with pytest.raises(BundleInvalid):
+            parse_access_policy({**copy.deepcopy(GOOD), "appraisal": other}, error=BundleInvalid)
+
+
 @pytest.mark.parametrize("missing", ["identities", "token_age_seconds", "share"])
 def test_required_parts(missing: str) -> None:
     value = {name: part for name, part in GOOD.items() if name != missing}
@@ -65,6 +81,9 @@ def test_required_parts(missing: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"broker": 1},
+        {"broker": "true"},
+        {"broker": None},
         {"identities": []},
         {"identities": [{}]},
         {"identities": GOOD["identities"] * 33},

@@ -146,6 +146,32 @@ def test_another_key_s_signature_is_refused() -> None:
         read(document)
 
 
+def test_an_epoch_is_signed_though_it_stands_beside() -> None:
+    """Nobody can lift what was signed into a later epoch, nor say that it is of an earlier one."""
+    owner = builder().owner
+
+    def signed(epoch: int) -> dict[str, object]:
+        names = {"owner_id": owner.owner_id, "model_name": "resnet", "device_class": "default"}
+        document = sign_boot_policy([measured()], **names, created=1, key=owner.boot_policy, epoch=epoch)
+        loaded: dict[str, object] = json.loads(document)
+        return loaded
+
+    for epoch in (0, 1, 2, (1 << 31) - 1):
+        document = signed(epoch)
+        assert document.get("epoch", 0) == epoch
+        assert read(canonical(document)).epoch == epoch
+        for other in {0, 1, 3} - {epoch}:
+            moved = {name: value for name, value in document.items() if name != "epoch"}
+            with pytest.raises(BootPolicyRefused, match="is not signed by the owner"):
+                read(canonical({**moved, "epoch": other} if other else moved))
+    assert "epoch" not in signed(0)  # as by versions that know none
+    for wrong in (0, -1, 1 << 31, 1.0, True, "1", None):
+        with pytest.raises(BootPolicyInvalid):
+            read(canonical({**signed(1), "epoch": wrong}))
+    with pytest.raises(BootPolicyInvalid):
+        signed(1 << 31)
+
+
 # --- coverage and fuzz ------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from oci_hook import __version__, cli, report
 from oci_hook.config import Config
-from oci_hook.errors import ConfigInvalid, FileUnreadable, InternalError, ModelUnknown, SczError, all_errors
+from oci_hook.errors import ConfigInvalid, FileUnreadable, InternalError, ModelUnknown, SczError
+from oci_hook.key_errors import all_errors
 from oci_hook.oci.state import State
 from tests.commands import Household, done, misused, refused, sczctl, snapshot
 

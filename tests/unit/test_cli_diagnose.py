@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from oci_hook.audit import EMPTY_HEAD, AuditLog
-from oci_hook.errors import AuditRefused, TokenExpired, TokenMissing, all_errors
+from oci_hook.errors import AuditRefused, TokenExpired, TokenMissing
+from oci_hook.key_errors import all_errors
 from oci_hook.report import keep_refusal
 from tests.commands import Done, Household, done, misused, refused, snapshot
 

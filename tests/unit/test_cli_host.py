@@ -60,6 +60,7 @@ def test_add_tells_scripts_the_same(house: Household, out: Path) -> None:
         "models": [{"name": "minilm", "version": "1", "image": model.image_digest, "manifest": model.manifest_digest}],
         "grants": [{"model": "minilm:1", "manifest": model.manifest_digest, "device": "edge-1"}],
         "boot_policies": [{"model": "minilm", "class": "default", "owner": house.owner.owner_id}],
+        "revocations": [],
     }
 
 

@@ -38,6 +38,7 @@ from tests.commands import FILES, Household, done, flip_bit, misused, refused, s
 from tests.devices import measured
 
 KEY_FILES = ("manifest.key", "boot-policy.key", "recovery.key")
+SIGNER = Path(__file__).parents[1] / "fixtures" / "pcr-signature" / "pcr.pem"
 
 
 @pytest.fixture
@@ -243,7 +244,7 @@ def test_a_maximum_that_is_no_counter_value(house: Household, out: Path, maximum
 
 def test_a_maximum_that_the_device_has_passed(house: Household, out: Path) -> None:
     before = snapshot(house.keys, house.usb)
-    refused(sczctl(*grant_words(house, out), "--maximum", "1"), DeviceInvalid.code, "was 2")
+    refused(sczctl(*grant_words(house, out), "--maximum", "1"), DeviceInvalid.code, "is 2")
     assert snapshot(house.keys, house.usb) == before
 
 
@@ -400,7 +401,43 @@ def test_sign_approves_the_states_of_the_devices(house: Household) -> None:
     assert [set(form.pcrs) for form in policy.forms] == [{4, 7, 8, 9}] * 2
     assert policy.forms[1].pcrs[8] == b"\x08" * 32
     again = done(sczctl(*sign(house, *devices, "--pcr", "11,12", "--json", output="uki.json")))
-    assert again.json == {"model": "minilm", "class": "default", "pcrs": [11, 12], "states": 1}
+    assert again.json == {"model": "minilm", "class": "default", "pcrs": [11, 12], "states": 1, "epoch": 0}
+
+
+def test_sign_takes_the_key_of_a_systems_signer_for_pcr_11(house: Household) -> None:
+    house.enrolled("edge-1")
+    pem = SIGNER
+    pkfp = json.loads(pem.with_name("tpm2-pcr-signature.json").read_bytes())["sha256"][0]["pkfp"]
+    words = ["--device", "edge-1", "--pcr", "7,12", "--pcr-key", pem]
+    signed = done(sczctl(*sign(house, *words)))
+    assert "1 approved state(s), PCRs 7,12\n" in signed.out
+    assert f"PCR 11 as signed by the key that systemd calls {pkfp} (pkfp)" in signed.out
+    (form,) = parse_boot_policy((house.usb / "policy.json").read_bytes()).unverified_forms
+    assert (set(form.pcrs), form.selection) == ({7, 12}, {7, 11, 12})
+    both = done(sczctl(*sign(house, *words, "--also-measured", "--json", output="both.json")))
+    assert both.json == {
+        "model": "minilm",
+        "class": "default",
+        "pcrs": [7, 12],
+        "states": 2,
+        "epoch": 0,
+        "signed_pcrs": [11],
+        "pkfp": pkfp,
+    }
+    forms = parse_boot_policy((house.usb / "both.json").read_bytes()).unverified_forms
+    assert [(set(form.pcrs), form.signed is None) for form in forms] == [({7, 11, 12}, True), ({7, 12}, False)]
+
+
+def test_sign_refuses_a_signers_key_that_is_none_and_what_it_leaves_uncovered(house: Household) -> None:
+    house.enrolled("edge-1")
+    pem = SIGNER
+    refused(sczctl(*sign(house, "--device", "edge-1", "--pcr", "7,11", "--pcr-key", pem)), 17, "cover neither")
+    refused(
+        sczctl(*sign(house, "--device", "edge-1", "--pcr", "12", "--pcr-key", house.config)), 24, "not a public key"
+    )
+    refused(sczctl(*sign(house, "--device", "edge-1", "--pcr", "12", "--pcr-key", house.usb / "absent")), 68)
+    misused(sczctl(*sign(house, "--device", "edge-1", "--pcr", "11,12", "--also-measured")), "needs --pcr-key")
+    assert not (house.usb / "policy.json").exists()
 
 
 def test_sign_takes_the_class_of_the_devices(house: Household) -> None:
@@ -447,7 +484,7 @@ def test_pcrs_that_are_none(house: Household, pcrs: str) -> None:
 
 
 def test_sign_needs_a_state(house: Household) -> None:
-    misused(sczctl(*sign(house, "--pcr", "4,8,9")), "--device or --measured")
+    misused(sczctl(*sign(house, "--pcr", "4,8,9")), "--device, --measured or --predicted")
     refused(sczctl(*sign(house, "--device", "edge-1", "--pcr", "4,8,9")), DeviceInvalid.code, "there are none")
     house.enrolled()
     refused(sczctl(*sign(house, "--device", "edge-2", "--pcr", "4,8,9")), DeviceInvalid.code, "there is edge-1")

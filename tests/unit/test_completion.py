@@ -36,7 +36,7 @@ def house(tmp_path: Path) -> Household:
 
 def test_commands_and_options() -> None:
     assert complete("boot-policy", incomplete="s") == ["sign"]
-    assert complete("enroll") == ["request", "challenge", "answer", "accept"]
+    assert complete("enroll") == ["ek", "request", "challenge", "answer", "accept", "run"]
     assert "--dry-run" in complete("sweep", incomplete="--")
     assert set(complete("install", "--engine")) == {"podman", "cri-o", "containerd", "docker"}
 

@@ -49,6 +49,14 @@ def test_the_commented_example_is_the_default() -> None:
         '[nri]\nvm_handlers = "kata"',
         "[nri]\nvm_handlers = [1]",
         '[nri]\nvm_handlers = ["a/b"]',
+        '[broker]\naddress = "http://broker"',
+        '[broker]\naddress = "https://broker/v1"',
+        '[broker]\naddress = "https://user@broker"',
+        '[broker]\nca_file = "ca.pem"',
+        "[broker]\ntimeout_seconds = 0",
+        "[broker]\ntimeout_seconds = 601",
+        "[broker]\nverify = false",
+        "[broker]\naddress = 1",
         f"[nri]\nvm_handlers = {[f'h{number}' for number in range(33)]}",
         f"[nri]\nvm_handlers = ['{64 * 'x'}']",
     ],
@@ -64,6 +72,14 @@ def test_the_plugins_section() -> None:
     assert (found.nri_engine, found.nri_socket) == ("cri-o", "/run/other.sock")
     assert found.nri_vm_handlers == ("", "kata-qemu", "vm?")
     assert parse_config(b"[nri]\nvm_handlers = []").nri_vm_handlers == ()
+
+
+def test_the_broker_s_section() -> None:
+    text = '[broker]\naddress = "https://broker.example:8200"\nca_file = "/etc/ca.pem"\ntimeout_seconds = 5'
+    found = parse_config(text.encode())
+    assert (found.broker_address, found.broker_ca_file) == ("https://broker.example:8200", "/etc/ca.pem")
+    assert found.broker_timeout_seconds == 5
+    assert parse_config(b'[broker]\naddress = ""\nca_file = ""') == Config()
 
 
 def test_a_configuration_of_a_newer_version_is_refused_before_its_keys_are_read() -> None:

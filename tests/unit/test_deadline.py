@@ -12,7 +12,8 @@ from typing import NoReturn
 import pytest
 
 from oci_hook.attestation.deadline import RESULT_LIMIT_BYTES, Deadline, with_deadline
-from oci_hook.errors import InternalError, Refused, SczError, TpmTimeout, all_errors
+from oci_hook.errors import InternalError, Refused, SczError, TpmTimeout
+from oci_hook.key_errors import all_errors
 from tests.stuck import stuck_filesystem
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +19,7 @@ from oci_hook.attestation.ek_chain import (
     CERTIFICATE_LIMIT_BYTES,
     CaCertificates,
     parse_ca_certificates,
+    split_certificates,
     verify_ek_certificate,
     without_padding,
 )
@@ -65,7 +71,7 @@ def test_folders_that_are_refused(files: list[bytes]) -> None:
 
 def test_more_than_a_thousand_certificates_are_refused() -> None:
     thousand = [ROOT.pem.encode() * 500] * 2
-    assert len(parse_ca_certificates(thousand).roots) == 1000
+    assert parse_ca_certificates(thousand).roots == (ROOT.certificate,)  # each is kept once
     with pytest.raises(KeyInvalid, match="more than 1000"):
         parse_ca_certificates([*thousand, LINK.pem.encode()])
 
@@ -103,6 +109,123 @@ def test_dates_are_those_of_the_moment_asked_for() -> None:
     for seconds in (-1, 11):
         with pytest.raises(EnrolmentRefused, match="not in its dates"):
             verify_ek_certificate(der, FOLDER, now=moment(t.NOW + seconds))
+
+
+def der_of(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.DER)
+
+
+def made_by_root(*extensions: tuple[x509.ExtensionType, bool], key=EK_KEY) -> bytes:
+    return der_of(t.certificate("EK of a TPM", key, ROOT.name, ROOT.key, extensions))
+
+
+def test_der_files_of_makers_are_read_too() -> None:
+    found = parse_ca_certificates([der_of(ROOT.certificate), LINK.pem.encode()])
+    assert (found.roots, found.intermediates) == ((ROOT.certificate,), (LINK.certificate,))
+    with pytest.raises(KeyInvalid):
+        parse_ca_certificates([der_of(ROOT.certificate) + b"\0"])
+
+
+def test_a_maker_s_change_of_keys_is_no_root() -> None:
+    """Its name is its issuer's, but another key signed it."""
+    renewed = t.Authority("root", ROOT)
+    found = folder(ROOT, renewed)
+    assert (found.roots, found.intermediates) == ((ROOT.certificate,), (renewed.certificate,))
+    verify_ek_certificate(renewed.ek_certificate(EK_KEY), found, now=NOW)
+    with pytest.raises(EnrolmentRefused, match="does not chain"):
+        verify_ek_certificate(renewed.ek_certificate(EK_KEY), folder(t.Authority("x"), renewed), now=NOW)
+
+
+def openssl(folder: Path, *words: str) -> None:
+    subprocess.run(["/usr/bin/openssl", *words], cwd=folder, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("rsa:2048", ["-sha1"]), ("rsa:2048", ["-sha256", "-sigopt", "rsa_padding_mode:pss"]), ("rsa-pss", ["-sha256"])],
+)
+def test_roots_of_real_makers(tmp_path: Path, kind: str, options: list[str]) -> None:
+    """Roots of 2012 are signed with SHA-1: nobody relies on a root's own signature. Others are for RSA-PSS."""
+    root = ["req", "-x509", "-newkey", kind, "-nodes", "-keyout", "key", "-out", "root", "-subj", "/CN=old root"]
+    openssl(tmp_path, *root, "-days", "9000", "-addext", "keyUsage=critical,keyCertSign", *options)
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    openssl(tmp_path, "req", "-new", *curve, "-nodes", "-keyout", "ek", "-out", "asked", "-subj", "/CN=EK of a TPM")
+    issue = ["x509", "-req", "-in", "asked", "-CA", "root", "-CAkey", "key", "-CAcreateserial", "-sha256"]
+    openssl(tmp_path, *issue, "-days", "900", "-outform", "DER", "-out", "der")
+    found = parse_ca_certificates([(tmp_path / "root").read_bytes()])
+    now = found.roots[0].not_valid_before_utc + timedelta(days=1)
+    assert verify_ek_certificate((tmp_path / "der").read_bytes(), found, now=now).subject == "CN=EK of a TPM"
+
+
+def test_an_ek_certificate_signed_with_rsa_pss() -> None:
+    key = rsa.generate_private_key(65537, 2048)
+    root = t.Authority("pss", key=key)
+    builder = x509.CertificateBuilder(
+        issuer_name=root.certificate.subject,
+        subject_name=x509.Name([]),
+        public_key=EK_KEY.public_key(),
+        serial_number=1,
+        not_valid_before=root.certificate.not_valid_before_utc,
+        not_valid_after=root.certificate.not_valid_after_utc,
+    )
+    pss = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
+    verify_ek_certificate(der_of(builder.sign(key, hashes.SHA256(), rsa_padding=pss)), folder(root), now=NOW)
+
+
+USAGE = t.key_usage(cert_sign=False)
+SIGNING = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
+EK_PURPOSE = x509.ExtendedKeyUsage([x509.ObjectIdentifier("2.23.133.8.1")])
+OTHER_PURPOSES = [x509.ObjectIdentifier("2.23.133.8.3"), x509.ExtendedKeyUsageOID.SERVER_AUTH]  # an AIK; a server
+UNKNOWN = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+NAMES = x509.SubjectAlternativeName([x509.DirectoryName(ROOT.certificate.subject)])
+CONSTRAINED = x509.NameConstraints(permitted_subtrees=[x509.DNSName("example")], excluded_subtrees=None)
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        [],  # the oldest say nothing
+        [(USAGE, False), (EK_PURPOSE, True)],
+        [(NAMES, False)],
+        [(x509.ExtendedKeyUsage([*EK_PURPOSE, OTHER_PURPOSES[1]]), False)],
+        [(UNKNOWN, False)],
+    ],
+)
+def test_what_an_ek_certificate_may_say(extensions: list[tuple[x509.ExtensionType, bool]]) -> None:
+    assert verify_ek_certificate(made_by_root(*extensions), FOLDER, now=NOW).public_key == EK_KEY.public_key()
+
+
+@pytest.mark.parametrize(
+    ("extensions", "word"),
+    [
+        ([(SIGNING, True)], "not for encryption"),
+        ([(x509.ExtendedKeyUsage(OTHER_PURPOSES[:1]), False)], "something else"),
+        ([(USAGE, True), (x509.ExtendedKeyUsage(OTHER_PURPOSES), True)], "something else"),
+        ([(UNKNOWN, True)], "not understood"),
+        ([(CONSTRAINED, True)], "not understood"),
+    ],
+)
+def test_another_kind_of_certificate_by_the_same_maker(
+    extensions: list[tuple[x509.ExtensionType, bool]], word: str
+) -> None:
+    with pytest.raises(EnrolmentRefused, match=word):
+        verify_ek_certificate(made_by_root(*extensions), FOLDER, now=NOW)
+
+
+def test_an_authority_with_a_restriction_that_is_not_understood_issues_nothing() -> None:
+    link = t.Authority("narrow", ROOT, more=[(CONSTRAINED, True)])
+    with pytest.raises(EnrolmentRefused, match="does not chain"):
+        verify_ek_certificate(link.ek_certificate(EK_KEY), folder(ROOT, link), now=NOW)
+
+
+def test_a_crowd_of_authorities_that_issued_each_other_ends_the_search() -> None:
+    """A search that goes every way would take forty to the power of eight steps."""
+    key_a, key_b = t.p256(), t.p256()
+    a, b = t.Authority("a", key=key_a), t.Authority("b", key=key_b)
+    crowd = [t.Authority("a", b, key=key_a) for _ in range(40)] + [t.Authority("b", a, key=key_b) for _ in range(40)]
+    with pytest.raises(EnrolmentRefused, match="does not chain"):
+        verify_ek_certificate(a.ek_certificate(EK_KEY), folder(ROOT, *crowd), now=NOW)
+    verify_ek_certificate(a.ek_certificate(EK_KEY), folder(b, *crowd), now=NOW)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -155,3 +278,39 @@ def test_fuzz_changed_authorities(root: bytes, link: bytes) -> None:
 def test_fuzz_folder(data: bytes) -> None:
     found = value_or_ours(lambda pem: parse_ca_certificates([pem]), data)
     assert found is None or found.roots
+
+
+# --- authorities' certificates that the TPM holds ---------------------------------------------------------------------
+
+
+def test_links_from_the_tpm_complete_a_chain_and_are_no_roots() -> None:
+    upper, own = t.Authority("upper", ROOT), t.Authority("own root")
+    lower = t.Authority("lower", upper)
+    der, links = lower.ek_certificate(EK_KEY), [der_of(each.certificate) for each in (lower, upper)]
+    verify_ek_certificate(der, folder(ROOT), now=NOW, links=links)
+    verify_ek_certificate(der, folder(ROOT), now=NOW, links=[*links, der_of(ROOT.certificate)])
+    for few in ([], links[:1], links[1:]):
+        with pytest.raises(EnrolmentRefused, match="does not chain"):
+            verify_ek_certificate(der, folder(ROOT), now=NOW, links=few)
+    forged = own.ek_certificate(EK_KEY)
+    for more in ([der_of(own.certificate)], [der_of(t.Authority("root", key=own.key).certificate)]):
+        with pytest.raises(EnrolmentRefused, match="does not chain"):
+            verify_ek_certificate(forged, folder(ROOT), now=NOW, links=more)
+    with pytest.raises(EnrolmentRefused, match="malformed"):
+        verify_ek_certificate(der, folder(ROOT), now=NOW, links=[b"\x30\x82", *links])
+
+
+@pytest.mark.parametrize("filler", [b"", b"\xff" * 90, bytes(900)])
+def test_certificates_one_behind_the_other(filler: bytes) -> None:
+    ders = [der_of(each.certificate) for each in (ROOT, LINK)]
+    assert split_certificates(b"".join(ders) + filler) == tuple(ders)
+    assert split_certificates(filler) == ()
+    assert len(split_certificates(ders[0] * 20)) == 8
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | changed_bytes(DER * 2))
+def test_fuzz_certificates_one_behind_the_other(data: bytes) -> None:
+    found = split_certificates(data)
+    assert data.startswith(b"".join(found))
+    value_or_ours(lambda _: verify_ek_certificate(DER, FOLDER, now=NOW, links=found), data)

@@ -14,6 +14,7 @@ from oci_hook.bundle.grant import Grant, parse_grant, unwrap_content_key, verify
 from oci_hook.bundle.layout import Layout, open_layout
 from oci_hook.bundle.manifest import Manifest
 from oci_hook.errors import DecryptionRefused, DeviceInvalid, GrantInvalid, GrantRefused, KeyInvalid, KeyRefused
+from oci_hook.lease import Lease
 from oci_hook.owner.granting import make_grant, verify_decryption
 from oci_hook.owner.keyring import Keyring, open_content_key, open_keyring
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
@@ -88,6 +89,39 @@ def test_the_sealed_object_opens_by_that_policy_alone(owner: Owner) -> None:
         assert expected != sealed_object_policy(grant.boot_policy_key_name, grant.policy_ref, grant.counter.name, other)
 
 
+@pytest.mark.parametrize("lease", [Lease(resets=4), Lease(clock_ms=5), Lease(4, 5)], ids=str)
+def test_a_lease_and_an_epoch_are_in_the_grant_and_in_the_policy(owner: Owner, lease: Lease) -> None:
+    grant, compact = make_grant(
+        owner.keyring,
+        owner.content,
+        owner.device.record,
+        maximum=None,
+        created=CREATED,
+        random=os.urandom,
+        epoch=2,
+        lease=lease,
+    )
+    assert verify_grant(parse_grant(compact), owner=owner.house.owner, manifest=owner.manifest) == grant
+    assert (grant.lease, grant.policy_ref) == (lease, policy_ref("minilm", "default", 2))
+    sealed = parse_public(grant.sealed.public, what="sealed object", error=GrantInvalid)
+    key_name, name = grant.boot_policy_key_name, grant.counter.name
+    assert sealed.auth_policy == sealed_object_policy(key_name, grant.policy_ref, name, 3, lease)
+    assert sealed.auth_policy != sealed_object_policy(key_name, grant.policy_ref, name, 3)
+    plain = owner.make()[0]
+    assert plain.lease is None
+    assert b"lease" not in parse_grant(owner.make()[1])._jws.unverified_payload
+
+
+def test_a_revoked_device_is_granted_nothing(owner: Owner) -> None:
+    revoked = replace(owner.device.record, revoked=CREATED)
+    with pytest.raises(DeviceInvalid, match="was revoked"):
+        make_grant(owner.keyring, owner.content, revoked, maximum=None, created=CREATED, random=os.urandom)
+    for far in (1003, 1 << 62):
+        with pytest.raises(DeviceInvalid, match="could not count beyond"):
+            owner.make(maximum=far)
+    assert owner.make(maximum=1002)[0].counter.maximum == 1002
+
+
 def test_without_a_maximum_the_value_at_enrolment_counts(owner: Owner) -> None:
     assert owner.make()[0].counter.maximum == 3
     assert owner.make(maximum=3)[0].counter.maximum == 3
@@ -95,7 +129,7 @@ def test_without_a_maximum_the_value_at_enrolment_counts(owner: Owner) -> None:
 
 @pytest.mark.parametrize("maximum", [0, 2])
 def test_a_grant_that_could_never_open_is_not_made(owner: Owner, maximum: int) -> None:
-    with pytest.raises(DeviceInvalid, match="was 3") as caught:
+    with pytest.raises(DeviceInvalid, match="is 3") as caught:
         owner.make(maximum=maximum)
     assert "--maximum" in caught.value.advice
 

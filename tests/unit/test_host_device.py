@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from oci_hook.attestation.host_device import HostDevice, format_host_device, parse_host_device
+from oci_hook.attestation.host_device import AskedAgain, HostDevice, format_host_device, parse_host_device
 from oci_hook.attestation.structures import parse_nv_public
 from oci_hook.errors import DeviceInvalid
 from tests.attestation_vectors import hostile, public_of, t, value_or_ours
@@ -58,6 +58,21 @@ def test_a_counter_is_added_or_replaced_beside_the_others() -> None:
         replaced.counters[OWNERS[0]] = counter(1)  # type: ignore[index]
 
 
+def test_an_enrolment_counts_once_a_later_grant_shows_that_it_was_accepted() -> None:
+    asked = DEVICE.with_counter(OWNERS[0], counter(0x01800001), 2, AskedAgain(5, 100)).with_counter(
+        OWNERS[1], counter(0x01800002), 7
+    )
+    assert parse_host_device(format_host_device(asked)) == asked
+    assert b"asked" not in format_host_device(asked.with_counter(OWNERS[0], counter(0x01800001), 2))
+    for owner, maximum, created in ((OWNERS[0], 4, 101), (OWNERS[0], 5, 100), (OWNERS[1], 9, 101), ("C" * 43, 9, 101)):
+        assert asked.granted(owner, maximum=maximum, created=created) == asked
+    for maximum in (5, 6):
+        accepted = asked.granted(OWNERS[0], maximum=maximum, created=101)
+        assert dict(accepted.counter_values) == {OWNERS[0]: 5, OWNERS[1]: 7}
+        assert dict(accepted.asked_again) == {}
+        assert accepted.counters == asked.counters
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -78,6 +93,11 @@ def test_a_counter_is_added_or_replaced_beside_the_others() -> None:
         changed("srk", "public", value="AAAA"),
         changed("ak", "public", value="not base64url!"),
         changed("counters", value=[]),
+        changed("counters", OWNERS[0], "asked", value=[]),
+        changed("counters", OWNERS[0], "asked", value={"value": 1}),
+        changed("counters", OWNERS[0], "asked", value={"value": -1, "after": 0}),
+        changed("counters", OWNERS[0], "asked", value={"value": 1, "after": 1 << 41}),
+        changed("counters", OWNERS[0], "asked", value={"value": 1, "after": 0, "more": 1}),
         changed("counters", value={"A" * 42: json.loads(GOOD)["counters"][OWNERS[0]]}),
         changed("counters", value={"../" + "A" * 40: json.loads(GOOD)["counters"][OWNERS[0]]}),
         changed("counters", value={OWNERS[0]: None}),

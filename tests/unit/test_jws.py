@@ -6,11 +6,14 @@ import base64
 import copy
 import hashlib
 import hmac
+import itertools
 import json
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
@@ -258,6 +261,113 @@ def test_other_headers_of_documents(header: dict[str, Any]) -> None:
         parse_document(
             part(json.dumps(header)) + b".e30.", typ="x+jwt", limit_bytes=4096, what="x", error=BundleInvalid
         )
+
+
+# --- classes of attack on every part of a token -----------------------------------------------------------------------
+
+SIGNING_KEY = ec.generate_private_key(ec.SECP256R1())
+SIGNING_JWK = public_jwk(SIGNING_KEY.public_key())
+SIGNED = sign_token({"sub": "a"}, kid="k", key=SIGNING_KEY, algorithm="ES256")
+P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+EDGES = [0, 1, P256_ORDER - 1, P256_ORDER, P256_ORDER + 1, 2**255, 2**256 - 1]
+
+
+def is_refused(token: bytes, members: dict[str, Any] = SIGNING_JWK, algorithm: str = "ES256") -> bool:
+    """Whether a token is refused, as malformed or by its signature, and in no other way."""
+    try:
+        verify_compact(parsed(token), parse_jwk(members, error=TrustInvalid), algorithm, error=TokenSignatureRefused)
+    except (TokenMalformed, TokenSignatureRefused):
+        return True
+    return False
+
+
+def test_parts_that_are_missing_moved_or_more() -> None:
+    header, claims, signature = SIGNED.split(b".")
+    assert not is_refused(SIGNED)
+    tokens = [
+        b".".join(parts) for size in (1, 2) for parts in itertools.permutations((header, claims, signature), size)
+    ]
+    tokens += [b".".join(parts) for parts in itertools.permutations((header, claims, signature))][1:]
+    for place in range(3):
+        parts = [header, claims, signature]
+        parts[place] = b""
+        tokens.append(b".".join(parts))
+    tokens += [SIGNED + b".", b"." + SIGNED, SIGNED + b"." + signature, header + b".." + claims + b"." + signature]
+    tokens += [header + claims + signature, b"..", b"...", json.dumps({"payload": claims.decode()}).encode()]
+    assert [token for token in tokens if not is_refused(token)] == []
+
+
+def test_each_character_of_a_token_counts() -> None:
+    for place, byte in enumerate(SIGNED):
+        for other in b"A_. =+\n\x00":
+            if other != byte:
+                assert is_refused(SIGNED[:place] + bytes([other]) + SIGNED[place + 1 :]), (place, other)
+            assert is_refused(SIGNED[:place] + bytes([other]) + SIGNED[place:]), (place, other)
+        assert is_refused(SIGNED[:place] + SIGNED[place + 1 :]), place
+        assert is_refused(SIGNED[:place]), place
+
+
+def test_edges_of_the_arithmetic_in_es256() -> None:
+    head = SIGNED.rsplit(b".", 1)[0] + b"."
+    for r, s in itertools.product(EDGES, repeat=2):
+        assert is_refused(head + encode_base64url(r.to_bytes(32, "big") + s.to_bytes(32, "big")).encode()), (r, s)
+
+
+def test_other_spellings_of_a_good_es256_signature() -> None:
+    head, encoded = SIGNED.rsplit(b".", 1)
+    good = base64.urlsafe_b64decode(encoded + b"==")
+    r, s = int.from_bytes(good[:32], "big"), int.from_bytes(good[32:], "big")
+    wide = [number.to_bytes(size, "big") for size in (33, 48, 66) for number in (r, s)]
+    spellings = [good + b"\0", b"\0" + good, good + good, *(b"".join(wide[at : at + 2]) for at in (0, 2, 4))]
+    spellings += [encode_dss_signature(r, s), encode_dss_signature(r, s + P256_ORDER), good[32:] + good[:32]]
+    spellings += [good[:32] + (P256_ORDER - 1).to_bytes(32, "big"), good[:31] + good[32:], good[::-1]]
+    assert not is_refused(head + b"." + encode_base64url(good).encode())
+    assert [each for each in spellings if not is_refused(head + b"." + encode_base64url(each).encode())] == []
+
+
+@pytest.mark.parametrize("hash_name", ["sha256", "sha384", "sha512"])
+def test_a_public_key_of_either_type_is_no_secret(hash_name: str) -> None:
+    """A MAC under any spelling of the public key, by whichever name the header calls it."""
+    for private, members, asked in ((SIGNING_KEY, SIGNING_JWK, "ES256"), (RSA_KEY, rsa_jwk(), "RS256")):
+        public = private.public_key()
+        secrets = [json.dumps(members).encode(), *(members[name].encode() for name in ("x", "n") if name in members)]
+        for encoding in (Encoding.DER, Encoding.PEM):
+            secrets.append(public.public_bytes(encoding, PublicFormat.SubjectPublicKeyInfo))
+        if isinstance(public, ec.EllipticCurvePublicKey):
+            secrets.append(public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint))
+        else:
+            secrets.append(public.public_bytes(Encoding.PEM, PublicFormat.PKCS1))
+        for secret, said in itertools.product(secrets, (f"HS{hash_name[3:]}", asked)):
+            signing = part(json.dumps({"alg": said})) + b"." + part('{"sub":"a"}')
+            token = signing + b"." + encode_base64url(hmac.new(secret, signing, hash_name).digest()).encode()
+            for algorithm in (said, asked):
+                assert is_refused(token, members, algorithm), (said, algorithm)
+
+
+def test_a_key_in_the_header_is_not_used() -> None:
+    other = ec.generate_private_key(ec.SECP256R1())
+    header = {"alg": "ES256", "jwk": public_jwk(other.public_key()), "kid": "k"}
+    signing = part(json.dumps(header)) + b"." + part('{"sub":"a"}')
+    r, s = decode_dss_signature(other.sign(signing, ec.ECDSA(SHA256())))
+    token = signing + b"." + encode_base64url(r.to_bytes(32, "big") + s.to_bytes(32, "big")).encode()
+    assert not is_refused(token, public_jwk(other.public_key()))  # it is rightly signed, by somebody else
+    assert is_refused(token)
+
+
+def test_paddings_and_hashes_of_rsa_are_not_exchanged() -> None:
+    """PS256 for RS256, RS384 for RS256, and the other way round; each by its own name and by the other's."""
+    hashes = {"256": SHA256(), "384": SHA384(), "512": SHA512()}
+    good = 0
+    for scheme, size, said in itertools.product(("RS", "PS"), hashes, ("RS256", "RS384", "RS512", "PS256", "none")):
+        signing = part(json.dumps({"alg": said})) + b"." + part("{}")
+        pss = padding.PSS(padding.MGF1(hashes[size]), hashes[size].digest_size)
+        used: padding.AsymmetricPadding = pss if scheme == "PS" else padding.PKCS1v15()
+        token = signing + b"." + encode_base64url(RSA_KEY.sign(signing, used, hashes[size])).encode()
+        for asked in ("RS256", "RS384", "RS512", "PS256", "none"):
+            is_right = f"{scheme}{size}" == said == asked and said in ALGORITHMS
+            assert is_refused(token, rsa_jwk(), asked) is not is_right, (scheme, size, said, asked)
+            good += is_right
+    assert good == 3
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

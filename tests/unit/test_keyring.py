@@ -20,6 +20,7 @@ from oci_hook.bundle.manifest import Manifest
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.segments import ContentKey
 from oci_hook.errors import DeviceInvalid, GrantRefused, KeyInvalid, OutputExists
+from oci_hook.owner.grant_batch import load_grants
 from oci_hook.owner.keyring import (
     KEY_FILES,
     SEALED_BYTES,
@@ -30,7 +31,7 @@ from oci_hook.owner.keyring import (
     open_keyring,
     seal_content_key,
 )
-from oci_hook.owner.records import ContentKeyRecord, OwnerRecords, load_grants
+from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 from tests.bundles import CREATED, FIELDS, MODEL, POLICY, OwnerKeys, make_grant, value_or_none
 
 DIGEST = "sha256:" + 64 * "a"
@@ -242,6 +243,17 @@ def test_content_keys_are_kept(keyring: Keyring, folder: Path) -> None:
     assert json.loads(path.read_bytes())["schema"] == "scz-smm/content-key/v1"
     assert os.listdir(path.parent) == ["v1.json"]
     assert records.content_keys() == (("demo", "v1"),)
+
+
+def test_that_a_broker_is_wanted_is_kept(keyring: Keyring, folder: Path) -> None:
+    records = OwnerRecords(folder)
+    records.save_content_key(replace(record(keyring), broker=True))
+    assert records.load_content_key("demo", "v1").broker
+    path = folder / "models" / "demo" / "v1.json"
+    document = json.loads(path.read_bytes())
+    del document["broker"]
+    path.write_text(json.dumps(document))  # as an earlier version wrote it
+    assert not records.load_content_key("demo", "v1").broker
 
 
 def test_a_content_key_is_never_overwritten(keyring: Keyring, folder: Path) -> None:

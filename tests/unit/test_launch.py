@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from oci_hook import invocation
-from oci_hook.errors import InstallationIncomplete, all_errors
+from oci_hook.errors import InstallationIncomplete
 from oci_hook.invocation import Invocation
+from oci_hook.key_errors import all_errors
 from oci_hook.report import load_refusals
 from oci_hook.shim import shim_script
 

@@ -20,8 +20,9 @@ from oci_hook import config as config_module
 from oci_hook.cli import cli
 from oci_hook.config import DEFAULT_CONFIG_FILE, Config, load_config, parse_config
 from oci_hook.documents import Fields
-from oci_hook.errors import AnnotationInvalid, ConfigInvalid, all_errors
+from oci_hook.errors import AnnotationInvalid, ConfigInvalid
 from oci_hook.invocation import STAGES, parse_invocation
+from oci_hook.key_errors import all_errors
 from oci_hook.oci import annotations
 from oci_hook.oci.annotations import CONTAINER_WIDE_KEYS, MAX_MODELS, MAX_VALUE_BYTES, PREFIX, RUNTIMES, parse_requests
 from tests.manual import ROOT, items, manual, source
@@ -246,9 +247,13 @@ def test_the_range_of_the_page_is_the_code_s(tmp_path: Path, section: str, key: 
         kinds = re.findall(r"^\.Li (\w+)", text, re.MULTILINE)
         assert [accepts(f"{kind}:a") for kind in kinds] == [True, True, True]
         assert not any(accepts(value) for value in ("mssim:a", "device:a b", "libtss2:a"))
+    elif key == "address":
+        assert all(accepts(value) for value in ("", "https://a", "https://[::1]:8200", "https://a.example:1"))
+        assert not any(accepts(value) for value in ("http://a", "a:1", "a", "https://a b"))
     else:
         assert accepts("/a" * 256)
-        assert not any(accepts(value) for value in ("relative", "", "/" + "a" * 512))
+        assert not any(accepts(value) for value in ("relative", "/" + "a" * 512))
+        assert accepts("") == (default_of(text) == "")
 
 
 def test_the_examples_of_configurations_can_be_used() -> None:

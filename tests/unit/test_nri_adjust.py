@@ -16,9 +16,9 @@ from oci_hook.errors import (
     SczError,
     Terminated,
     TokenBoundElsewhere,
-    all_errors,
 )
 from oci_hook.invocation import ENVIRONMENT, Invocation, parse_invocation
+from oci_hook.key_errors import all_errors
 from oci_hook.nri.adjust import adjustment, asking, is_vm, parse_binds, wanted
 from oci_hook.nri.messages import Container, Hook, Hooks, Mount, Namespace, PodSandbox
 from oci_hook.nri.preparing import refusal_of, run_prepare

@@ -24,6 +24,7 @@ from oci_hook.attestation.policy import (
     sealed_object_policy,
 )
 from oci_hook.attestation.structures import ecdsa_signing_public
+from oci_hook.lease import Lease
 from tests.attestation_vectors import public_of, t
 from tests.software_tpm import SoftwareTpm
 
@@ -56,6 +57,17 @@ def test_formulas() -> None:
     assert policy_authorize(KEY_NAME, REFERENCE) == AUTHORIZED
     assert policy_nv(AUTHORIZED, NV_NAME, 42) == SEALED
     assert sealed_object_policy(KEY_NAME, REFERENCE, NV_NAME, 42) == SEALED
+    assert policy_ref("resnet", "default", 0) == REFERENCE
+    assert policy_ref("resnet", "default", 12) == sha256(b"scz-smm/boot-policy/v1\0resnet\0default\x0012")
+
+
+def test_formulas_of_a_lease() -> None:
+    """Part 3, 23.10, with the number of Part 2, 6.5.2: operand, offset, operation."""
+    boots = sha256(SEALED, "0000016d", sha256("00000007", "0010", "0009"))
+    both = sha256(boots, "0000016d", sha256("0000000000000e10", "0008", "0009"))
+    time = sha256(SEALED, "0000016d", sha256("0000000000000e10", "0008", "0009"))
+    for lease, expected in ((Lease(7), boots), (Lease(7, 3600), both), (Lease(clock_ms=3600), time), (None, SEALED)):
+        assert sealed_object_policy(KEY_NAME, REFERENCE, NV_NAME, 42, lease) == expected
 
 
 @pytest.mark.parametrize(
@@ -129,6 +141,12 @@ def test_a_real_trial_session_comes_to_the_same_digests(tmp_path: Path) -> None:
             "policyauthorize", "-S", "session", "-i", "approved", "-n", "key", "-q", REFERENCE.hex(), "-L", "authorized"
         )
         run("policynv", "-S", "session", "-C", "o", "-i", "operand", "-L", "sealed", index, "ule")
+        # A trial session takes the steps of a lease as well, whatever the TPM has counted.
+        run("policycountertimer", "-S", "session", "-L", "boots", "--ule", "resets=7")
+        run("policycountertimer", "-S", "session", "-L", "leased", "--ule", "clock=3600")
         run("flushcontext", "session")
+        assert (tmp_path / "leased").read_bytes() == sealed_object_policy(
+            KEY_NAME, REFERENCE, NV_NAME, 42, Lease(7, 3600)
+        )
         assert (tmp_path / "authorized").read_bytes() == AUTHORIZED
         assert (tmp_path / "sealed").read_bytes() == SEALED

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from oci_hook.errors import FileUnreadable, SystemCallFailed
+from oci_hook.evidence_files import LIMIT_BYTES
 from oci_hook.held import HeldModel
 from oci_hook.linux.processes import process_start_time
 from oci_hook.records import ContainerRecord, ContainerRecords
@@ -283,3 +284,74 @@ def test_a_model_at_two_places_is_released_at_one(tmp_path: Path, record: Contai
     assert [each.released for each in records.live()[0].held] == [True, False, False]
     records.mark_released(record, there)
     assert [each.released for each in records.live()[0].held] == [True, True, False]
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------------
+
+
+def evidence_files(directory: Path) -> list[str]:
+    folder = directory / "run" / "evidence"
+    return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+def test_evidence_comes_and_goes_with_the_record(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(record)
+    assert records.load_evidence("c1", "/b") is None
+    records.write(record, b"first")
+    records.mark_delivered(record)
+    assert records.load_evidence("c1", "/b") == b"first"
+    assert records.load_evidence("c1", "/other") is None
+    (name,) = evidence_files(tmp_path)
+    assert os.listdir(tmp_path / "run" / "containers") == [name]
+    assert (tmp_path / "run" / "evidence" / name).stat().st_mode & 0o777 == 0o600
+    assert records.close("c1", "/b", process=(1, 1)) is None  # another process's: it stays
+    assert records.load_evidence("c1", "/b") == b"first"
+    assert records.close("c1", "/b") is not None
+    assert evidence_files(tmp_path) == []
+
+
+def test_evidence_goes_with_who_adopts(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(replace(record, bundle=""), b"early")
+    records.adopt("c1", "", "/b", (record.pid, record.start_time))
+    assert records.load_evidence("c1", "") is None
+    assert records.load_evidence("c1", "/b") == b"early"
+    records.adopt("c1", "/b", "/b", (record.pid, record.start_time))
+    assert records.load_evidence("c1", "/b") == b"early"
+
+
+def test_a_sweep_removes_evidence_of_the_dead_and_of_nobody(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(record, b"live")
+    records.write(replace(record, container_id="dead", start_time=record.start_time + 1), b"dead")
+    folder = tmp_path / "run" / "evidence"
+    for name in ("0" * 64 + ".json", ".half.json.0123456789ab"):  # a hook was killed before its record, or in a write
+        (folder / name).write_bytes(b"orphan")
+    records.sweep()
+    assert records.load_evidence("c1", "/b") == b"live"
+    assert len(evidence_files(tmp_path)) == 1
+
+
+def test_a_later_decision_replaces_the_evidence_of_this_very_container(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    records.write(record, b"first")
+    records.keep_evidence(replace(record, start_time=record.start_time + 1), b"another's")
+    assert records.load_evidence("c1", "/b") == b"first"
+    records.keep_evidence(record, b"second")
+    assert records.load_evidence("c1", "/b") == b"second"
+    records.keep_evidence(replace(record, container_id="gone"), b"x")
+    assert len(evidence_files(tmp_path)) == 1
+
+
+def test_evidence_that_cannot_be_used_is_not(tmp_path: Path, record: ContainerRecord) -> None:
+    records = ContainerRecords(str(tmp_path / "run"))
+    with pytest.raises(FileUnreadable, match="larger"):
+        records.write(record, b"x" * (LIMIT_BYTES + 1))
+    assert records.load("c1", "/b") is None  # the record comes last: no record without its evidence
+    records.write(record, b"good")
+    (name,) = evidence_files(tmp_path)
+    path = tmp_path / "run" / "evidence" / name
+    path.chmod(0o666)
+    with pytest.raises(FileUnreadable, match="writable by others"):
+        records.load_evidence("c1", "/b")

@@ -12,8 +12,10 @@ from oci_hook.attestation.boot_policy import BootForm
 from oci_hook.attestation.evidence import Evidence
 from oci_hook.attestation.host_device import parse_host_device
 from oci_hook.attestation.sealed import WrappedSecret
+from oci_hook.attestation.unsealing import Unsealing
 from oci_hook.errors import BootPolicyRefused, TpmUnavailable
 from oci_hook.jws import owner_jwk
+from oci_hook.lease import Lease
 from oci_hook.trust import parse_owner
 from tests.attestation_vectors import fresh
 from tests.unit.test_host_device import DEVICE
@@ -34,14 +36,18 @@ def test_an_unseal_request_says_it_all() -> None:
     asked = json.loads(
         transactions.unseal_request(
             DEVICE,
-            sealed=WrappedSecret(b"p", b"d", b"s"),
-            form=FORMS[1],
-            boot_policy_key=owner.boot_policy_key,
-            policy_ref=b"y" * 32,
-            counter_index=7,
-            counter_maximum=1 << 63,
+            Unsealing(
+                sealed=WrappedSecret(b"p", b"d", b"s"),
+                form=FORMS[1],
+                boot_policy_key=owner.boot_policy_key,
+                policy_ref=b"y" * 32,
+                counter_index=7,
+                counter_maximum=1 << 63,
+                lease=Lease(clock_ms=5),
+            ),
         )
     )
+    assert asked["lease"] == {"clock_ms": 5}
     assert {name: bytes.fromhex(part) for name, part in asked["unseal"].items()} == {
         "public": b"p",
         "duplicate": b"d",
@@ -56,7 +62,8 @@ def test_an_unseal_request_says_it_all() -> None:
 
 def test_a_quote_crosses() -> None:
     evidence = Evidence(b"attest", b"signature", {0: bytes(32), 23: b"z" * 32})
-    assert transactions.read_quote(transactions._quote_document(evidence)) == evidence
+    for each in (evidence, replace(evidence, counter=1 << 63)):
+        assert transactions.read_quote(transactions._quote_document(each)) == each
 
 
 def test_a_tpm_that_is_away_is_said(tmp_path: object) -> None:

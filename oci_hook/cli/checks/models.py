@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.appraisal import differing_pcrs, missing_signature, nearest_form, pcrs_in_words
+from oci_hook.attestation.boot_policy import BootPolicy
 from oci_hook.attestation.host_device import HostDevice
+from oci_hook.broker import verify_broker_named
 from oci_hook.bundle.files import closing
-from oci_hook.bundle.grant import parse_grant, verify_grant
 from oci_hook.bundle.layout import Layout, verify_digests
 from oci_hook.bundle.manifest import Manifest
+from oci_hook.cli.checks.boot import what_differs
 from oci_hook.cli.checks.check import Check, failed, mib
+from oci_hook.cli.checks.tpm import Counted, TpmAnswer
 from oci_hook.config import Config
 from oci_hook.delivery.memory import load_available_memory
 from oci_hook.errors import BundleInvalid, BundleMismatch, FileUnreadable, SczError, StoreInvalid
-from oci_hook.provenance import verified_manifest, verify_device
+from oci_hook.granted import verified_boot_policy, verified_grant, verified_revocations, verify_counted
+from oci_hook.provenance import verified_manifest
+from oci_hook.revoked import verify_in_force
 from oci_hook.store import Store
 from oci_hook.trust import Owner
 
@@ -41,7 +46,7 @@ def check_models(
     config: Config,
     owners: Sequence[Owner],
     device: HostDevice | None,
-    pcrs: dict[int, bytes],
+    tpm: TpmAnswer | None,
     sizes: list[StoredSize],
     *,
     deep: bool,
@@ -49,11 +54,12 @@ def check_models(
     """Each model: whether its files are whole, and this device could open it, so far as can be told without its key.
 
     Args:
-        pcrs: As the TPM says; empty: not known.
+        tpm: What the TPM said; None: it did not answer.
         sizes: The models that are whole are added to it.
         deep: Hash every file, not only look at its size.
     """
     store = Store(config.store_directory)
+    pcrs = tpm.pcrs if tpm is not None else {}
     try:
         names = store.names()
     except SczError as error:
@@ -73,19 +79,30 @@ def check_models(
                 manifest, owner = verified_manifest(layout, owners)
                 _verify_whole(layout, manifest, deep=deep)
             sizes.append(StoredSize(f"{name}:{version}", sum(file.size for file in manifest.files)))
-            policy = _verified_boot_policy(store, manifest, owner, device)
+            policy = _verified_boot_policy(config, manifest, owner, device, tpm.counted if tpm is not None else None)
+            if manifest.access.broker:
+                verify_broker_named(config)
         except (BundleInvalid, BundleMismatch, StoreInvalid, FileUnreadable) as error:
             yield _damaged(what, name, version, error)
             continue
         except SczError as error:
             yield failed(what, error)
             continue
-        if pcrs and not any(all(pcrs.get(n) == v for n, v in form.pcrs.items()) for form in policy.forms if form.pcrs):
+        if pcrs and all(differing_pcrs(form, pcrs) for form in policy.forms):
             remedy = "boot an approved state, or send `sczctl boot-policy measure` to the owner"
-            yield Check(what, "fail", "the machine's boot state is none that its owner approved", remedy)
+            message = f"the machine's boot state is none that its owner approved: {_difference(config, policy, pcrs)}"
+            yield Check(what, "fail", message, remedy)
             continue
         whole = "every file hashed" if deep else "its files have their sizes"
         yield Check(what, "ok", f"{whole}; granted, with a boot policy{' that this boot state meets' if pcrs else ''}")
+
+
+def _difference(config: Config, policy: BootPolicy, pcrs: dict[int, bytes]) -> str:
+    """What differs from the nearest approved state: events, if a kept log shows them, else the PCRs."""
+    form = nearest_form(policy.forms, pcrs)
+    differing = differing_pcrs(form, pcrs)
+    lines = what_differs(config, {pcr: {form.pcrs[pcr]} for pcr in differing if pcr in form.pcrs}, pcrs)
+    return "; ".join(filter(None, [pcrs_in_words(differing), missing_signature(form, differing), *lines]))
 
 
 def _damaged(what: str, name: str, version: str, error: SczError) -> Check:
@@ -112,14 +129,19 @@ def _verify_whole(layout: Layout, manifest: Manifest, *, deep: bool) -> None:
             pass
 
 
-def _verified_boot_policy(store: Store, manifest: Manifest, owner: Owner, device: HostDevice | None) -> BootPolicy:
-    grant = verify_grant(parse_grant(store.load_grant(manifest.digest)), owner=owner, manifest=manifest)
-    if device is not None:
-        verify_device(grant, device)
-    data = store.load_boot_policy(owner.owner_id, manifest.model.name, grant.device_class)
-    return verify_boot_policy(
-        parse_boot_policy(data), owner=owner, model_name=manifest.model.name, device_class=grant.device_class
-    )
+def _verified_boot_policy(
+    config: Config, manifest: Manifest, owner: Owner, device: HostDevice | None, counted: Counted | None
+) -> BootPolicy:
+    """What admission verifies of the store's documents, and what the TPM will say to the grant."""
+    store = Store(config.store_directory)
+    grant = verified_grant(manifest, owner, store, device)
+    policy = verified_boot_policy(owner, grant, store, config)
+    revocations = verified_revocations(manifest.model, owner, grant, store)
+    if device is not None and counted is not None:
+        counter = counted.counters.get(grant.counter.index)
+        verify_in_force(revocations, counter, device.counter_values.get(owner.owner_id))
+        verify_counted(grant, counter=counter, resets=counted.resets, clock_ms=counted.clock_ms)
+    return policy
 
 
 def check_room(config: Config, sizes: Sequence[StoredSize]) -> Iterator[Check]:

@@ -11,12 +11,12 @@ import pwd
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.cli.checks.check import Check, failed
 from oci_hook.config import Config
-from oci_hook.errors import SczError, TpmLockout
+from oci_hook.errors import SczError, TpmFailed, TpmLockout
 
 if TYPE_CHECKING:
     from oci_hook.attestation.tpm_properties import TpmProperties
@@ -28,11 +28,24 @@ _EXPECTED_USERS, _EXPECTED_GROUPS = ("root", "tss"), ("root", "tss")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Counted:
+    """What the enrolled TPM counts: resets, milliseconds with power, and the owners' counters by their NV index.
+
+    A counter that was deleted is None.
+    """
+
+    resets: int
+    clock_ms: int
+    counters: dict[int, int | None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TpmAnswer:
-    """What a TPM that answered said: its PCRs 0 to 15, and its properties."""
+    """What a TPM that answered said: its PCRs 0 to 15, its properties and, if it is the enrolled one, its counts."""
 
     pcrs: dict[int, bytes]
     properties: TpmProperties
+    counted: Counted | None = None
 
 
 def ask_tpm(config: Config, device: HostDevice | None) -> tuple[TpmAnswer | None, list[Check]]:
@@ -54,27 +67,41 @@ def ask_tpm(config: Config, device: HostDevice | None) -> tuple[TpmAnswer | None
     except OSError as error:
         return None, [Check("TPM", "fail", f"{error.filename}: {error.strerror}", "mend the temporary directory")]
     pcrs = {number: data[32 * number : 32 * number + 32] for number in _PCRS}
-    properties = TpmProperties(**json.loads(data[32 * len(_PCRS) :]))
+    said = json.loads(data[32 * len(_PCRS) :])
+    properties = TpmProperties(**said["properties"])
     proven = ", and is the one that was enrolled" if device else ""
     checks = [Check("TPM", "ok", f"{config.tpm_tcti} answers{proven}"), *check_properties(properties)]
     if config.tpm_tcti.startswith("device:/dev/tpm0"):
         message = "tpm.tcti is /dev/tpm0, without the kernel's resource manager: others are kept from the TPM meanwhile"
         checks.append(Check("TPM manager", "warn", message, 'set tcti = "device:/dev/tpmrm0" in config.toml'))
-    return TpmAnswer(pcrs, properties), checks
+    return TpmAnswer(pcrs, properties, _counted(said["counted"])), checks
 
 
 def _asking(config: Config, device: HostDevice | None, lock: str, seconds: float) -> Callable[[], bytes]:
     def ask() -> bytes:
+        from oci_hook.attestation.attest import parse_attest
         from oci_hook.attestation.tpm import open_tpm
 
+        counted = None
         with open_tpm(config.tpm_tcti, lock, timeout_seconds=seconds) as tpm:
             if device is not None:
-                tpm.quote(device, [0], os.urandom(32))
+                attest = parse_attest(tpm.quote(device, [0], os.urandom(32)).attest, error=TpmFailed)
+                counters = {each.index: tpm.counter_if_any(each.index) for each in device.counters.values()}
+                counted = Counted(attest.reset_count, attest.clock, counters)
             values = tpm.read_pcrs(_PCRS)
             properties = tpm.properties()
-        return b"".join(values[number] for number in _PCRS) + json.dumps(dataclasses.asdict(properties)).encode()
+        said = {"properties": properties, "counted": counted}
+        told = {name: each and dataclasses.asdict(each) for name, each in said.items()}
+        return b"".join(values[number] for number in _PCRS) + json.dumps(told).encode()
 
     return ask
+
+
+def _counted(said: dict[str, Any] | None) -> Counted | None:
+    if said is None:
+        return None
+    counters = {int(index): value for index, value in said["counters"].items()}
+    return Counted(said["resets"], said["clock_ms"], counters)
 
 
 def check_properties(properties: TpmProperties) -> Iterator[Check]:
