@@ -41,8 +41,6 @@ from tests.devices import SoftwareDevice
 
 LIST = Revocations("A" * 43, "edge-1", b"\0\x0b" + bytes(32), 0x01800123, b"\0\x0b" + bytes(32), 5, 1, (("m", 3),))
 
-NOW = int(time.time())
-
 
 class Counter:
     """A counter in a file, so that it outlives who counts; it goes up only."""
@@ -260,7 +258,8 @@ def test_a_list_that_cannot_be_counted_to_is_not_placed(host: Host) -> None:
 def test_another_add_was_faster_with_something_newer(host: Host, kind: str) -> None:
     """The older document is refused although nothing newer was there when it was first looked at."""
     house, old, new = host.house, host.house.usb / "old", host.house.usb / "new"
-    for folder, now in ((old, NOW + 10), (new, NOW + 20)):
+    soon = int(time.time()) + 10
+    for folder, now in ((old, soon), (new, soon + 10)):
         folder.mkdir()
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(time, "time", lambda now=now: float(now))
