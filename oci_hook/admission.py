@@ -9,7 +9,7 @@ allowed is the model owner's, signed. Each numbered check raises under a code of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from oci_hook.attestation.appraisal import AttestationResult, appraise_evidence
 from oci_hook.attestation.boot_policy import BootForm, BootPolicy
@@ -32,7 +32,7 @@ from oci_hook.identity.sources import TokenFile
 from oci_hook.identity.token import Identity, verify_token
 from oci_hook.oci.annotations import ModelRequest
 from oci_hook.provenance import SignedBundle
-from oci_hook.release import HostTpm, release_key
+from oci_hook.release import HostTpm, Patience, release_key
 from oci_hook.revoked import verify_in_force
 from oci_hook.store import Store
 from oci_hook.trust import Issuer, Owner
@@ -53,7 +53,10 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What admission knows of the host: all of it root's; `standby` was forked for the TPM's transactions, if any."""
+    """What admission knows of the host: all of it root's.
+
+    `standby` was forked for the TPM's transactions, if any; `patience` is for one start.
+    """
 
     config: Config
     store: Store
@@ -66,6 +69,7 @@ class Host:
     random: Callable[[int], bytes]
     store_is_shared: bool = False
     standby: Standby | None = None
+    patience: Patience = field(default_factory=Patience)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ def admit(request: ModelRequest, bundle: SignedBundle, container: Container, hos
     if request.reference.rootfs_path is not None or host.store_is_shared:
         verify_digests(layout, manifest, lambda _done: None)
     # 9. The TPM vouches, for this start alone, that the machine is in a state of that boot policy.
-    tpm = HostTpm(host.config, host.device, host.standby)
+    tpm = HostTpm(host.config, host.device, host.standby, host.patience)
     asked = _Asked(manifest, grant, boot_policy, identity, container.container_id, int(now), head.digest)
     result, evidence = _attest(asked, tpm, host)
     verify_in_force(revocations, evidence.quote.counter, host.device.counter_values.get(owner.owner_id))

@@ -51,6 +51,18 @@ def format_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def seconds_of(time: str) -> float:
+    """A record's time, in seconds since 1970.
+
+    Raises:
+        ValueError, TypeError, OverflowError: It is none, has no zone, or is too early to be one.
+    """
+    moment = datetime.fromisoformat(time)
+    if moment.tzinfo is None:
+        raise ValueError("a time without a zone")
+    return moment.timestamp()
+
+
 def parse_line(line: bytes) -> dict[str, Any]:
     """Parse one line (without its line feed) into its members.
 
@@ -61,8 +73,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
     if type(record.get("seq")) is not int or not isinstance(record.get("prev"), str):
         raise AuditRefused("an audit record has no sequence number or no link")
     try:
-        datetime.fromisoformat(record["time"])
-    except (KeyError, ValueError, TypeError) as cause:
+        seconds_of(record["time"])
+    except (KeyError, ValueError, TypeError, OverflowError) as cause:
         raise AuditRefused("an audit record has no time") from cause
     return record
 
@@ -76,7 +88,7 @@ def head_of(line: bytes) -> AuditHead:
     if not line:
         return AuditHead(0, 0.0, EMPTY_HEAD)
     record = parse_line(line)
-    return AuditHead(record["seq"], datetime.fromisoformat(record["time"]).timestamp(), hashlib.sha256(line).digest())
+    return AuditHead(record["seq"], seconds_of(record["time"]), hashlib.sha256(line).digest())
 
 
 def lines_of(stream: IO[bytes], path: str) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from oci_hook.admission import Admission, Container, Host, admit
 from oci_hook.adoption import LOCK_SECONDS, adopt, withdraw_own
+from oci_hook.attestation.deadline import Standby
 from oci_hook.bound_checks import (
     OPTIONS,
     BindEntry,
@@ -57,6 +58,7 @@ from oci_hook.oci.engine import EngineFacts
 from oci_hook.oci.spec import Spec
 from oci_hook.provenance import verify_signed
 from oci_hook.records import ContainerRecord, ContainerRecords
+from oci_hook.standby import tpm_standby
 
 __all__ = ["OPTIONS", "Asking", "BindEntry", "adopt", "discard", "known", "prepare"]
 
@@ -110,12 +112,13 @@ def prepare(asking: Asking, config: Config) -> tuple[BindEntry, ...]:
     asking = replace(asking, bundle=os.path.realpath(asking.bundle) if asking.bundle else "")
     wanted = asking.requests.models
     entries = plan_entries(asking.container_id, asking.bundle, asking.spec, wanted, config.runtime_directory)
-    host = load_host(config)
-    with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
-        sweep_host_mounts(config)
-    close_ended(config)
-    _made_ready(asking, host)  # what an earlier one left goes before the folder is locked, which goes with it
-    _deliver(asking, runtime, entries, host, began=began)
+    with tpm_standby(config) as standby:  # forked before anything is here that a child may not have
+        host = replace(load_host(config), standby=standby)
+        with suppress(SystemCallFailed):  # another start or the timer holds the lock: it does the same
+            sweep_host_mounts(config)
+        close_ended(config)
+        _made_ready(asking, host)  # what an earlier one left goes before the folder is locked, which goes with it
+        _deliver(asking, runtime, entries, host, standby, began=began)
     return entries
 
 
@@ -183,10 +186,11 @@ def _of_the_same(record: BoundRecord, asking: Asking, host: Host) -> ContainerRe
     return delivered if is_same and len(delivered.held) == len(wanted) else None
 
 
-def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], host: Host, *, began: float) -> None:
+def _deliver(
+    asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], host: Host, standby: Standby, *, began: float
+) -> None:
     """The pipeline of `start.deliver`, with a folder of the host in the place of the container."""
-    config, wanted = host.config, asking.requests.models
-    settings = delivery_settings(config)
+    config, wanted, settings = host.config, asking.requests.models, delivery_settings(host.config)
 
     def find() -> Bound:
         return Bound(
@@ -205,6 +209,8 @@ def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], hos
         undo.callback(_forget if kept is None else _withdraw, asking, config)
         if kept is None:
             delivery.prepare([f"/{number}" for number in range(len(wanted))])
+        opened = [bundles.enter_context(open_bundle(one, asking.bundle, asking.spec, host.store)) for one in wanted]
+        signed = [verify_signed(layout, host.owners) for layout in opened]
         container = Container(
             container_id=asking.container_id,
             bundle=asking.bundle,
@@ -214,7 +220,8 @@ def _deliver(asking: Asking, runtime: Runtime, entries: Sequence[BindEntry], hos
             pod_uid=asking.facts.pod_uid,
             token=load_token(asking.spec.mounts, asking.requests.token_path or config.token_path),
         )
-        admissions = [_admit(request, bundles, asking, container, host) for request in wanted]
+        admissions = [admit(*each, container, host) for each in zip(wanted, signed, strict=True)]
+        standby.end()  # the TPM has done its part: nothing of it is to be there while the models are decrypted
         if kept is None:
             record, attached = _attach(delivery, entries, container, admissions, host, undo)
         else:
@@ -269,11 +276,6 @@ def _keep(
         Attached(request.slot, request.destination, held.fsid, held.device, held.mount_id, held.size_bytes)
         for request, held in zip(asking.requests.models, kept.held, strict=True)
     )
-
-
-def _admit(request: ModelRequest, bundles: ExitStack, asking: Asking, container: Container, host: Host) -> Admission:
-    layout = bundles.enter_context(open_bundle(request, asking.bundle, asking.spec, host.store))
-    return admit(request, verify_signed(layout, host.owners), container, host)
 
 
 def _in_container(attached: Sequence[Attached], wanted: Sequence[ModelRequest]) -> tuple[Attached, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from oci_hook.documents import Fields
 from oci_hook.errors import ConfigInvalid
-from oci_hook.https_client import ADDRESS
+from oci_hook.https_client import ADDRESS, ADDRESS_AND_PATH
 from oci_hook.trusted_file import load_root_file
 
 DEFAULT_CONFIG_FILE = "/etc/scz-smm/config.toml"
@@ -127,7 +127,7 @@ def _or_empty(fields: Fields, name: str, pattern: str) -> str:
 def _keylime(top: Fields) -> dict[str, Any]:
     """The section `[keylime]`; an empty text means the same as none."""
     fields = top.fields("keylime") if top.has("keylime") else Fields({}, what="keylime", error=ConfigInvalid)
-    found: dict[str, Any] = {"keylime_address": _or_empty(fields, "address", r"https://[\x21-\x7e]+")}
+    found: dict[str, Any] = {"keylime_address": _or_empty(fields, "address", ADDRESS_AND_PATH)}
     for name in ("ca_file", "certificate", "key"):
         found[f"keylime_{name}"] = _or_empty(fields, name, _ABSOLUTE)
     if fields.has("timeout_seconds"):

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import http.client
     import ssl
 
-ADDRESS = r"https://(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)(:[0-9]{1,5})?"
+ADDRESS = r"https://(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?)(:[0-9]{1,5})?"
 """A server's address: no path, no user; a name, an IPv4 address or an IPv6 address in brackets."""
+ADDRESS_AND_PATH = ADDRESS + r"(/[A-Za-z0-9._~/-]{0,255})?"
 AUTHORITIES_LIMIT_BYTES = 256 << 10
 _DEFAULT_PORT = 443
 

@@ -20,11 +20,9 @@ from typing import Any, Final
 
 from oci_hook.documents import shown
 from oci_hook.errors import ConfigInvalid, SczError
+from oci_hook.https_client import ADDRESS_AND_PATH
 
-ADDRESS: Final = (
-    r"https://(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9][A-Za-z0-9.-]{0,252})(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]{0,255})?"
-)
-_ADDRESS: Final = re.compile(ADDRESS)
+_ADDRESS: Final = re.compile(ADDRESS_AND_PATH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +171,12 @@ def _connected(context: ssl.SSLContext, host: str, port: int) -> ssl.SSLSocket:
 def _looked_up(host: str, port: int, deadline: float) -> list[Any]:
     """The addresses of a name; the C library's look-up cannot be given a deadline, so it is left behind at ours."""
     found: list[list[Any]] = []
-    troubles: list[OSError] = []
+    troubles: list[OSError | UnicodeError] = []
 
     def look_up() -> None:
         try:
             found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except OSError as cause:
+        except (OSError, UnicodeError) as cause:  # the other: a name that IDNA cannot write
             troubles.append(cause)
 
     thread = threading.Thread(target=look_up, daemon=True)

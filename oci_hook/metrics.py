@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from typing import Any
 
 from oci_hook.audit import AuditLog
-from oci_hook.audit_chain import Verified
+from oci_hook.audit_chain import Verified, seconds_of
 from oci_hook.documents import Fields, canonical, parse_object
 from oci_hook.errors import FileUnreadable
 from oci_hook.key_errors import all_errors
@@ -61,7 +60,7 @@ class Counters:
                 known = model if model in self.starts or len(self.starts) < MAX_MODELS else OTHER
                 self.starts[known] = self.starts.get(known, 0) + 1
             self.size_bytes += _number(record.get("bytes"))
-            self.last_start = max(self.last_start, datetime.fromisoformat(record["time"]).timestamp())
+            self.last_start = max(self.last_start, seconds_of(record["time"]))
             if "milliseconds" in record:
                 taken = _number(record["milliseconds"])
                 self.milliseconds += taken

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -35,8 +35,15 @@ from oci_hook.trust import Owner
 if TYPE_CHECKING:
     from oci_hook.attestation.tee import TeeExpectation
 
-_UNASKED_TEE_SECONDS = 2.0  # a report that no owner asks for keeps no start waiting for longer
+_UNASKED_TEE_SECONDS = 2.0  # a report that no owner asks for keeps no start waiting for longer, whatever its models
 _TEE_MARGIN_SECONDS = 5.0  # the report's own deadline comes first, and leaves the process that serves requests alive
+
+
+@dataclass(slots=True)
+class Patience:
+    """Whether a start still waits for a report that no owner asks for: once none came, its other models do not."""
+
+    is_left: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +51,13 @@ class HostTpm:
     """This host's TPM and its enrolment; the configuration names the way to it.
 
     `standby` is a child that was forked for its transactions before; None, or after it ended: each forks its own.
+    `patience` is that of the start.
     """
 
     config: Config
     device: HostDevice
     standby: Standby | None = None
+    patience: Patience = field(default_factory=Patience)
 
     def collect_evidence(self, boot_policy: BootPolicy, extra_data: bytes, counter_index: int) -> Evidence:
         """Quote the PCRs of the boot policy's form that fits the running system best.
@@ -75,7 +84,7 @@ class HostTpm:
             TeeUnavailable: It is required, and there is none.
         """
         directory = self.config.tsm_directory
-        if not os.path.isdir(directory):
+        if not os.path.isdir(directory) or not (required or self.patience.is_left):
             return evidence
         from oci_hook.attestation.tee_collection import read_tee_report, report_if_soon
 
@@ -83,7 +92,9 @@ class HostTpm:
         data = tee_report_data(extra_data, evidence.quote_digest)
         if not required:
             let_go = self.standby.end if self.standby is not None else lambda: None
-            return replace(evidence, tee=report_if_soon(directory, data, min(seconds, _UNASKED_TEE_SECONDS), let_go))
+            report = report_if_soon(directory, data, min(seconds, _UNASKED_TEE_SECONDS), let_go)
+            self.patience.is_left = report is not None
+            return replace(evidence, tee=report)
         try:
             answer = self._ask(tee_request(directory, data, seconds), seconds + _TEE_MARGIN_SECONDS)
             return replace(evidence, tee=read_tee_report(answer))

@@ -36,7 +36,8 @@ def host_verifier(config: Config) -> Server:
         raise ConfigInvalid("certificate and key under [keylime] belong together")
     for path in (config.keylime_certificate, config.keylime_key):
         if path:
-            load_root_file(path, limit_bytes=_CA_LIMIT_BYTES, error=ConfigInvalid)
+            is_secret = path == config.keylime_key
+            load_root_file(path, limit_bytes=_CA_LIMIT_BYTES, error=ConfigInvalid, is_secret=is_secret)
     ca = load_root_file(config.keylime_ca_file, limit_bytes=_CA_LIMIT_BYTES, error=ConfigInvalid)
     return Server(config.keylime_address, parse_ca(ca), config.keylime_certificate or None, config.keylime_key or None)
 

@@ -8,6 +8,7 @@ Claims of others that are not known here are ignored, as RFC 9711 asks; our own 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ LIMIT_BYTES: Final = 8 << 20
 SUBMODULES_LIMIT: Final = 64
 REASONS_LIMIT: Final = 64
 CLOCK_LEEWAY_SECONDS: Final = 60
+_TYPES: Final = (None, TYP, "application/eat+jwt", "JWT")
 _RAW_LIMIT_BYTES: Final = 4 << 20
 _TIME_LIMIT: Final = 1 << 40
 _PRINTABLE: Final = r"[^\x00-\x1f\x7f]+"
@@ -170,7 +172,7 @@ def verify_ear(unverified: UnverifiedEar, key: PublicJwk, *, now: float) -> Ear:
         now: Seconds since 1970.
 
     Raises:
-        EvidenceRefused: Not signed by this key, or issued in the future.
+        EvidenceRefused: Not signed by this key, issued in the future, or no longer (or not yet) valid.
         EvidenceInvalid: It is, but is no EAR; or a status better than its own vector.
     """
     # 1. The one algorithm that the key is for and the header names.
@@ -178,16 +180,39 @@ def verify_ear(unverified: UnverifiedEar, key: PublicJwk, *, now: float) -> Ear:
     algorithm = next((each for each in sorted(ALGORITHMS) if each == named and key.fits(each)), "ES256")
     # 2. The signature.
     payload = verify_compact(unverified._jws, key, algorithm, error=EvidenceRefused)
-    ear = _read(payload)
-    # 3. It was not issued in the future.
+    if unverified._jws.unverified_header.get("typ") not in _TYPES:
+        raise EvidenceInvalid("EAR: the header's typ is another document's (RFC 8725, 3.11)")
+    fields = Fields(
+        parse_object(payload, limit_bytes=LIMIT_BYTES, what="EAR", error=EvidenceInvalid),
+        what="EAR",
+        error=EvidenceInvalid,
+    )
+    # 3. Neither `exp` nor `nbf`, which others may set, forbids it, and it was not issued in the future.
+    _verify_validity(fields, now)
+    ear = _read(fields)
     if ear.issued > now + CLOCK_LEEWAY_SECONDS:
         raise EvidenceRefused("the EAR was issued in the future: look at both clocks")
     return ear
 
 
-def _read(payload: bytes) -> Ear:
-    document = parse_object(payload, limit_bytes=LIMIT_BYTES, what="EAR", error=EvidenceInvalid)
-    fields = Fields(document, what="EAR", error=EvidenceInvalid)
+def _verify_validity(fields: Fields, now: float) -> None:
+    """RFC 7519, 4.1.4 and 4.1.5."""
+
+    def seconds(name: str, otherwise: float) -> float:
+        if not fields.has(name):
+            return otherwise
+        value = fields.take(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise EvidenceInvalid(f"EAR: {name} is not a NumericDate")
+        return value
+
+    if seconds("exp", math.inf) + CLOCK_LEEWAY_SECONDS <= now:
+        raise EvidenceRefused("the EAR has expired", remedy="ask its maker for a newer one")
+    if seconds("nbf", -math.inf) > now + CLOCK_LEEWAY_SECONDS:
+        raise EvidenceRefused("the EAR is not valid yet: look at both clocks")
+
+
+def _read(fields: Fields) -> Ear:
     fields.literal("eat_profile", PROFILE)
     verifier = fields.fields("ear.verifier-id")
     submodules = fields.take("submods")

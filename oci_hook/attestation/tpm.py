@@ -28,12 +28,13 @@ from oci_hook.attestation.policy import RESETS_PLACE
 from oci_hook.attestation.provisioning import ProvisioningCommands
 from oci_hook.attestation.sealed import SealedBlob, WrappedSecret
 from oci_hook.attestation.structures import Handle, ObjectAttributes, Public
+from oci_hook.attestation.tpm_codes import PcrChangedError
 from oci_hook.attestation.tpm_enrolment import EnrolmentCalls
 from oci_hook.attestation.tpm_evidence import EvidenceCommands
 from oci_hook.attestation.tpm_lock import tpm_lock
 from oci_hook.attestation.tpm_properties import PropertyCommands
 from oci_hook.attestation.tpm_release import ReleaseCommands
-from oci_hook.errors import DeviceInvalid, KeyRefused, TpmFailed, TpmUnavailable
+from oci_hook.errors import DeviceInvalid, KeyRefused, SczError, TpmFailed, TpmUnavailable
 
 _LEFT_OVER: Final = (0x80000000, 0x02000000, 0x03000000)  # transient objects, loaded sessions, saved sessions
 _FLUSH_CONTEXT: Final = bytes.fromhex("80010000000e00000165")
@@ -84,6 +85,8 @@ def open_tpm(tcti: str, lock_file: str | os.PathLike[str], *, timeout_seconds: f
                     tpm.flush_left_overs()
                 yield tpm
                 swept = not tpm.left_something
+        except PcrChangedError as cause:  # whoever asks for PCRs has taken it already
+            raise TpmFailed(f"the TPM says that PCRs changed, where none matter: {cause}") from cause
         finally:
             if not managed and not swept:
                 _sweep(tcti)
@@ -103,7 +106,7 @@ def _connected(tcti: str) -> Iterator[Tpm]:
 
 def _sweep(tcti: str) -> None:
     """Flush by a new connection: after some failures a context accepts no command any more."""
-    with suppress(TpmUnavailable, TpmFailed), _connected(tcti) as tpm:  # the first failure is the one to report
+    with suppress(SczError, PcrChangedError), _connected(tcti) as tpm:  # the first failure is the one to report
         tpm.flush_left_overs()
 
 

@@ -218,7 +218,9 @@ def _owners_records(kept: KeptEvidence, keys: str | None) -> dict[str, Any]:
 
 
 def _token_hash(path: str | None) -> bytes | None:
-    return None if path is None else hashlib.sha256(read_input(path, TokenMalformed)).digest()
+    if path is None:
+        return None
+    return hashlib.sha256(read_input(path, TokenMalformed).removesuffix(b"\n")).digest()  # as the hook reads it
 
 
 COMMANDS = {"appraise": appraise}

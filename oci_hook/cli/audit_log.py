@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from oci_hook.audit import EMPTY_HEAD, EVENTS, AuditLog, text_line
+from oci_hook.audit_chain import seconds_of
 from oci_hook.cli import print_json, printable
 from oci_hook.cli.options import DRY_RUN, JSON, container_of
 from oci_hook.config import load_config
@@ -57,7 +58,7 @@ class Wanted:
 
     def matches(self, record: dict[str, Any]) -> bool:
         """Whether a record is wanted."""
-        seconds = datetime.fromisoformat(record["time"]).timestamp()
+        seconds = seconds_of(record["time"])
         return (
             (self.container is None or str(record.get("container", "")).startswith(self.container))
             and (not self.events or record.get("event") in self.events)

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 import oci_hook.before_create as before_create_module
+from oci_hook import release
 from oci_hook.before_create import Asking, adopt, discard, known, prepare
 from oci_hook.config import load_config
 from oci_hook.errors import HolderRefused, SystemCallFailed
@@ -850,6 +851,25 @@ def test_one_that_was_faster_keeps_what_it_has(vms: Sandboxes, monkeypatch: pyte
         assert any("/tokens/" in path for path in faster[0])
         discard("race", asking.bundle, config)
         assert vms.left() == []
+
+
+def test_the_tpm_is_asked_by_a_child_that_was_forked_before_any_key(
+    vms: Sandboxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that hangs in a driver cannot be ended: it is not to have the keys of the models before."""
+    bundle, config = vms.bundle(hooks=True), load_config(str(vms.scene.config))
+    data = (bundle / "config.json").read_bytes()
+    spec = parse_spec(data, bundle=str(bundle))
+    facts, requests = read_engine_facts("containerd", spec.annotations), gather_requests(spec.annotations, {}, None)
+
+    def forks(*_: object) -> bytes:
+        raise AssertionError("a child that has what is here by now")
+
+    monkeypatch.setattr(release, "with_deadline", forks)
+    (entry,) = prepare(Asking("early", str(bundle), spec, facts, requests, "kata", ourselves()), config)
+    assert [entry.source] == vms.mounts()
+    discard("early", str(bundle), config)
+    assert vms.left() == []
 
 
 def test_two_at_once(vms: Sandboxes) -> None:

@@ -57,6 +57,16 @@ def test_a_changed_line_is_found(log: AuditLog, tmp_path: Path, victim: int) -> 
         list(log.records())
 
 
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00", "2026-01-01T00:00:00", "now", 5])
+def test_a_record_without_a_time_that_can_be_told_is_none(log: AuditLog, tmp_path: Path, time: object) -> None:
+    record = {"seq": 1, "prev": EMPTY_HEAD.hex(), "event": "grant", "time": time}
+    (tmp_path / "audit.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "audit.jsonl").chmod(0o600)
+    for look in (log.head, lambda: list(log.records())):
+        with pytest.raises(AuditRefused, match=r"no time|is not a record"):
+            look()
+
+
 def test_a_removed_and_a_swapped_line_are_found(log: AuditLog, tmp_path: Path) -> None:
     for number in range(5):
         log.append("grant", container=f"c{number}")

@@ -25,8 +25,9 @@ from oci_hook.cli.checks.tpm import Counted, TpmAnswer
 from oci_hook.config import load_config
 from oci_hook.owner.records import OwnerRecords
 from oci_hook.trust_folder import Trust
-from tests.commands import Household, done, sczctl
+from tests.commands import ISSUER, SUBJECT, Household, done, sczctl
 from tests.devices import measured
+from tests.sev_snp import Maker, policy_document
 
 SIGNED = b"\x77" * 32
 
@@ -111,6 +112,45 @@ def test_a_signed_pcr_11_is_approved_and_another_is_a_line(house: Household) -> 
     line = look(house, measured({11: SIGNED, 7: b"\x07" * 32}))
     failed(line, "PCR 7")
     assert "signature" not in line.message
+
+
+# --- whom a start asks beside the TPM ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asks", "words", "mended"),
+    [
+        (
+            {"appraisal": "keylime"},
+            ("names no verifier", "[keylime]"),
+            '[keylime]\naddress = "https://v.example"\n{ca}',
+        ),
+        ({"tee": policy_document(Maker())}, ("asks for a TEE's report", "/sys/kernel/config"), ""),
+    ],
+    ids=["verifier", "tee"],
+)
+def test_what_this_host_cannot_ask_for(
+    house: Household, asks: dict[str, object], words: tuple[str, ...], mended: str
+) -> None:
+    access, ca = house.usb / "access.json", house.usb / "ca.pem"
+    identity = {"issuer": ISSUER, "audience": "scz-smm", "subjects": [SUBJECT]}
+    access.write_text(json.dumps({"identities": [identity], "token_age_seconds": 3600, "share": False, **asks}))
+    house.is_device(house.enrolled())
+    house.trust()
+    out = house.usb / "out"
+    out.mkdir()
+    pack = ["pack", house.source, "-o", out / "bundle", "--keys", house.keys, "--name", "minilm", "--version", "1"]
+    done(sczctl(*pack, "--access", access))
+    house.grant(out)
+    done(sczctl(*house.sign_words(out / "boot-policy.json")))
+    done(house.ctl("add", out))
+    before = house.config.read_text()
+    house.config.write_text(before.replace("[paths]\n", f'[paths]\ntsm = "{house.host / "tsm"}"\n'))
+    failed(look(house), *words)
+    ca.write_text("PEM")
+    (house.host / "tsm").mkdir()
+    house.config.write_text(house.config.read_text() + mended.format(ca=f'ca_file = "{ca}"\n'))
+    assert look(house).status == "ok"
 
 
 # --- what the owner took back -----------------------------------------------------------------------------------------

@@ -100,6 +100,28 @@ def test_the_future_is_refused() -> None:
         read(sign_ear(EAR, KEY), NOW - CLOCK_LEEWAY_SECONDS - 1)
 
 
+def test_validity_that_others_set_counts() -> None:
+    """RFC 7519, 4.1.4 and 4.1.5: ours set neither `exp` nor `nbf`."""
+    leeway = CLOCK_LEEWAY_SECONDS
+    for accepted in ({"exp": NOW - leeway + 1}, {"nbf": NOW + leeway}, {"exp": NOW + 0.5, "nbf": NOW - 0.5}):
+        assert read(signed({**claims(), **accepted})).submodules == (PART,)
+    for claim, message in (({"exp": NOW - leeway}, "expired"), ({"nbf": NOW + leeway + 1}, "not valid yet")):
+        with pytest.raises(EvidenceRefused, match=message):
+            read(signed({**claims(), **claim}))
+    for value in (None, "1", True, [NOW], {}):
+        for name in ("exp", "nbf"):
+            with pytest.raises(EvidenceInvalid, match="NumericDate"):
+                read(signed({**claims(), name: value}))
+
+
+def test_another_document_by_the_same_key_is_none() -> None:
+    payload = json.dumps(claims()).encode()
+    for typ in ("JWT", "application/eat+jwt"):
+        assert read(sign_compact(payload, typ=typ, kid=PUBLIC.thumbprint, key=KEY)) == EAR
+    with pytest.raises(EvidenceInvalid, match="typ"):
+        read(sign_compact(payload, typ="scz-smm-grant+jwt", kid=PUBLIC.thumbprint, key=KEY))
+
+
 WRONG: dict[str, dict[str, Any]] = {
     "another profile": {"eat_profile": "tag:example.org,2026:other"},
     "no time": {"iat": None},

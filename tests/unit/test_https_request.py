@@ -209,11 +209,18 @@ def test_who_does_not_listen_or_speak_tls_is_said(authority: Authority) -> None:
         "https://host\r\nX: y",
         "https://ho st",
         "HTTPS://host",
+        "https://host-",
+        "https://host.example./path?q",
     ],
 )
 def test_an_address_of_another_form_is_refused(authority: Authority, address: str) -> None:
     with pytest.raises(ConfigInvalid):
         ask(Server(address, authority.pem))
+
+
+@pytest.mark.parametrize("name", ["a..b", f"{'a' * 70}.example"])
+def test_a_name_that_no_resolver_can_be_asked_for(authority: Authority, name: str) -> None:
+    refused(Server(f"https://{name}", authority.pem), "UnicodeError")
 
 
 @pytest.mark.parametrize("pem", ["", "none", "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"])

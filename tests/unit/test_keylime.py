@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oci_hook.attestation.keylime import LIMIT_BYTES, PATH, keylime_request, read_keylime_answer
-from oci_hook.config import Config
+from oci_hook.config import Config, parse_config
 from oci_hook.errors import ConfigInvalid
 from oci_hook.https_request import Server
 from oci_hook.key_errors import AppraisalRefused, VerifierUnavailable
@@ -192,8 +192,18 @@ def test_the_configuration_names_the_verifier(authority: Authority) -> None:
             host_verifier(without)
     with pytest.raises(ConfigInvalid, match="belong together"):
         host_verifier(replace(config, keylime_key=str(mine.key)))
-    mine.key.chmod(0o666)
-    with pytest.raises(ConfigInvalid, match="writable by others"):
-        host_verifier(with_client)
+    for mode, message in ((0o644, "read or written by others"), (0o666, "writable by others")):
+        mine.key.chmod(mode)
+        with pytest.raises(ConfigInvalid, match=message):
+            host_verifier(with_client)
+    for address in (
+        "https://user:word@v.example:8881",
+        "https://v.example?x",
+        "http://v.example",
+        "https://v..example#f",
+    ):
+        with pytest.raises(ConfigInvalid, match="address"):
+            parse_config(f'[keylime]\naddress = "{address}"\n'.encode())
+    assert parse_config(b'[keylime]\naddress = "https://v.example:8881/path"\n').keylime_address.endswith("/path")
     with pytest.raises(ConfigInvalid):
         parse_ca(b"\xff")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
 
-from oci_hook.attestation import tpm_codes
+import pytest
+import tpm2_pytss as tss
+
+from oci_hook.attestation import tpm, tpm_codes
 from oci_hook.attestation.tpm_codes import PcrChangedError, error_for
-from oci_hook.errors import SczError
+from oci_hook.errors import Revoked, SczError, TpmFailed
 from oci_hook.key_errors import all_errors
 
 #: Response code, exit code, a word of the message, a word of the remedy.
@@ -60,6 +64,50 @@ def test_a_fault_is_no_refusal_at_any_step(code: int, refusals: tpm_codes.Refusa
 @pytest.mark.parametrize("code", [0x128, 0xC0128])
 def test_pcrs_that_changed_are_for_the_caller(code: int) -> None:
     assert isinstance(error_for(code, "do something"), PcrChangedError)
+
+
+class Failing:
+    """An ESAPI context whose every question has this answer."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def get_capability(self, *_: object) -> None:
+        raise tss.TSS2_Exception(self.code)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("code", [0x128, 0x8B, 0x921, 0x101])
+def test_what_fails_at_the_end_does_not_hide_what_failed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(tpm.tss, "ESAPI", lambda _tcti: Failing(code))
+    monkeypatch.setattr(tpm.Tpm, "flush_left_overs", first_only(tpm.Tpm.flush_left_overs))
+    with pytest.raises(Revoked, match="passed"), tpm.open_tpm("swtpm:path=x", tmp_path / "lock", timeout_seconds=1):
+        raise Revoked("the counter has passed")
+
+
+def first_only(flush: Callable[[tpm.Tpm], None]) -> Callable[[tpm.Tpm], None]:
+    """As good as done the first time: what was left before is not what fails."""
+    calls: list[tpm.Tpm] = []
+
+    def flush_later(self: tpm.Tpm) -> None:
+        calls.append(self)
+        if len(calls) > 1:
+            flush(self)
+
+    return flush_later
+
+
+def test_pcrs_that_changed_where_nobody_asked_are_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tpm.tss, "ESAPI", lambda _tcti: Failing(0x128))
+    with (
+        pytest.raises(TpmFailed, match="PCRs changed"),
+        tpm.open_tpm("swtpm:path=x", tmp_path / "lock", timeout_seconds=1),
+    ):
+        raise AssertionError("a TPM that answers so is not used")
 
 
 def test_every_code_gives_an_error_of_ours() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from oci_hook.access_policy import AccessPolicy
 from oci_hook.attestation.appraisal import differing_pcrs, missing_signature, nearest_form, pcrs_in_words
 from oci_hook.attestation.boot_policy import BootPolicy
 from oci_hook.attestation.host_device import HostDevice
@@ -19,7 +21,9 @@ from oci_hook.config import Config
 from oci_hook.delivery.memory import load_available_memory
 from oci_hook.errors import BundleInvalid, BundleMismatch, FileUnreadable, SczError, StoreInvalid
 from oci_hook.granted import verified_boot_policy, verified_grant, verified_revocations, verify_counted
+from oci_hook.key_errors import TeeUnavailable
 from oci_hook.provenance import verified_manifest
+from oci_hook.remote_appraisal import host_verifier
 from oci_hook.revoked import verify_in_force
 from oci_hook.store import Store
 from oci_hook.trust import Owner
@@ -80,8 +84,7 @@ def check_models(
                 _verify_whole(layout, manifest, deep=deep)
             sizes.append(StoredSize(f"{name}:{version}", sum(file.size for file in manifest.files)))
             policy = _verified_boot_policy(config, manifest, owner, device, tpm.counted if tpm is not None else None)
-            if manifest.access.broker:
-                verify_broker_named(config)
+            _verify_askable(config, manifest.access)
         except (BundleInvalid, BundleMismatch, StoreInvalid, FileUnreadable) as error:
             yield _damaged(what, name, version, error)
             continue
@@ -95,6 +98,21 @@ def check_models(
             continue
         whole = "every file hashed" if deep else "its files have their sizes"
         yield Check(what, "ok", f"{whole}; granted, with a boot policy{' that this boot state meets' if pcrs else ''}")
+
+
+def _verify_askable(config: Config, access: AccessPolicy) -> None:
+    """Check that this host can ask those whom the access policy names beside the TPM; they are not asked.
+
+    Raises:
+        ConfigInvalid: The configuration names no broker, or no verifier, that could be used.
+        TeeUnavailable: This machine makes no reports.
+    """
+    if access.broker:
+        verify_broker_named(config)
+    if access.appraisal is not None:
+        host_verifier(config)
+    if access.tee is not None and not os.path.isdir(config.tsm_directory):
+        raise TeeUnavailable(f"the model's owner asks for a TEE's report, and there is no {config.tsm_directory}")
 
 
 def _difference(config: Config, policy: BootPolicy, pcrs: dict[int, bytes]) -> str:
