@@ -395,3 +395,17 @@ def test_a_lease_by_hours_alone_is_warned_of_and_seen_in_the_list(house: Househo
     assert leases.pop(("minilm:2", "edge-1")) == {"resets": 5, "clock_ms": 7_201_000}
     assert set(leases.values()) == {None}
     assert done(sczctl("list", "--grants", "--keys", house.keys)).out.count("  leased\n") == 1
+
+
+def test_a_line_is_not_written_that_could_not_be_read_again(house: Household) -> None:
+    full = Line("minilm", 1, tuple(sorted(f"old-{number}" for number in range(10_000))))
+    OwnerRecords(house.keys).save_line(full)
+    before = snapshot(house.keys, house.usb)
+    words = ("revoke", "--keys", house.keys, "--model", "minilm:1", "-o", house.usb / "no")
+    refused(sczctl(*words), KeyInvalid.code, "10000", "--below-generation minilm:")
+    assert snapshot(house.keys, house.usb) == before
+    assert full.without("old-1") == full
+    with pytest.raises(KeyInvalid, match="1 MiB"):
+        Line("minilm", 1, tuple(f"{number:064d}" for number in range(9_999))).without("x" * 64).without("y" * 64)
+    with pytest.raises(KeyInvalid, match="device classes"):
+        Line("minilm", epochs={f"class-{number}": 1 for number in range(10_000)}).with_next_epoch("default")
