@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from oci_hook.attestation.device_record import DeviceRecord, parse_device_record
+from oci_hook.attestation.policy import policy_ref
 from oci_hook.bundle.files import NewFolder, create_file
 from oci_hook.bundle.grant import Grant
 from oci_hook.documents import shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable
 from oci_hook.lease import Lease
+from oci_hook.owner.lines import Line
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
 DEVICE_LIMIT = 10_000
@@ -59,7 +61,9 @@ def load_device(records: OwnerRecords, name: str) -> DeviceRecord:
     return record
 
 
-def has_grant(kept: Grant | None, device: DeviceRecord, content: ContentKeyRecord, maximum: int | None) -> bool:
+def has_grant(
+    kept: Grant | None, device: DeviceRecord, content: ContentKeyRecord, maximum: int | None, line: Line
+) -> bool:
     """Whether a grant that was kept still opens this version on this device, as it is enrolled now.
 
     Args:
@@ -67,12 +71,15 @@ def has_grant(kept: Grant | None, device: DeviceRecord, content: ContentKeyRecor
         device: The device's record.
         content: The version's.
         maximum: The counter's value up to which it has to open; None: the value at the enrolment.
+        line: The model line's, with the epoch that its boot policies are in.
     """
     if kept is None:
         return False
     enrolled = (device.device, device.device_class, device.ak.name, device.srk.name, device.counter.name)
     granted = (kept.device_name, kept.device_class, kept.ak_name, kept.srk_name, kept.counter.name)
     limit = device.counter_value if maximum is None else maximum
+    if kept.policy_ref != policy_ref(content.model.name, device.device_class, line.epoch(device.device_class)):
+        return False
     if kept.lease is not None and not _is_running(kept.lease, device):
         return False
     same_version = (kept.model, kept.manifest_digest) == (content.model, content.manifest_digest)
@@ -86,10 +93,14 @@ def _is_running(lease: Lease, device: DeviceRecord) -> bool:
 
 
 def without_grant(
-    devices: Sequence[DeviceRecord], kept: Mapping[str, Grant], content: ContentKeyRecord, maximum: int | None
+    devices: Sequence[DeviceRecord],
+    kept: Mapping[str, Grant],
+    content: ContentKeyRecord,
+    maximum: int | None,
+    line: Line,
 ) -> list[DeviceRecord]:
     """Those devices that have no grant (`has_grant`) among the kept ones, which are by device."""
-    return [each for each in devices if not has_grant(kept.get(each.device), each, content, maximum)]
+    return [each for each in devices if not has_grant(kept.get(each.device), each, content, maximum, line)]
 
 
 def make_grants(
