@@ -20,6 +20,7 @@ from oci_hook.bundle.grant import Grant
 from oci_hook.documents import shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable
 from oci_hook.lease import Lease
+from oci_hook.owner.former import FormerRecords
 from oci_hook.owner.lines import Line
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
@@ -49,15 +50,17 @@ def load_device(records: OwnerRecords, name: str) -> DeviceRecord:
         DeviceInvalid: Missing, damaged or another device's, by its name.
         FileUnreadable: The system said no.
     """
+    data = records.load_device(name)
+    remedy = (
+        f"put devices/{name}.json back from a backup; without one, move it away, enrol {name} again, and revoke again "
+        "what was revoked of it: until then its grants are out of reach"
+    )
     try:
-        record = parse_device_record(records.load_device(name))
+        record = parse_device_record(data)
     except DeviceInvalid as cause:
-        raise DeviceInvalid(f"device {name}: {cause.message}", remedy=cause.advice) from cause
+        raise DeviceInvalid(f"device {name}: {cause.message}", remedy=remedy) from cause
     if record.device != name:
-        raise DeviceInvalid(
-            f"the record of {name} is that of {record.device}",
-            remedy=f"put devices/{name}.json back from a backup, or move it away and enrol {name} again",
-        )
+        raise DeviceInvalid(f"the record of {name} is that of {record.device}", remedy=remedy)
     return record
 
 
@@ -158,12 +161,14 @@ def _write(folder: Path, made: tuple[Grant, bytes]) -> None:
 
 
 def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Who can open what: one row a grant, as `sczctl list --grants` prints it.
+    """Who can open what: one row a grant, as `sczctl list --grants` prints it; last those that were set aside.
 
     Raises:
         GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
         KeyInvalid: Not an owner's folder.
     """
+    folder = Path(folder)
+    kept = [(grant, False) for grant in OwnerRecords(folder).grants()]
     return [
         {
             "model": f"{grant.model.name}:{grant.model.version}",
@@ -173,6 +178,7 @@ def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             "created": grant.created,
             "counter_maximum": grant.counter.maximum,
             "lease": grant.lease.document() if grant.lease else None,
+            "set_aside": is_set_aside,
         }
-        for grant in OwnerRecords(Path(folder)).grants()
+        for grant, is_set_aside in (*kept, *((grant, True) for grant in FormerRecords(folder).grants()))
     ]

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from oci_hook.bundle.grant import Grant
 from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
-from oci_hook.errors import DeviceInvalid, KeyInvalid, OutputExists, SczError
+from oci_hook.errors import DeviceInvalid, GrantInvalid, GrantRefused, KeyInvalid, OutputExists, SczError
 from oci_hook.owner.folder import RECORD_LIMIT_BYTES, OwnerFolder, checked_name
 from oci_hook.owner.grant_copies import verify_copy, verify_owned
 from oci_hook.owner.lines import Line, format_line, parse_line
@@ -170,6 +171,10 @@ class OwnerRecords(OwnerFolder):
         """The names of the enrolled devices, sorted."""
         return self._names(("devices",), suffix=".json", pattern=NAME)
 
+    def remove_device(self, name: str) -> None:
+        """Take a device's record away, once it was set aside (`former`; FileUnreadable)."""
+        self._remove(self.folder / "devices" / f"{checked_name(name, DeviceInvalid)}.json")
+
     # --- challenges that wait for an answer ---
 
     def save_pending(self, device: str, data: bytes) -> None:
@@ -227,14 +232,29 @@ class OwnerRecords(OwnerFolder):
         return {device: verify_owned(self._copy(place), owner, place) for device, place in places.items()}
 
     def remove_grant(self, grant: Grant) -> None:
-        """Forget a grant that was revoked (FileUnreadable)."""
-        self._remove(self.folder.joinpath(*_grant_parts(grant)))
+        """Forget a grant that was revoked, unless its place is another one's by now (FileUnreadable)."""
+        place = grant.model.name, grant.model.version, grant.device_name
+        with suppress(GrantInvalid, GrantRefused, KeyInvalid):
+            if verify_copy(self._copy(place), self._load_owner(), place) == grant:
+                self._remove(self.folder.joinpath(*_grant_parts(grant)))
 
-    def grants(self, devices: Collection[str] | None = None) -> tuple[Grant, ...]:
+    def copies_of(self, device: str) -> tuple[tuple[Grant, bytes], ...]:
+        """The grants to one device that were kept, with their bytes; damaged ones are left out (FileUnreadable)."""
+        owner, found = self._load_owner(), []
+        for name in self._names(("grants",), suffix="", pattern=NAME):
+            for version in self._names(("grants", name), suffix="", pattern=VERSION):
+                if os.path.lexists(self.folder / "grants" / name / version / f"{device}.grant"):
+                    with suppress(GrantInvalid, GrantRefused, KeyInvalid):
+                        data = self._copy((name, version, device))
+                        found.append((verify_copy(data, owner, (name, version, device)), data))
+        return tuple(found)
+
+    def grants(self, strict: Collection[str] | None = None) -> tuple[Grant, ...]:
         """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
 
         Args:
-            devices: Only what was granted to these, so that nothing else can be in the way; None: all.
+            strict: What is damaged is refused of these devices, and left out of all others, so that it is in nobody's
+                way; None: it is refused of all.
 
         Raises:
             GrantInvalid, GrantRefused: A file there is not that grant, or not this owner's; the message names it.
@@ -246,19 +266,28 @@ class OwnerRecords(OwnerFolder):
             for name in self._names(("grants",), suffix="", pattern=NAME)
             for version in self._names(("grants", name), suffix="", pattern=VERSION)
             for device in self._names(("grants", name, version), suffix=".grant", pattern=NAME)
-            if devices is None or device in devices
         ]
-        return tuple(map_chunks(partial(_verified_grants, self.folder), places))
+        found = map_chunks(partial(_verified_grants, self.folder, strict), places)
+        return tuple(grant for grant in found if grant is not None)
 
     def _copy(self, place: tuple[str, str, str]) -> bytes:
         return self._load(("grants", *place[:2], f"{place[2]}.grant"), KeyInvalid, KeyInvalid.remedy)
 
 
-def _verified_grants(folder: Path, places: Sequence[tuple[str, str, str]]) -> list[Grant]:
-    """The grants by model, version and device; also in a worker (`parallel`)."""
+def _verified_grants(
+    folder: Path, strict: Collection[str] | None, places: Sequence[tuple[str, str, str]]
+) -> list[Grant | None]:
+    """The grants by model, version and device, None for one that is left out; also in a worker (`parallel`)."""
     records = OwnerRecords(folder)
-    owner = records._load_owner()
-    return [verify_copy(records._copy(place), owner, place) for place in places]
+    owner, found = records._load_owner(), list[Grant | None]()
+    for place in places:
+        try:
+            found.append(verify_copy(records._copy(place), owner, place))
+        except (GrantInvalid, GrantRefused, KeyInvalid):
+            if strict is None or place[2] in strict:
+                raise
+            found.append(None)
+    return found
 
 
 def _parse_content_key(data: bytes) -> ContentKeyRecord:
