@@ -5,6 +5,7 @@ The hosts are made in software, with EK certificates: every check of an enrolmen
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from oci_hook.owner.enrolling import Enroller, Vouchers
 from oci_hook.owner.former import FormerRecords
 from oci_hook.owner.records import OwnerRecords
 from tests.attestation_vectors import builder, t
-from tests.commands import Household, done, refused, sczctl, snapshot
+from tests.commands import Household, crashed, done, refused, sczctl, snapshot
 
 NOW = datetime.now(UTC)
 
@@ -225,6 +226,34 @@ def test_copies_that_another_tpm_left_under_a_name_are_set_aside(fleet: Fleet) -
     assert len(fleet.former.grants()) == 1
     said = fleet.revoke("--device", "edge-1", out="r")
     assert (said.code, len(said.json["without_record"])) == (1, 1)
+
+
+def test_a_kill_while_a_record_is_replaced_forgets_no_grant_and_no_record(fleet: Fleet) -> None:
+    """The record of before is set aside before the new one is there, and so is each copy of a grant."""
+    tpm = fleet.tpm()
+    index = tpm.first_index
+    fleet.enrol(tpm, "edge-1")
+    fleet.grant("edge-1", "1")
+    fleet.grant("edge-1", "2")
+    good = {path: path.read_bytes() for path in fleet.house.keys.rglob("*") if path.is_file()}
+    changed, step = fleet.with_other_counter(tpm), 0
+    while True:
+        step += 1
+        shutil.rmtree(fleet.house.keys / "former", ignore_errors=True)
+        for path, data in good.items():
+            path.write_bytes(data)
+        was_killed = crashed(lambda: fleet.enrol(changed, "edge-1", replace=True), step)
+        records = [fleet.record("edge-1"), *fleet.former.devices()]
+        assert index in {each.counter.index for each in records}
+        grants = {
+            (each.model.version, each.counter.index) for each in (*fleet.records.grants(), *fleet.former.grants())
+        }
+        assert grants == {("1", index), ("2", index)}
+        if not was_killed:
+            break
+    assert step > 5
+    assert {each.counter.index for each in fleet.records.grants()} == set()
+    assert fleet.record("edge-1").counter.index == index + 1
 
 
 def test_what_was_set_aside_and_is_damaged_is_refused_by_its_name(fleet: Fleet) -> None:
