@@ -143,7 +143,7 @@ def make_device(
         device=name,
         device_class=device_class,
         enrolled=ENROLLED,
-        ek_sha256="00" * 32,
+        ek_sha256=hashlib.sha256(srk.name).hexdigest(),
         ek_subject="a software device of the tests",
         ak=ak,
         srk=srk,

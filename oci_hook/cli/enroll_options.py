@@ -24,9 +24,13 @@ EK_LIST = click.option(
     type=click.Path(dir_okay=False),
     help="File with TPMs' EKs and names, as `sczctl enroll ek` prints them: needed for TPMs without certificate.",
 )
-REPLACE = click.option("--replace", is_flag=True, help="The device of this name has a new TPM: forget the old one.")
+REPLACE = click.option(
+    "--replace",
+    is_flag=True,
+    help="The device of this name has a new TPM, AK or counter, or this TPM has a new name: set the old record aside.",
+)
 UNREVOKE = click.option(
-    "--unrevoke", is_flag=True, help="If this very device was revoked: it may have models again, by new grants."
+    "--unrevoke", is_flag=True, help="If this very TPM was revoked: it may have models again, by new grants."
 )
 DEVICE_CLASS = click.option(
     "--class",

@@ -78,6 +78,7 @@ def record_line(row: dict[str, Any]) -> str:
 @EK_LIST
 @_OUTPUT
 @REPLACE
+@UNREVOKE
 @JSON
 def challenge(
     request_file: str,
@@ -86,6 +87,7 @@ def challenge(
     ek_list: str | None,
     output: str,
     replace: bool,
+    unrevoke: bool,
     as_json: bool,
 ) -> None:
     """OWNER: check a device's TPM and challenge it.
@@ -96,12 +98,15 @@ def challenge(
     """
     from oci_hook.attestation.enrolment_documents import parse_request
 
+    def enroller() -> Enroller:
+        return enroller_of(keys, ek_roots, ek_list, replace=replace, unrevoke=unrevoke)
+
     if os.path.isdir(request_file):
-        _challenge_folder(request_file, output, enroller_of(keys, ek_roots, ek_list, replace=replace), as_json)
+        _challenge_folder(request_file, output, enroller(), as_json)
         return
     verify_new_output(output)  # before the waiting challenge is replaced, which an older file may still answer
     found = parse_request(read_input(request_file, DeviceInvalid))
-    row = _challenge_one(found, output, enroller_of(keys, ek_roots, ek_list, replace=replace))
+    row = _challenge_one(found, output, enroller())
     if as_json:
         print_json({"file": request_file, **row})
         return

@@ -139,7 +139,8 @@ def _grant(
         raise click.UsageError("--lease-from is of one device: give --device, once")
     chosen = [lease.counted(each) for each in chosen]
     if wanted.missing:
-        chosen = without_grant(chosen, records.grants_of(name, version), content, maximum)
+        kept, line = records.grants_of(name, version), records.load_line(name)
+        chosen = without_grant(chosen, kept, content, maximum, line)
         if not chosen:
             _show([], output, as_json)
             return

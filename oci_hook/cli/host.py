@@ -158,7 +158,7 @@ def _list_grants(keys: str, as_json: bool) -> None:
         click.echo(
             f"{row['model']:<32} {row['device']:<24} class {row['class']:<12} "
             f"counter up to {row['counter_maximum']:<5} {format_time(float(row['created']))}"
-            f"{'  leased' if row['lease'] else ''}"
+            f"{'  leased' if row['lease'] else ''}{'  set aside' if row['set_aside'] else ''}"
         )
 
 

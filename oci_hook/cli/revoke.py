@@ -26,11 +26,11 @@ from oci_hook.cli.options import (
     show_progress,
     verify_new_output,
 )
+from oci_hook.cli.revoke_output import plan_document, say_what_is_left, show_plan
 from oci_hook.documents import shown
 
 if TYPE_CHECKING:
     from oci_hook.owner.broker_shares import RenewingBroker
-    from oci_hook.owner.revocation_plan import Plan
 
 
 def _models(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -97,6 +97,11 @@ def _classes(context: click.Context, parameter: click.Parameter, texts: tuple[st
     callback=_classes,
     help="Every boot state that was signed so far for the model line NAME and a device class.",
 )
+@click.option(
+    "--without-renewal",
+    is_flag=True,
+    help="Lock now, without a broker: make no fresh grants that would need a share of it.",
+)
 @click.option("--applied", is_flag=True, help="HOST: show who holds what was revoked here, and change nothing.")
 @click.option(
     "-o",
@@ -117,6 +122,7 @@ def revoke(
     below: tuple[tuple[str, int], ...],
     devices: tuple[str, ...],
     boot_policies: tuple[tuple[str, str], ...],
+    without_renewal: bool,
     applied: bool,
     output: str | None,
     passphrase_file: str | None,
@@ -132,17 +138,18 @@ def revoke(
     (`sczctl grant --lease-boots`). A container that runs keeps its copy: `add`, and here --applied, name it.
 
     With --broker fresh grants of versions that were packed so get new shares, by the keys and roles that they had.
+    While the broker is away, --without-renewal locks all the same; what is not granted anew is named.
 
-    A device that would have to count further than its TPM was last certified to have counted is left out: enrol it
-    again. The exit code is 1 then, and the others are revoked.
+    A device that would have to count further than its TPM was last certified to have counted gets no list: enrol it
+    again. Nor is a grant reached whose TPM has no record. Both are named, the exit code is 1, and all else is revoked.
 
     After --boot-policy sign the states that stay good: `sczctl boot-policy sign`.
     """
     from oci_hook.owner.revocation_plan import Wanted
 
-    wanted = Wanted(versions, below, devices, boot_policies)
+    wanted = Wanted(versions, below, devices, boot_policies, without_renewal)
     if applied:
-        if keys or output or wanted != Wanted():
+        if keys or output or without_renewal or wanted != Wanted():
             raise click.UsageError("--applied stands alone")
         show_holders(holders(config_file), as_json)
         return
@@ -150,6 +157,8 @@ def revoke(
         raise click.UsageError("give --keys, and -o FOLDER or --dry-run; or --applied on a host")
     if wanted == Wanted():
         raise click.UsageError("say what: --model, --below-generation, --device or --boot-policy")
+    if without_renewal and broker is not None:
+        raise click.UsageError("--without-renewal asks no broker: leave --broker away")
     _revoke(keys, wanted, None if dry_run else output, passphrase_file, broker, as_json)
 
 
@@ -186,56 +195,11 @@ def _revoke(
                 progress=progress,
             )
     if as_json:
-        print_json({"dry_run": output is None, "output": output, **_document(plan)})
+        print_json({"dry_run": output is None, "output": output, **plan_document(plan)})
     else:
-        _show(plan, output)
-    if plan.out_of_reach:
-        _say_out_of_reach(plan)
+        show_plan(plan, output)
+    if say_what_is_left(plan, output):
         raise click.exceptions.Exit(1)
-
-
-def _document(plan: Plan) -> dict[str, Any]:
-    return {
-        "lines": [
-            {"model": line.model, "lowest_generation": line.lowest_generation, "revoked": list(line.revoked)}
-            | {"epochs": dict(line.epochs)}
-            for line in plan.lines.values()
-        ],
-        "devices": [
-            {
-                "device": device.record.device,
-                "class": device.record.device_class,
-                "revoked": device.record.revoked is not None,
-                "counter": device.record.counter_value,
-                "locked": [f"{grant.model.name}:{grant.model.version}" for grant in device.locked],
-                "granted": [f"{grant.model.name}:{grant.model.version}" for grant in device.renewed],
-            }
-            for device in plan.devices
-        ],
-        "out_of_reach": list(plan.out_of_reach),
-    }
-
-
-def _say_out_of_reach(plan: Plan) -> None:
-    for name in plan.out_of_reach:
-        click.echo(
-            f"{name} is left out, it would have to count too far: `sczctl enroll` it again, then revoke", err=True
-        )
-
-
-def _show(plan: Plan, output: str | None) -> None:
-    would = "would be " if output is None else ""
-    for line in plan.lines.values():
-        epochs = "".join(f", epoch {epoch} for class {name}" for name, epoch in sorted(line.epochs.items()))
-        revoked = f", without {', '.join(line.revoked)}" if line.revoked else ""
-        click.echo(f"{line.model}: generation {line.lowest_generation} and later{revoked}{epochs}")
-    for row in _document(plan)["devices"]:
-        locked = ", ".join(row["locked"]) or "nothing"
-        click.echo(f"{row['device']}: {would}locked: {locked}; {would}granted anew: {len(row['granted'])}")
-    if not plan.devices:
-        click.echo("no device has a grant of it: there is nothing to apply", err=True)
-    elif output is not None:
-        click.echo(f"next, on each device: sczctl add {output}/DEVICE")
 
 
 COMMANDS = {"revoke": revoke}

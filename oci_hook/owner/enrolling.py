@@ -1,14 +1,15 @@
 """The owner's side of enrolments, one or many: request to challenge, answer to record, beside what is enrolled already.
 
 The checks are `attestation.enrolment`'s; what is added here are the names: a name that is taken belongs to one TPM, and
-a TPM that the owner's list vouches for has one name. Specification: docs/specification.md, "Enrolment".
+a TPM has one name, one AK and one counter. What the owner replaces all the same is set aside (`former`), as its grants
+would else be forgotten, and not be revoked. Specification: docs/specification.md, "Enrolment".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from oci_hook.attestation.device_record import DeviceRecord, format_device_record
@@ -23,15 +24,16 @@ from oci_hook.attestation.enrolment import (
     verify_request,
 )
 from oci_hook.attestation.enrolment_documents import Answer, Pending, Request, format_pending, parse_pending
-from oci_hook.attestation.structures import Public
 from oci_hook.attestation.tpm import make_credential
 from oci_hook.errors import DeviceInvalid, EnrolmentRefused
-from oci_hook.owner.grant_batch import load_device
+from oci_hook.owner.former import FormerRecords
 from oci_hook.owner.records import OwnerRecords
 from oci_hook.owner.revoking import enrolled_again
+from oci_hook.owner.tpms import ByCounter, KnownTpms, TpmKey, is_of_one_place, keys_of, tpm_keys
 
 DEFAULT_CLASS = "default"
-_KNOWN, _REPLACED, _UNREVOKED = "known device", "replaced device", "unrevoked device"
+_NEW, _KNOWN, _REPLACED, _RENAMED = "new device", "known device", "replaced device", "renamed device"
+_UNREVOKED = "unrevoked device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Vouchers:
 class Challenged:
     """A challenge that was made: for the host, for the owner, and what a person is told.
 
-    `state` is what the device is to the owner: a new, known or replaced device.
+    `state` is what the device is to the owner: a new, known, replaced, renamed or unrevoked device.
     """
 
     document: bytes
@@ -62,8 +64,8 @@ class Enroller:
         records: The owner's.
         owner_id: The owner's.
         vouchers: Whom the owner believes.
-        replace: A device may have a new TPM under its old name.
-        unrevoke: A device that was revoked, and is the same, may have models again.
+        replace: A device may have a new TPM, AK or counter under its old name, and a TPM a new name.
+        unrevoke: A TPM that was revoked may have models again.
         random: Gives so many random bytes, as `os.urandom` does.
     """
 
@@ -79,7 +81,8 @@ class Enroller:
     ) -> None:
         self._records, self._owner_id, self._vouchers = records, owner_id, vouchers
         self._replace, self._random, self._unrevoke = replace, random, unrevoke
-        self._known: dict[str, DeviceRecord] | None = None
+        self._former = FormerRecords(records.folder)
+        self._known: KnownTpms | None = None
         self._is_locked = False
 
     @contextmanager
@@ -108,8 +111,7 @@ class Enroller:
         verified = verify_request(
             request, authorities=self._vouchers.authorities, now=now, ek_list=self._vouchers.ek_list
         )
-        state = self._verify_name(request.device, verified.ek, request.ak)
-        return self._challenged(verified, state)
+        return self._challenged(verified, self._verify_name(request, verified.ek))
 
     def _challenged(self, verified: VerifiedRequest, state: str) -> Challenged:
         secret = self._random(SECRET_BYTES)
@@ -132,7 +134,7 @@ class Enroller:
             device_class: The class that the device gets; None: as before, or `default`.
 
         Returns:
-            The record, and what the device was to the owner: a new, known, replaced or unrevoked device.
+            The record, and what the device was to the owner, as in `Challenged`.
 
         Raises:
             DeviceInvalid: No challenge waits for this device.
@@ -141,71 +143,125 @@ class Enroller:
         if not self._is_locked:
             with self.together():
                 return self.accept(answer, pending, now=now, device_class=device_class)
-        known = self._devices().get(answer.device)
+        pending = pending or parse_pending(self._records.load_pending(answer.device))
+        known = self._tpms().devices.get(answer.device)
         if device_class is None and known is not None:
             device_class = known.device_class
         record = verify_answer(
-            pending or parse_pending(self._records.load_pending(answer.device)),
+            pending,
             answer,
             authorities=self._vouchers.authorities,
             now=now,
             device_class=device_class or DEFAULT_CLASS,
             ek_list=self._vouchers.ek_list,
         )
-        ek = VouchedEk(record.vouched, record.ek_sha256, record.ek_subject)
-        state = self._verify_name(record.device, ek, record.ak)
-        record = enrolled_again(record, known, forget=state in (_REPLACED, _UNREVOKED))
-        self._records.save_device(record.device, format_device_record(record))
-        self._devices()[record.device] = record
+        state = self._verify_name(pending.request, VouchedEk(record.vouched, record.ek_sha256, record.ek_subject))
+        record = self._keep_record(record, unrevoked=state == _UNREVOKED)
         self._records.remove_pending(record.device)
         return record, state
 
-    def _verify_name(self, device: str, ek: VouchedEk, ak: Public) -> str:
+    def _keep_record(self, record: DeviceRecord, *, unrevoked: bool) -> DeviceRecord:
+        """Keep a new record with what is known of its TPM; what it replaces is set aside before."""
+        tpms, keys = self._tpms(), keys_of(record)
+        same, earlier = tpms.same(keys), tpms.former(keys)
+        for known in (*same, *earlier):
+            record = enrolled_again(record, known, forget=unrevoked)
+        old = tpms.devices.get(record.device)
+        for other in same if old is None or old in same else (*same, old):
+            if not is_of_one_place(other, record):
+                self._set_aside(replace(other, revoked=None) if unrevoked and other in same else other)
+        for each in earlier if unrevoked else ():
+            self._set_aside(replace(each, revoked=None))
+        record = self._without_strange_copies(record)
+        self._records.save_device(record.device, format_device_record(record))
+        tpms.put(record)
+        for other in same:
+            if other.device != record.device:
+                self._records.remove_device(other.device)
+                tpms.devices.pop(other.device)
+        return record
+
+    def _set_aside(self, record: DeviceRecord) -> None:
+        self._former.save_device(record)
+        self._tpms().put_former(record)
+
+    def _without_strange_copies(self, record: DeviceRecord) -> DeviceRecord:
+        """Set copies of grants aside that lie under the record's name, but hang on another TPM or counter.
+
+        Returns:
+            The record, with the highest maximum of those that hang on its own: the copies may be replaced.
+        """
+        own, highest = ByCounter([record]), record.highest_maximum or 0
+        for grant, compact in self._records.copies_of(record.device):
+            if own.of(grant):
+                highest = max(highest, grant.counter.maximum)
+            else:
+                self._former.save_grant(grant, compact)
+                self._records.remove_grant(grant)
+        return replace(record, highest_maximum=highest) if highest > record.counter_value else record
+
+    def _verify_name(self, request: Request, ek: VouchedEk) -> str:
         """Refuse another TPM under a name that is taken: grants to that name would be wrapped to it.
 
-        Nor does a TPM that was revoked come back by another name, or as its own successor.
+        Nor has a TPM two names, nor another AK or counter than before: what was granted by them would be out of reach
+        of a revocation. Nor does one that was revoked come back by another name, or as its own successor.
         """
-        revoked = self._revoked(ek, ak)
-        if others := revoked - {device}:
+        device, tpms = request.device, self._tpms()
+        keys = tpm_keys(ek.vouched, ek.sha256, request.ak.name, request.srk.name)
+        is_revoked = self._verify_unrevoked(device, keys)
+        others = [each.device for each in tpms.same(keys) if each.device != device]
+        if others and not self._replace:
+            raise EnrolmentRefused(
+                f"the TPM of {device} is enrolled as {others[0]}: its EK is {ek.sha256}",
+                remedy=f"enrol it as {others[0]}; or rename it: --replace, at `challenge` and `accept`",
+            )
+        known = tpms.devices.get(device)
+        state = _RENAMED if others or any(each.device != device for each in tpms.former(keys)) else _NEW
+        if known is not None:
+            is_same = self._verify_same(known, request, ek)
+            state = _KNOWN if is_same or is_revoked else _REPLACED
+        return _UNREVOKED if is_revoked and self._unrevoke else state
+
+    def _verify_same(self, known: DeviceRecord, request: Request, ek: VouchedEk) -> bool:
+        """Whether the TPM is that of the record, with its AK and counter; EnrolmentRefused: not, and not `replace`."""
+        if (known.vouched, known.ek_sha256) != (ek.vouched, ek.sha256):
+            if not self._replace:
+                what = "EK certificate" if known.vouched == "certificate" else "EK"
+                raise EnrolmentRefused(
+                    f"the name {known.device} belongs to a device with another TPM ({what} SHA-256 {known.ek_sha256})",
+                    remedy="enrol it under another name; --replace if the device was given a new TPM",
+                )
+            return False
+        # TPM2_Clear changes neither: both keys are of the endorsement hierarchy, and the counter is defined as it was.
+        changed = [name for name in ("ak", "counter") if getattr(known, name).name != getattr(request, name).name]
+        if changed and not self._replace:
+            what = {"ak": "attestation key", "counter": "counter"}[changed[0]]
+            raise EnrolmentRefused(
+                f"the TPM of {known.device} asks with another {what} than it is enrolled with: what was granted before "
+                "would be out of reach of a revocation",
+                remedy=f"if another program took the {what}'s place in the TPM: --replace, at `challenge` and `accept`",
+            )
+        return not changed
+
+    def _verify_unrevoked(self, device: str, keys: frozenset[TpmKey]) -> bool:
+        """Whether a TPM was revoked, and may ask all the same; EnrolmentRefused: it may not."""
+        revoked = {each.device for each in self._tpms().same(keys) if each.revoked is not None}
+        others = revoked - {device}
+        if others and not (self._unrevoke and device in revoked):
             raise EnrolmentRefused(
                 f"the TPM of {device} was revoked as {min(others)}",
                 remedy=f"enrol it as {min(others)}, with --unrevoke at `accept`, if it is to have models again",
             )
-        if ek.vouched == "list":
-            listed = {
-                name for name, each in self._devices().items() if (each.vouched, each.ek_sha256) == ("list", ek.sha256)
-            }
-            if others := listed - {device}:
-                other = min(others)
-                raise EnrolmentRefused(
-                    f"the TPM of {device} is enrolled as {other}: its EK is {ek.sha256}",
-                    remedy=f"one name a TPM: list it as {other}, or take the record of {other} away first",
-                )
-        known = self._devices().get(device)
-        if known is None:
-            return "new device"
-        is_known = (known.vouched, known.ek_sha256) == (ek.vouched, ek.sha256)
-        if not is_known and not self._replace:
-            what = "EK certificate" if known.vouched == "certificate" else "EK"
+        earlier = {each.device for each in self._tpms().former(keys) if each.revoked is not None}
+        if earlier and not revoked and not self._unrevoke:
             raise EnrolmentRefused(
-                f"the name {device} belongs to a device with another TPM ({what} SHA-256 {known.ek_sha256})",
-                remedy="enrol it under another name; --replace if the device was given a new TPM",
+                f"the TPM of {device} was revoked as {min(earlier)}",
+                remedy="--unrevoke, at `challenge` and `accept`, if it is to have models again",
             )
-        if revoked:
-            return _UNREVOKED if self._unrevoke else _KNOWN
-        return _KNOWN if is_known else _REPLACED
+        return bool(revoked or earlier)
 
-    def _revoked(self, ek: VouchedEk, ak: Public) -> set[str]:
-        """The names of revoked devices with this EK or this AK."""
-        return {
-            name
-            for name, each in self._devices().items()
-            if each.revoked is not None
-            and ((each.vouched, each.ek_sha256) == (ek.vouched, ek.sha256) or each.ak.name == ak.name)
-        }
-
-    def _devices(self) -> dict[str, DeviceRecord]:
-        """The devices' records by name; read once for all answers under one lock."""
+    def _tpms(self) -> KnownTpms:
+        """The devices' records by name and TPM; read once for all answers under one lock."""
         if self._known is None:
-            self._known = {name: load_device(self._records, name) for name in self._records.devices()}
+            self._known = KnownTpms.load(self._records, self._former)
         return self._known

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from oci_hook.attestation.device_record import DeviceRecord, parse_device_record
+from oci_hook.attestation.policy import policy_ref
 from oci_hook.bundle.files import NewFolder, create_file
 from oci_hook.bundle.grant import Grant
 from oci_hook.documents import shown
 from oci_hook.errors import DeviceInvalid, FileUnreadable
 from oci_hook.lease import Lease
+from oci_hook.owner.former import FormerRecords
+from oci_hook.owner.lines import Line
 from oci_hook.owner.records import ContentKeyRecord, OwnerRecords
 
 DEVICE_LIMIT = 10_000
@@ -47,19 +50,23 @@ def load_device(records: OwnerRecords, name: str) -> DeviceRecord:
         DeviceInvalid: Missing, damaged or another device's, by its name.
         FileUnreadable: The system said no.
     """
+    data = records.load_device(name)
+    remedy = (
+        f"put devices/{name}.json back from a backup; without one, move it away, enrol {name} again, and revoke again "
+        "what was revoked of it: until then its grants are out of reach"
+    )
     try:
-        record = parse_device_record(records.load_device(name))
+        record = parse_device_record(data)
     except DeviceInvalid as cause:
-        raise DeviceInvalid(f"device {name}: {cause.message}", remedy=cause.advice) from cause
+        raise DeviceInvalid(f"device {name}: {cause.message}", remedy=remedy) from cause
     if record.device != name:
-        raise DeviceInvalid(
-            f"the record of {name} is that of {record.device}",
-            remedy=f"put devices/{name}.json back from a backup, or move it away and enrol {name} again",
-        )
+        raise DeviceInvalid(f"the record of {name} is that of {record.device}", remedy=remedy)
     return record
 
 
-def has_grant(kept: Grant | None, device: DeviceRecord, content: ContentKeyRecord, maximum: int | None) -> bool:
+def has_grant(
+    kept: Grant | None, device: DeviceRecord, content: ContentKeyRecord, maximum: int | None, line: Line
+) -> bool:
     """Whether a grant that was kept still opens this version on this device, as it is enrolled now.
 
     Args:
@@ -67,12 +74,15 @@ def has_grant(kept: Grant | None, device: DeviceRecord, content: ContentKeyRecor
         device: The device's record.
         content: The version's.
         maximum: The counter's value up to which it has to open; None: the value at the enrolment.
+        line: The model line's, with the epoch that its boot policies are in.
     """
     if kept is None:
         return False
     enrolled = (device.device, device.device_class, device.ak.name, device.srk.name, device.counter.name)
     granted = (kept.device_name, kept.device_class, kept.ak_name, kept.srk_name, kept.counter.name)
     limit = device.counter_value if maximum is None else maximum
+    if kept.policy_ref != policy_ref(content.model.name, device.device_class, line.epoch(device.device_class)):
+        return False
     if kept.lease is not None and not _is_running(kept.lease, device):
         return False
     same_version = (kept.model, kept.manifest_digest) == (content.model, content.manifest_digest)
@@ -86,10 +96,14 @@ def _is_running(lease: Lease, device: DeviceRecord) -> bool:
 
 
 def without_grant(
-    devices: Sequence[DeviceRecord], kept: Mapping[str, Grant], content: ContentKeyRecord, maximum: int | None
+    devices: Sequence[DeviceRecord],
+    kept: Mapping[str, Grant],
+    content: ContentKeyRecord,
+    maximum: int | None,
+    line: Line,
 ) -> list[DeviceRecord]:
     """Those devices that have no grant (`has_grant`) among the kept ones, which are by device."""
-    return [each for each in devices if not has_grant(kept.get(each.device), each, content, maximum)]
+    return [each for each in devices if not has_grant(kept.get(each.device), each, content, maximum, line)]
 
 
 def make_grants(
@@ -147,12 +161,14 @@ def _write(folder: Path, made: tuple[Grant, bytes]) -> None:
 
 
 def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Who can open what: one row a grant, as `sczctl list --grants` prints it.
+    """Who can open what: one row a grant, as `sczctl list --grants` prints it; last those that were set aside.
 
     Raises:
         GrantInvalid, GrantRefused: A file there is not a grant of this owner's.
         KeyInvalid: Not an owner's folder.
     """
+    folder = Path(folder)
+    kept = [(grant, False) for grant in OwnerRecords(folder).grants()]
     return [
         {
             "model": f"{grant.model.name}:{grant.model.version}",
@@ -162,6 +178,7 @@ def load_grants(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             "created": grant.created,
             "counter_maximum": grant.counter.maximum,
             "lease": grant.lease.document() if grant.lease else None,
+            "set_aside": is_set_aside,
         }
-        for grant in OwnerRecords(Path(folder)).grants()
+        for grant, is_set_aside in (*kept, *((grant, True) for grant in FormerRecords(folder).grants()))
     ]

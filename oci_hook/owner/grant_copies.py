@@ -41,5 +41,8 @@ def verify_owned(data: bytes, owner: Owner, place: tuple[str, str, str]) -> Gran
 
 def _words(place: tuple[str, str, str]) -> tuple[str, str]:
     name, version, device = place
-    remedy = f"move grants/{name}/{version}/{device}.grant away, and grant {name}:{version} to {device} again"
+    remedy = (
+        f"put grants/{name}/{version}/{device}.grant back from a backup; without one, move it away, and grant "
+        f"{name}:{version} to {device} again: a revocation would else not reach that device"
+    )
     return f"the copy of the grant of {name}:{version} to {device}", remedy

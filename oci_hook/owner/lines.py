@@ -46,8 +46,12 @@ class Line:
         return self.epochs.get(device_class, 0)
 
     def without(self, version: str) -> Line:
-        """The line with one version revoked."""
-        return replace(self, revoked=tuple(sorted({*self.revoked, version})))
+        """The line with one version revoked.
+
+        Raises:
+            KeyInvalid: It would be more than a line's document holds.
+        """
+        return _readable(replace(self, revoked=tuple(sorted({*self.revoked, version}))))
 
     def from_generation(self, lowest: int) -> Line:
         """The line with all generations below `lowest` revoked; those that were stay so."""
@@ -57,12 +61,23 @@ class Line:
         """The line with all boot states withdrawn that were signed for a device class.
 
         Raises:
-            KeyInvalid: It has no further epoch.
+            KeyInvalid: It has no further epoch, or would have more than a line's document holds.
         """
         epoch = self.epoch(device_class) + 1
         if epoch > EPOCH_LIMIT:
             raise KeyInvalid(f"the boot policies of {self.model} and {device_class} have no further epoch")
-        return replace(self, epochs=MappingProxyType({**self.epochs, device_class: epoch}))
+        return _readable(replace(self, epochs=MappingProxyType({**self.epochs, device_class: epoch})))
+
+
+def _readable(line: Line) -> Line:
+    """The line, unless `parse_line` would refuse it: nothing could be granted or revoked any more."""
+    if max(len(line.revoked), len(line.epochs)) > _MANY or len(format_line(line)) > LINE_LIMIT_BYTES:
+        raise KeyInvalid(
+            f"of the model line {line.model} no more than {_MANY} versions or device classes, in "
+            f"{LINE_LIMIT_BYTES >> 20} MiB, can be remembered as revoked one by one",
+            remedy=f"revoke by generations: `sczctl revoke --below-generation {line.model}:NUMBER`",
+        )
+    return line
 
 
 def format_line(line: Line) -> bytes:

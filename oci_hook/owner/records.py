@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from oci_hook.bundle.files import closing, open_beneath, read_bounded, refusal, save_new_file
 from oci_hook.bundle.grant import Grant
 from oci_hook.bundle.model import VERSION, ModelId, parse_model_id
 from oci_hook.documents import Fields, canonical, encode_base64url, parse_object, shown
-from oci_hook.errors import DeviceInvalid, FileUnreadable, KeyInvalid, OutputExists, SczError
-from oci_hook.locks import lock_file
+from oci_hook.errors import DeviceInvalid, GrantInvalid, GrantRefused, KeyInvalid, OutputExists, SczError
+from oci_hook.owner.folder import RECORD_LIMIT_BYTES, OwnerFolder, checked_name
 from oci_hook.owner.grant_copies import verify_copy, verify_owned
 from oci_hook.owner.lines import Line, format_line, parse_line
 from oci_hook.owner.parallel import map_chunks
 from oci_hook.owner.staged import save_together
-from oci_hook.trust import NAME, NAME_LIMIT, Owner, parse_owner
-from oci_hook.trusted_file import replace_file
+from oci_hook.trust import NAME
 
-RECORD_LIMIT_BYTES = 2**20
-_LOCK_SECONDS = 120  # longer than thousands of devices take
 _SCHEMA = "scz-smm/content-key/v1"
 _NO_SUCH_KEY = "`sczctl pack` makes a version's key; check --keys and the model's name and version"
 _NO_SUCH_DEVICE = "`sczctl enroll` enrols a device; check --keys and the device's name"
@@ -49,12 +45,6 @@ class ContentKeyRecord:
     broker: bool = False
 
 
-def _name(value: str, error: type[SczError]) -> str:
-    if not re.fullmatch(NAME, value) or len(value) > NAME_LIMIT:
-        raise error(f"{shown(value)} is not a name")
-    return value
-
-
 def _version(value: str, error: type[SczError]) -> str:
     if not re.fullmatch(VERSION, value):
         raise error(f"{shown(value)} is not a version")
@@ -65,20 +55,8 @@ def _grant_parts(grant: Grant) -> tuple[str, ...]:
     return "grants", grant.model.name, grant.model.version, f"{grant.device_name}.grant"
 
 
-class OwnerRecords:
+class OwnerRecords(OwnerFolder):
     """The records of one owner's folder, as `keyring.create_keyring` made it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder's lock: who changes a record reads it in here, so that nobody's change is undone.
-
-        A passphrase, or another machine, is waited for before. FileUnreadable: others held it for two minutes.
-        """
-        with lock_file(self._folder / ".lock", timeout_seconds=_LOCK_SECONDS, error=FileUnreadable):
-            yield
 
     # --- content keys ---
 
@@ -89,7 +67,7 @@ class OwnerRecords:
             OutputExists: There is one; a version is packed once.
             KeyInvalid: Not a name or version.
         """
-        path = self._folder.joinpath(*self._content_key_parts(name, version))
+        path = self.folder.joinpath(*self._content_key_parts(name, version))
         if os.path.lexists(path):
             raise OutputExists(
                 f"{name}:{version} was packed before: {shown(path)}",
@@ -140,7 +118,7 @@ class OwnerRecords:
         )
 
     def _content_key_parts(self, name: str, version: str) -> tuple[str, ...]:
-        return "models", _name(name, KeyInvalid), f"{_version(version, KeyInvalid)}.json"
+        return "models", checked_name(name, KeyInvalid), f"{_version(version, KeyInvalid)}.json"
 
     # --- model lines ---
 
@@ -151,7 +129,7 @@ class OwnerRecords:
             KeyInvalid: Not a name, or the record is malformed.
             FileUnreadable: The system said no.
         """
-        if not os.path.lexists(self._folder / "lines" / f"{_name(name, KeyInvalid)}.json"):
+        if not os.path.lexists(self.folder / "lines" / f"{checked_name(name, KeyInvalid)}.json"):
             return Line(name)
         try:
             line = parse_line(self._load(("lines", f"{name}.json"), KeyInvalid, KeyInvalid.remedy))
@@ -163,7 +141,7 @@ class OwnerRecords:
 
     def save_line(self, line: Line) -> None:
         """Keep what was revoked of a model line (FileUnreadable)."""
-        self._save(("lines", f"{_name(line.model, KeyInvalid)}.json"), format_line(line), replace=True)
+        self._save(("lines", f"{checked_name(line.model, KeyInvalid)}.json"), format_line(line), replace=True)
 
     def lines(self) -> tuple[Line, ...]:
         """Every model line of which something was revoked, sorted by name (KeyInvalid, FileUnreadable)."""
@@ -178,7 +156,7 @@ class OwnerRecords:
             DeviceInvalid: Not a device's name.
             FileUnreadable: The system said no.
         """
-        self._save(("devices", f"{_name(name, DeviceInvalid)}.json"), data, replace=True)
+        self._save(("devices", f"{checked_name(name, DeviceInvalid)}.json"), data, replace=True)
 
     def load_device(self, name: str) -> bytes:
         """A device's record, at most 1 MiB.
@@ -187,17 +165,21 @@ class OwnerRecords:
             DeviceInvalid: There is none.
             FileUnreadable: The system said no.
         """
-        return self._load(("devices", f"{_name(name, DeviceInvalid)}.json"), DeviceInvalid, _NO_SUCH_DEVICE)
+        return self._load(("devices", f"{checked_name(name, DeviceInvalid)}.json"), DeviceInvalid, _NO_SUCH_DEVICE)
 
     def devices(self) -> tuple[str, ...]:
         """The names of the enrolled devices, sorted."""
         return self._names(("devices",), suffix=".json", pattern=NAME)
 
+    def remove_device(self, name: str) -> None:
+        """Take a device's record away, once it was set aside (`former`; FileUnreadable)."""
+        self._remove(self.folder / "devices" / f"{checked_name(name, DeviceInvalid)}.json")
+
     # --- challenges that wait for an answer ---
 
     def save_pending(self, device: str, data: bytes) -> None:
         """Keep what the answer to a challenge will be checked with; a newer challenge replaces an older one."""
-        self._save(("pending", f"{_name(device, DeviceInvalid)}.json"), data, replace=True)
+        self._save(("pending", f"{checked_name(device, DeviceInvalid)}.json"), data, replace=True)
 
     def load_pending(self, device: str) -> bytes:
         """What a device's challenge left.
@@ -206,7 +188,7 @@ class OwnerRecords:
             DeviceInvalid: No challenge waits for this device.
         """
         remedy = "begin again: `sczctl enroll challenge REQUEST`"
-        return self._load(("pending", f"{_name(device, DeviceInvalid)}.json"), DeviceInvalid, remedy)
+        return self._load(("pending", f"{checked_name(device, DeviceInvalid)}.json"), DeviceInvalid, remedy)
 
     def remove_pending(self, device: str) -> None:
         """A challenge is answered once.
@@ -214,7 +196,7 @@ class OwnerRecords:
         Raises:
             FileUnreadable: The system said no.
         """
-        self._remove(self._folder / "pending" / f"{_name(device, DeviceInvalid)}.json")
+        self._remove(self.folder / "pending" / f"{checked_name(device, DeviceInvalid)}.json")
 
     # --- grants that were given ---
 
@@ -239,96 +221,73 @@ class OwnerRecords:
         Raises:
             FileUnreadable: The system said no; none was kept.
         """
-        files = [(self._folder.joinpath(*_grant_parts(grant)), compact) for grant, compact in made]
-        save_together(self._folder, files, writers, progress)
+        files = [(self.folder.joinpath(*_grant_parts(grant)), compact) for grant, compact in made]
+        save_together(self.folder, files, writers, progress)
 
     def grants_of(self, name: str, version: str) -> dict[str, Grant]:
         """The grants of one version that were kept, by device; the owner's, but one may lie in another's place."""
-        owner = self._owner()
+        owner = self._load_owner()
         devices = self._names(("grants", name, version), suffix=".grant", pattern=NAME)
         places = {device: (name, version, device) for device in devices}
         return {device: verify_owned(self._copy(place), owner, place) for device, place in places.items()}
 
     def remove_grant(self, grant: Grant) -> None:
-        """Forget a grant that was revoked (FileUnreadable)."""
-        self._remove(self._folder.joinpath(*_grant_parts(grant)))
+        """Forget a grant that was revoked, unless its place is another one's by now (FileUnreadable)."""
+        place = grant.model.name, grant.model.version, grant.device_name
+        with suppress(GrantInvalid, GrantRefused, KeyInvalid):
+            if verify_copy(self._copy(place), self._load_owner(), place) == grant:
+                self._remove(self.folder.joinpath(*_grant_parts(grant)))
 
-    def grants(self, devices: Collection[str] | None = None) -> tuple[Grant, ...]:
+    def copies_of(self, device: str) -> tuple[tuple[Grant, bytes], ...]:
+        """The grants to one device that were kept, with their bytes; damaged ones are left out (FileUnreadable)."""
+        owner, found = self._load_owner(), []
+        for name in self._names(("grants",), suffix="", pattern=NAME):
+            for version in self._names(("grants", name), suffix="", pattern=VERSION):
+                if os.path.lexists(self.folder / "grants" / name / version / f"{device}.grant"):
+                    with suppress(GrantInvalid, GrantRefused, KeyInvalid):
+                        data = self._copy((name, version, device))
+                        found.append((verify_copy(data, owner, (name, version, device)), data))
+        return tuple(found)
+
+    def grants(self, strict: Collection[str] | None = None) -> tuple[Grant, ...]:
         """Every grant that was kept, verified as this owner's own, sorted by model, version and device.
 
         Args:
-            devices: Only what was granted to these, so that nothing else can be in the way; None: all.
+            strict: What is damaged is refused of these devices, and left out of all others, so that it is in nobody's
+                way; None: it is refused of all.
 
         Raises:
             GrantInvalid, GrantRefused: A file there is not that grant, or not this owner's; the message names it.
             KeyInvalid: Not an owner's folder.
         """
-        self._owner()
+        self._load_owner()
         places = [
             (name, version, device)
             for name in self._names(("grants",), suffix="", pattern=NAME)
             for version in self._names(("grants", name), suffix="", pattern=VERSION)
             for device in self._names(("grants", name, version), suffix=".grant", pattern=NAME)
-            if devices is None or device in devices
         ]
-        return tuple(map_chunks(partial(_verified_grants, self._folder), places))
-
-    def _owner(self) -> Owner:
-        return parse_owner(self._load(("owner.json",), KeyInvalid, KeyInvalid.remedy))
+        found = map_chunks(partial(_verified_grants, self.folder, strict), places)
+        return tuple(grant for grant in found if grant is not None)
 
     def _copy(self, place: tuple[str, str, str]) -> bytes:
         return self._load(("grants", *place[:2], f"{place[2]}.grant"), KeyInvalid, KeyInvalid.remedy)
 
-    # --- files ---
 
-    def _save(self, parts: tuple[str, ...], data: bytes, *, replace: bool) -> None:
-        path = self._folder.joinpath(*parts)
-        try:
-            for depth in range(1, len(parts)):
-                self._folder.joinpath(*parts[:depth]).mkdir(mode=0o700, exist_ok=True)
-        except OSError as cause:
-            raise FileUnreadable(f"{shown(path.parent)}: {cause.strerror}") from cause
-        if replace:
-            replace_file(str(path), data, mode=0o600)
-        else:
-            save_new_file(path, data, mode=0o600)
-
-    def _remove(self, path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as cause:
-            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
-
-    def _load(self, parts: tuple[str, ...], error: type[SczError], remedy: str) -> bytes:
-        try:
-            directory = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as cause:
-            raise refusal(cause, f"the owner's folder {shown(self._folder)}", KeyInvalid) from cause
-        with closing(directory):
-            try:
-                descriptor = open_beneath(directory, parts, error=error)
-            except error as cause:
-                raise error(cause.message, remedy=remedy) from cause
-            with closing(descriptor):
-                return read_bounded(descriptor, RECORD_LIMIT_BYTES, shown("/".join(parts)), error=error)
-
-    def _names(self, parts: tuple[str, ...], *, suffix: str, pattern: str) -> tuple[str, ...]:
-        path = self._folder.joinpath(*parts)
-        try:
-            found = os.listdir(path)
-        except FileNotFoundError:
-            return ()
-        except OSError as cause:
-            raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
-        names = (entry.removesuffix(suffix) for entry in found if entry.endswith(suffix))
-        return tuple(sorted(name for name in names if re.fullmatch(pattern, name)))
-
-
-def _verified_grants(folder: Path, places: Sequence[tuple[str, str, str]]) -> list[Grant]:
-    """The grants by model, version and device; also in a worker (`parallel`)."""
+def _verified_grants(
+    folder: Path, strict: Collection[str] | None, places: Sequence[tuple[str, str, str]]
+) -> list[Grant | None]:
+    """The grants by model, version and device, None for one that is left out; also in a worker (`parallel`)."""
     records = OwnerRecords(folder)
-    owner = records._owner()
-    return [verify_copy(records._copy(place), owner, place) for place in places]
+    owner, found = records._load_owner(), list[Grant | None]()
+    for place in places:
+        try:
+            found.append(verify_copy(records._copy(place), owner, place))
+        except (GrantInvalid, GrantRefused, KeyInvalid):
+            if strict is None or place[2] in strict:
+                raise
+            found.append(None)
+    return found
 
 
 def _parse_content_key(data: bytes) -> ContentKeyRecord:

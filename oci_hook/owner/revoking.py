@@ -22,9 +22,10 @@ from oci_hook.bundle.broker_share import BrokerShare
 from oci_hook.bundle.grant import Grant
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.revocations import Revocations, sign_revocations
-from oci_hook.errors import DeviceInvalid, FileUnreadable, OutputExists
-from oci_hook.key_errors import GenerationRefused
+from oci_hook.errors import DeviceInvalid, FileUnreadable, GrantInvalid, OutputExists
+from oci_hook.key_errors import BrokerRefused, BrokerUnavailable, GenerationRefused
 from oci_hook.owner.broker_shares import EncryptedShare, RenewingBroker, shares_for
+from oci_hook.owner.former import FormerRecords
 from oci_hook.owner.granting import make_grant
 from oci_hook.owner.keyring import Keyring
 from oci_hook.owner.lines import Line
@@ -81,10 +82,10 @@ ShareKey = tuple[str, ModelId, str, BrokerShare | None]
 def _needed_shares(records: OwnerRecords, plan: Plan) -> dict[ShareKey, ContentKeyRecord]:
     """The renewed grants that need a broker's share."""
     found = {}
-    for old in (grant for device in plan.devices for grant in device.renewed):
+    for name, old in ((device.record.device, grant) for device in plan.devices for grant in device.renewed):
         content = records.load_content_key(old.model.name, old.model.version)
         if content.broker:
-            found[old.device_name, old.model, old.manifest_digest, old.broker] = content
+            found[name, old.model, old.manifest_digest, old.broker] = content
     return found
 
 
@@ -123,8 +124,9 @@ def revoke(
         BrokerRefused, BrokerUnavailable: The broker encrypts no shares. Nothing was changed.
     """
     needed = _needed_shares(records, plan)
-    brokers = [broker.like(share) if broker is not None else None for _, _, _, share in needed]
-    shares = dict(zip(needed, shares_for(brokers, keyring.owner, list(needed.values()), random), strict=True))
+    with _lockable_without_broker():
+        brokers = [broker.like(share) if broker is not None else None for _, _, _, share in needed]
+        shares = dict(zip(needed, shares_for(brokers, keyring.owner, list(needed.values()), random), strict=True))
     with records.locked():
         latest = plan_revocation(records, wanted, now=created)
         if set(_needed_shares(records, latest)) != set(needed):
@@ -132,6 +134,16 @@ def revoke(
         make = partial(make_grant, keyring, maximum=None, created=created, random=random)
         _carry_out(keyring, records, latest, folder, make=make, shares=shares, created=created, progress=progress)
     return latest
+
+
+@contextmanager
+def _lockable_without_broker() -> Iterator[None]:
+    """No broker keeps an owner from revoking: the refusals inside say how."""
+    try:
+        yield
+    except (GrantInvalid, BrokerRefused, BrokerUnavailable) as cause:
+        remedy = f"{cause.advice}; or lock now, and grant those versions later: `sczctl revoke --without-renewal`"
+        raise type(cause)(cause.message, remedy=remedy) from cause
 
 
 def _carry_out(
@@ -155,7 +167,7 @@ def _carry_out(
         signed = sign_revocations(_list(keyring, device.record, created, restricted), key=keyring.manifest_key)
         for old in device.renewed:
             content = records.load_content_key(old.model.name, old.model.version)
-            share = shares.get((old.device_name, old.model, old.manifest_digest, old.broker))
+            share = shares.get((device.record.device, old.model, old.manifest_digest, old.broker))
             epoch = lines.get(old.model.name, Line(old.model.name)).epoch(device.record.device_class)
             made.append(make(content, device.record, share=share, epoch=epoch, lease=old.lease))
             files[f"{old.model.name}@{old.model.version}.jwt"] = made[-1][1]
@@ -163,8 +175,11 @@ def _carry_out(
         files[LIST_FILE] = signed
     for line in plan.lines.values():
         records.save_line(line)
-    for device in plan.devices:
-        records.save_device(device.record.device, format_device_record(device.record))
+    for record in (*(device.record for device in plan.devices), *plan.marked):
+        records.save_device(record.device, format_device_record(record))
+    former = FormerRecords(records.folder)
+    for record in plan.former:
+        former.save_device(record)
     with new_folder(folder) as unfinished:
         for name, files in documents.items():
             (unfinished / name).mkdir(mode=0o755)
@@ -172,8 +187,9 @@ def _carry_out(
                 replace_file(str(unfinished / name / file), data, mode=0o644)
     for grant, compact in made:
         records.save_grant(grant, compact)
-    for lost in (grant for device in plan.devices for grant in device.locked):
+    for lost in (grant for device in plan.devices for grant in (*device.locked, *device.doubled)):
         records.remove_grant(lost)
+        former.remove_grant(lost)
 
 
 @contextmanager
@@ -211,18 +227,26 @@ def _list(keyring: Keyring, record: DeviceRecord, created: int, lines: tuple[tup
 
 
 def enrolled_again(record: DeviceRecord, known: DeviceRecord | None, *, forget: bool) -> DeviceRecord:
-    """The record of a device that was enrolled before: what the owner revoked since is not forgotten.
+    """The record of a TPM that was enrolled before: what the owner revoked since is not forgotten.
 
     Args:
         record: Of the new enrolment.
-        known: Of the earlier one, if there was one.
-        forget: The name is another TPM's by now, or the owner said that this one may have models again.
+        known: Of an earlier one of the same TPM, under this name or another, if there was one.
+        forget: The owner said that this TPM may have models again.
     """
     if known is None:
         return record
-    if known.counter.name == record.counter.name and known.ak.name == record.ak.name:
+    # The same counter of the same TPM: its Name alone is the same on many, and either key may be another by now.
+    same_key = known.ak.name == record.ak.name or known.srk.name == record.srk.name
+    if known.counter.name == record.counter.name and same_key:
         # A revocation that waits to be applied: the certified value is behind the owner's.
+        counted = record.counter_value if record.certified is None else record.certified
         value = max(record.counter_value, known.counter_value)
-        certified = record.counter_value if value > record.counter_value else None
-        record = replace(record, counter_value=value, highest_maximum=known.highest_maximum, certified=certified)
-    return record if forget else replace(record, revoked=known.revoked)
+        highest = max(
+            (each for each in (record.highest_maximum, known.highest_maximum) if each is not None), default=None
+        )
+        certified = counted if value > counted else None
+        record = replace(record, counter_value=value, highest_maximum=highest, certified=certified)
+    if forget:
+        return record
+    return replace(record, revoked=record.revoked if known.revoked is None else known.revoked)

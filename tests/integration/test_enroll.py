@@ -14,10 +14,16 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from oci_hook.attestation.boot_policy import parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.device_record import format_device_record
 from oci_hook.attestation.enrolment_documents import parse_request
-from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, KeyInvalid
+from oci_hook.attestation.tpm import open_tpm
+from oci_hook.attestation.unsealing import Unsealing
+from oci_hook.bundle.grant import parse_grant, verify_grant_signature
+from oci_hook.config import load_config
+from oci_hook.errors import DeviceInvalid, EnrolmentRefused, FileUnreadable, KeyInvalid, Revoked
 from oci_hook.owner.records import OwnerRecords
+from oci_hook.store import Store
 from tests.commands import Done, done, flip_bit, sczctl, snapshot
 from tests.enrolments import Enrolment, enrolment_in_a_folder, listed
 
@@ -73,9 +79,12 @@ def revoked(enrolment: Enrolment, name: str, folder: str) -> int | None:
 def test_a_revoked_tpm_does_not_come_back_by_another_name(enrolment: Enrolment) -> None:
     config, _ = enrolment.host("only")
     done(enrol(enrolment, config, "edge-1"))
-    _, early = enrolment.challenge(enrolment.request(config, "edge-8"))  # answered after the revocation
+    renaming = ("--replace",)
+    tried, _ = enrolment.challenge(enrolment.request(config, "edge-8"))
+    assert (tried.code, "enrolled as edge-1" in tried.err) == (EnrolmentRefused.code, True)
+    _, early = enrolment.challenge(enrolment.request(config, "edge-8"), *renaming)  # answered after the revocation
     assert revoked(enrolment, "edge-1", "r")
-    late = enrolment.finish(config, early, "--unrevoke")
+    late = enrolment.finish(config, early, "--unrevoke", *renaming)
     assert (late.code, "was revoked as edge-1" in late.err) == (EnrolmentRefused.code, True)
     before = snapshot(enrolment.house.keys)
     for more in ((), ("--replace",)):
@@ -137,6 +146,64 @@ def test_the_same_tpm_enrols_again_and_keeps_its_class(enrolment: Enrolment) -> 
     assert {pcr: value for pcr, value in after.pcrs.items() if pcr != 9} == {
         pcr: value for pcr, value in before.pcrs.items() if pcr != 9
     }
+
+
+# --- one TPM, one name, one counter -----------------------------------------------------------------------------------
+
+
+def opened(enrolment: Enrolment, config: Path, out: Path, grant: Path) -> int:
+    """Let the TPM open a grant, whatever the host's files say by now; the secret's bytes."""
+    owner = enrolment.house.owner
+    granted = verify_grant_signature(parse_grant(grant.read_bytes()), owner=owner)
+    unverified = parse_boot_policy((out / "policy.json").read_bytes())
+    policy = verify_boot_policy(unverified, owner=owner, model_name="minilm", device_class="default")
+    counter = granted.counter
+    asked = Unsealing(
+        granted.sealed, policy.forms[0], owner.boot_policy_key, granted.policy_ref, counter.index, counter.maximum, None
+    )
+    settings = load_config(str(config))
+    with open_tpm(settings.tpm_tcti, str(config.with_name("lock")), timeout_seconds=10) as tpm:
+        return len(tpm.unseal(Store(settings.store_directory).load_device(), asked))
+
+
+def test_a_renamed_tpm_is_locked_by_a_revocation(enrolment: Enrolment) -> None:
+    """The grant under the name of before is one for the same SRK and counter, and the TPM knows no names."""
+    config, _ = enrolment.host("only")
+    house = enrolment.house
+    done(sczctl("--config", config, "trust", "add", "owner", house.keys / "owner.json"))
+    done(enrol(enrolment, config, "edge-1"))
+    out = house.pack()
+    done(sczctl(*house.sign_words(out / "policy.json")))
+    old = house.grant(out)
+    _, challenge = enrolment.challenge(enrolment.request(config, "warehouse-1"), "--replace")
+    assert "renamed device warehouse-1" in done(enrolment.finish(config, challenge, "--replace")).out
+    assert OwnerRecords(house.keys).devices() == ("warehouse-1",)
+    assert opened(enrolment, config, out, old) == 32
+    done(sczctl("revoke", "--keys", house.keys, "--model", "minilm:1", "-o", house.usb / "r"))
+    done(sczctl("--config", config, "add", house.usb / "r" / "warehouse-1"))
+    with pytest.raises(Revoked):
+        opened(enrolment, config, out, old)
+
+
+def test_a_known_tpm_with_another_counter_is_refused_and_replaced_by_word_alone(enrolment: Enrolment) -> None:
+    """Another program has taken the index; the grants that hang on the counter of before are named, not forgotten."""
+    config, tpm = enrolment.host("only")
+    house = enrolment.house
+    done(enrol(enrolment, config, "edge-1"))
+    house.grant(house.pack())
+    index = hex(enrolment.record("edge-1").counter.index)
+    for words in (["nvundefine", "-C", "o", index], ["nvdefine", "-C", "o", "-s", "8", index]):
+        command = [f"/usr/bin/tpm2_{words[0]}", "-T", tpm.tcti, *words[1:]]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    (config.with_name("store") / "device.json").unlink()
+    request, before = enrolment.request(config, "edge-1"), snapshot(house.keys)
+    refused, _ = enrolment.challenge(request)
+    assert (refused.code, "another counter" in refused.err) == (EnrolmentRefused.code, True)
+    assert snapshot(house.keys) == before
+    _, challenge = enrolment.challenge(request, "--replace")
+    assert "replaced device edge-1" in done(enrolment.finish(config, challenge, "--replace")).out
+    said = sczctl("revoke", "--keys", house.keys, "--model", "minilm:1", "-o", house.usb / "r")
+    assert (said.code, f"counter {index}" in said.err) == (1, True)
 
 
 # --- without a certificate --------------------------------------------------------------------------------------------

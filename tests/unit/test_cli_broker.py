@@ -14,7 +14,7 @@ from oci_hook.bundle.broker_share import BrokerShare
 from oci_hook.bundle.grant import parse_grant, unwrap_content_key, verify_grant, verify_grant_signature
 from oci_hook.bundle.layout import open_layout
 from oci_hook.errors import DeviceInvalid, GrantInvalid
-from oci_hook.key_errors import BrokerRefused
+from oci_hook.key_errors import BrokerRefused, BrokerUnavailable
 from oci_hook.owner import broker_shares, revoking
 from oci_hook.owner.broker_shares import EncryptedShare, OwnersBroker
 from oci_hook.owner.granting import make_grant
@@ -244,3 +244,36 @@ def test_what_needs_a_share_and_changes_meanwhile_is_not_revoked_half(
     assert not (house.usb / "r").exists()
     assert OwnerRecords(house.keys).load_line("minilm").revoked == ()
     done(sczctl(*revoke, "-o", house.usb / "r"))
+
+
+def test_a_broker_that_is_away_keeps_nobody_from_revoking(house: Household, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs its share is locked with the rest, named, and granted again when the broker is back."""
+    far_end(monkeypatch)
+    house.pack("other", name="other", version="1")
+    out = ["--keys", house.keys, "--device", "edge-1", "-o"]
+    done(sczctl("grant", "minilm:1", *out, house.usb / "m.jwt", *broker(house)))
+    for model in ("minilm:0", "other:1"):
+        done(sczctl("grant", model, *out, house.usb / f"{model}.jwt"))
+
+    def away(*_: object) -> list[EncryptedShare]:
+        raise BrokerUnavailable("the key broker at https://127.0.0.1:1 did not answer")
+
+    monkeypatch.setattr(OwnersBroker, "encrypt_shares", away)
+    revoke = ["revoke", "--keys", house.keys, "--model", "minilm:0"]
+    before = snapshot(house.keys, house.usb)
+    address = broker(house, **{"broker-key": None, "broker-role": None})
+    for more, code in ((address, BrokerUnavailable.code), ([], GrantInvalid.code)):
+        tried = sczctl(*revoke, "-o", house.usb / "r", *more)
+        assert (tried.code, "--without-renewal" in tried.err) == (code, True)
+    misused(sczctl(*revoke, "-o", house.usb / "r", "--without-renewal", *address), "--without-renewal")
+    assert snapshot(house.keys, house.usb) == before
+    said = done(sczctl(*revoke, "-o", house.usb / "r", "--without-renewal", "--json"))
+    assert "edge-1: not granted anew, so locked as well: minilm:1" in said.err
+    (row,) = said.json["devices"]
+    assert (row["locked"], row["granted"], row["not_granted"]) == (["minilm:0"], ["other:1"], ["minilm:1"])
+    assert sorted(path.name for path in (house.usb / "r" / "edge-1").iterdir()) == ["other@1.jwt", "revocations.jwt"]
+    far_end(monkeypatch)
+    words = ["grant", "minilm:1", "--keys", house.keys, "--all-devices", "--missing", *broker(house)]
+    done(sczctl(*words, "-o", house.usb / "back"))
+    found = verify_grant_signature(parse_grant((house.usb / "back" / "edge-1.jwt").read_bytes()), owner=house.owner)
+    assert found.counter.maximum == row["counter"]

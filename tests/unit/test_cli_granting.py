@@ -283,6 +283,17 @@ def test_a_lease_that_ended_is_no_grant(house: Household) -> None:
     assert missing(house, output="b") == []  # these have no lease, and open
 
 
+def test_a_grant_of_a_withdrawn_epoch_is_no_grant(house: Household) -> None:
+    """No boot policy that is signed from now on opens it, though the counter still lets it pass."""
+    done(grant(house, "--all-devices"))
+    counted(house, "edge-2", counter_value=1002, certified=2)  # out of reach: no fresh grant is made
+    tried = sczctl("revoke", "--keys", house.keys, "--boot-policy", "minilm:edges", "-o", house.usb / "revoked")
+    assert (tried.code, "edge-2 is left out" in tried.err) == (1, True)
+    counted(house, "edge-2", counter_value=2, certified=None)  # enrolled again, at the value that it has
+    assert missing(house, output="a") == ["edge-2"]
+    assert missing(house, output="b") == []
+
+
 def test_a_revoked_device_does_not_stand_in_the_way_of_the_others(house: Household) -> None:
     done(grant(house, "--all-devices"))
     done(sczctl("revoke", "--keys", house.keys, "--device", "edge-2", "-o", house.usb / "revoked"))
