@@ -48,6 +48,7 @@ FLOORS = {
         "store",
         "trust_folder",
         "placement",
+        "precedence",
         "revoked",
         "incoming",
         "intake",
