@@ -37,9 +37,10 @@ def add(
     containers still hold of it is shown. A grant of it that is of no use here is left out and named.
     """
     from oci_hook.cli.holders import holders, holders_document, show_holders
+    from oci_hook.enrolled import remember_granted
     from oci_hook.incoming import collect, measure
     from oci_hook.intake import Intake
-    from oci_hook.revoked import TpmCounting, remember_granted
+    from oci_hook.revoked import TpmCounting
 
     config = load_config(config_file)
     store, owners = Store(config.store_directory), Trust(config.trust_directory).owners()

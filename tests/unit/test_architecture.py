@@ -43,6 +43,7 @@ FLOORS = {
     3: {"held", "evidence_files", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "boot_signatures",
+        "enrolled",
         "provenance",
         "standby",
         "store",

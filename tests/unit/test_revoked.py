@@ -19,6 +19,7 @@ from oci_hook.attestation.structures import NvPublic
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.revocations import Revocations, sign_revocations
 from oci_hook.documents import canonical
+from oci_hook.enrolled import newest_grant, remember_granted
 from oci_hook.errors import DeviceNotEnrolled, ModelUnknown, OutputExists, OwnerUntrusted, TpmUnavailable
 from oci_hook.held import HeldModel
 from oci_hook.incoming import collect
@@ -31,8 +32,6 @@ from oci_hook.records import ContainerRecord
 from oci_hook.revoked import (
     live_holders,
     load_list,
-    newest_grant,
-    remember_granted,
     verify_generation,
     verify_in_force,
 )
