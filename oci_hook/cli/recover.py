@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from oci_hook.cli import print_json
+from oci_hook.cli import print_json, printable
 from oci_hook.cli.options import DRY_RUN, JSON, passphrase_source, read_input, show_progress, verify_new_output
 from oci_hook.errors import BundleInvalid, KeyInvalid, OutputExists, TrustInvalid
 
@@ -42,6 +44,37 @@ def name_recovery_key(folder: str, recipient: Recipient, passphrase: Callable[[]
 
     name_recipient(open_keyring(Path(folder), passphrase), recipient)
     click.echo(f"what is packed from now on can be recovered with {recipient.name}, {recipient.key.thumbprint}")
+
+
+@contextlib.contextmanager
+def _unwound() -> Iterator[None]:
+    """Let what ends a command unwind it as an interrupt does, so that no plaintext stays; 128 and its number."""
+
+    def end(number: int, _frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # once is enough: what is on its way out must not be ended there
+        raise SystemExit(128 + number)
+
+    # What is ignored, as under nohup, stays so.
+    before = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    for each in before:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _name_leftovers(output: str) -> None:
+    """Say what a run that was killed has left: it may be the whole model, and is under no name that anybody knows."""
+    from oci_hook.bundle.files import unfinished_folders
+
+    for path in unfinished_folders(Path(output)):
+        click.echo(
+            printable(f"{path} may hold plaintext of a run that was killed; unless one goes on there: rm -r {path}"),
+            err=True,
+        )
 
 
 @click.command()
@@ -82,6 +115,9 @@ def recover(
     With --keys its content key is put back into the owner's folder: `sczctl grant` works again, and grants that were
     given go on working. With --output the bundle's plaintext is written, for an owner who lost all keys and has to
     pack it anew under others. The bundle must have been packed after the recovery key was named.
+
+    Until all is decrypted it lies in .NAME.partial-… beside DIRECTORY, which goes when the command ends or is ended. A
+    SIGKILL or a power cut leaves it; the next `recover` into DIRECTORY says so.
     """
     from oci_hook.bundle.layout import open_layout
     from oci_hook.owner.keyring import load_owner, open_key_file
@@ -98,6 +134,7 @@ def recover(
         raise BundleInvalid(f"{bundle} is not a folder")
     if output is not None:
         verify_new_output(output)
+        _name_leftovers(output)
     owner = load_owner(Path(keys)) if keys is not None else parse_owner(read_input(str(owner_file), TrustInvalid))
     with open_layout(bundle) as layout:
         manifest, _ = verified_manifest(layout, [owner])
@@ -118,7 +155,7 @@ def recover(
             restore_record(Path(keys), owner, layout, manifest, content_key)
             done = f"its content key is in {keys} again"
         else:
-            with show_progress("decrypting", sum(file.size for file in manifest.files)) as progress:
+            with _unwound(), show_progress("decrypting", sum(file.size for file in manifest.files)) as progress:
                 decrypt_bundle(layout, manifest, content_key, Path(str(output)), progress)
             done = f"{len(manifest.files)} files decrypted into {output}"
     if as_json:
