@@ -16,6 +16,9 @@ from oci_hook.cli.options import DRY_RUN, JSON, passphrase_source, read_input, s
 from oci_hook.errors import BundleInvalid, KeyInvalid, OutputExists, TrustInvalid
 
 if TYPE_CHECKING:
+    from oci_hook.bundle.layout import Layout
+    from oci_hook.bundle.manifest import Manifest
+    from oci_hook.bundle.segments import ContentKey
     from oci_hook.owner.recovery import Recipient
 
 
@@ -64,6 +67,13 @@ def _unwound() -> Iterator[None]:
     finally:
         for each in before:
             signal.signal(each, signal.SIG_DFL)
+
+
+def _decrypt(layout: Layout, manifest: Manifest, content_key: ContentKey, output: Path) -> None:
+    from oci_hook.owner.recovery import decrypt_bundle
+
+    with _unwound(), show_progress("decrypting", sum(file.size for file in manifest.files)) as progress:
+        decrypt_bundle(layout, manifest, content_key, output, progress)
 
 
 def _name_leftovers(output: str) -> None:
@@ -122,7 +132,7 @@ def recover(
     from oci_hook.bundle.layout import open_layout
     from oci_hook.owner.keyring import load_owner, open_key_file
     from oci_hook.owner.records import OwnerRecords
-    from oci_hook.owner.recovery import decrypt_bundle, recover_content_key, restore_record
+    from oci_hook.owner.recovery import recover_content_key, restore_record
     from oci_hook.provenance import verified_manifest
     from oci_hook.trust import parse_owner
 
@@ -139,10 +149,8 @@ def recover(
     with open_layout(bundle) as layout:
         manifest, _ = verified_manifest(layout, [owner])
         model = f"{manifest.model.name}:{manifest.model.version}"
-        if (
-            keys is not None
-            and (manifest.model.name, manifest.model.version) in OwnerRecords(Path(keys)).content_keys()
-        ):
+        known = OwnerRecords(Path(keys)).content_keys() if keys is not None else ()
+        if (manifest.model.name, manifest.model.version) in known:
             raise OutputExists(
                 f"{keys} has the content key of {model}",
                 remedy="`sczctl grant` it; if its record is damaged, move it away first: models/NAME/VERSION.json",
@@ -155,8 +163,7 @@ def recover(
             restore_record(Path(keys), owner, layout, manifest, content_key)
             done = f"its content key is in {keys} again"
         else:
-            with _unwound(), show_progress("decrypting", sum(file.size for file in manifest.files)) as progress:
-                decrypt_bundle(layout, manifest, content_key, Path(str(output)), progress)
+            _decrypt(layout, manifest, content_key, Path(str(output)))
             done = f"{len(manifest.files)} files decrypted into {output}"
     if as_json:
         what = {"restored": keys, "decrypted": output, "dry_run": dry_run, "owner": owner.owner_id}
