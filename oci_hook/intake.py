@@ -1,8 +1,10 @@
 """Intake: what a host takes into its store. Everything is verified first, on a private copy; then placed, names last.
 
 A folder or files may hold a bundle (an OCI layout), grants and boot policies in any mixture. What one of them fails,
-nothing of them enters. A crash between two placements leaves a bundle without a name, a grant or a policy more: all of
-them verified, none of them reachable by an annotation until its name is there. The placing itself is `placement`'s.
+nothing of them enters; but a list of revocations does though one of its owner's grants is of no use here. A crash
+between two placements leaves a bundle without a name, a grant or a policy more: all of them verified, none of them
+reachable by an annotation until its name is there. Which of two documents stays is `precedence`'s, the placing
+`placement`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
+from oci_hook.attestation.boot_policy import BootPolicy
 from oci_hook.attestation.host_device import HostDevice
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant, verify_grant_signature
 from oci_hook.bundle.layout import BLOBS, INDEX_FILE, LAYOUT_FILE, Layout, open_layout, verify_bundle, verify_digests
@@ -28,8 +30,9 @@ from oci_hook.errors import (
     SczError,
     StoreInvalid,
 )
-from oci_hook.incoming import DOCUMENT_BYTES, Incoming
+from oci_hook.incoming import Incoming
 from oci_hook.placement import locked, place, staging
+from oci_hook.precedence import LeftOut, Precedence, Settled, verified_policy, words
 from oci_hook.provenance import find_owner, verified_manifest, verify_device
 from oci_hook.revoked import Counting, IncomingList, verify_incoming
 from oci_hook.store import Store, StoredModel, system_calls
@@ -38,6 +41,7 @@ from oci_hook.trusted_file import load_file, sync_directory
 
 Progress = Callable[[int], object]
 _SMALL_BYTES = 4096  # of an index or a grant: a block
+_ADD_AGAIN = "`sczctl add` this folder again, for the grant"
 _MAKE_ROOM = (
     "make room: `sczctl list` and `sczctl rm NAME:VERSION` of a model that is no longer needed, or free {size} on "
     "{mount} (`df -h {mount}`); then `sczctl add` again"
@@ -46,12 +50,13 @@ _MAKE_ROOM = (
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What entered the store."""
+    """What entered the store; and what came beside a list and was left out."""
 
     models: tuple[StoredModel, ...]
     grants: tuple[Grant, ...]
     boot_policies: tuple[BootPolicy, ...]
     revocations: tuple[Revocations, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class Intake:
@@ -86,6 +91,7 @@ class Intake:
         self._progress = progress
         self._counting = counting
         self._lists: list[IncomingList] = []
+        self._unusable: list[LeftOut] = []
         self._done = 0
         self._models: dict[tuple[str, str], tuple[StoredModel, Manifest]] = {}
         self._carried: dict[tuple[str, str], StoredModel] = {}
@@ -102,7 +108,7 @@ class Intake:
                 verify_digests(layout, manifest, self._counted())
             self._models[model.name, model.version] = model, manifest
         self._lists = self._verified_lists(incoming)
-        return self._taken(self._grants(incoming), self._policies(incoming))
+        return self._taken(self._settled(self._grants(incoming), self._policies(incoming)))
 
     def take(self, incoming: Incoming) -> Taken:
         """Verify everything, then place it, lists of revocations first; at the end the counters are counted up.
@@ -121,32 +127,39 @@ class Intake:
             staged = [(self._stage(path, os.path.join(folder, str(n))), n) for n, path in enumerate(incoming.bundles)]
             self._lists = self._verified_lists(incoming)
             grants, policies = self._grants(incoming), self._policies(incoming)
-            lists = [(each.revocations.owner_id, each.compact) for each in self._lists]
-            documents = [(self._store.revocations_path(owner_id), data) for owner_id, data in lists]
-            documents += [(self._store.grant_path(grant.manifest_digest), data) for grant, data in grants]
-            documents += [
-                (self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class), data)
-                for policy, data in policies
-            ]
-            taken = self._taken(grants, policies)
-            documents += [self._store.name_entry(model) for model in taken.models]
+            self._settled(grants, policies)  # refuses before the lock is waited for
             with locked(self._store):
-                for model in taken.models:
+                for model, _ in self._models.values():
                     self._verify_name_is_free(model)  # again: another `add` may have been faster
+                for carried in self._carried.values():
+                    self._verify_name_is_free(carried)
                 bundles = [(os.path.join(folder, str(n)), digest) for digest, n in staged if digest is not None]
                 self._lists = self._verified_lists(incoming)  # again, as well
-                self._verify_none_older(grants, policies)
-                place(self._store, bundles, documents)
+                settled = self._settled(grants, policies)
+                taken = self._taken(settled)
+                place(self._store, bundles, self._documents(settled, taken.models))
                 for each in self._lists:
                     each.count_up()
         return taken
 
-    def _taken(self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]) -> Taken:
+    def _documents(self, settled: Settled, models: Sequence[StoredModel]) -> list[tuple[str, bytes]]:
+        """Paths and contents in the order in which `place` puts them there."""
+        lists = [(each.revocations.owner_id, each.compact) for each in self._lists]
+        documents = [(self._store.revocations_path(owner_id), data) for owner_id, data in lists]
+        documents += [(self._store.grant_path(grant.manifest_digest), data) for grant, data in settled.grants]
+        documents += [
+            (self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class), data)
+            for policy, data in settled.policies
+        ]
+        return documents + [self._store.name_entry(model) for model in models]
+
+    def _taken(self, settled: Settled) -> Taken:
         return Taken(
             (*(model for model, _ in self._models.values()), *self._carried.values()),
-            tuple(grant for grant, _ in grants),
-            tuple(policy for policy, _ in policies),
+            tuple(grant for grant, _ in settled.grants),
+            tuple(policy for policy, _ in settled.policies),
             tuple(each.revocations for each in self._lists),
+            (*self._unusable, *settled.left_out),
         )
 
     # --- lists of revocations ---
@@ -243,65 +256,48 @@ class Intake:
 
         return count
 
-    # --- grants and boot policies: older ones first, so that the newest of several stays ---
+    # --- grants and boot policies ---
+
+    def _settled(self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]) -> Settled:
+        precedence = Precedence(self._store, self._owners, self._device, self._values(), replace=self._replace)
+        return precedence.settle(grants, policies)
+
+    def _values(self) -> dict[str, int]:
+        """Each owner's list that comes, by its value; the highest is the last one."""
+        return {each.revocations.owner_id: each.revocations.value for each in self._lists}
 
     def _grants(self, incoming: Incoming) -> list[tuple[Grant, bytes]]:
+        self._unusable = []
         grants = []
         for data in incoming.grants:
+            grant = self._verified_grant(data)
             try:
-                grants.append((self._verified_grant(data), data))
-            except ModelUnknown:
-                if not self._lists:  # a revocation grants anew what the device may have, whether it is here or not
+                self._verify_model(grant, data)
+            except SczError as error:
+                # A revocation grants anew what the device may have, whether it is here or not, damaged or whole.
+                if grant.owner_id not in self._values():
                     raise
-        self._verify_none_older(grants, [])
-        return sorted(grants, key=lambda item: item[0].created)
+                self._unusable.append(LeftOut.of(words(grant), error, remedy=f"{error.advice}; then {_ADD_AGAIN}"))
+                continue
+            grants.append((grant, data))
+        return grants
 
     def _policies(self, incoming: Incoming) -> list[tuple[BootPolicy, bytes]]:
-        policies = [(self._verified_policy(data), data) for data in incoming.boot_policies]
-        self._verify_none_older([], policies)
-        return sorted(policies, key=lambda item: item[0].created)
-
-    def _verify_none_older(
-        self, grants: Sequence[tuple[Grant, bytes]], policies: Sequence[tuple[BootPolicy, bytes]]
-    ) -> None:
-        for grant, _ in grants:
-            self._verify_newer(self._store.grant_path(grant.manifest_digest), grant.created, self._stored_grant_time)
-        for policy, _ in policies:
-            path = self._store.boot_policy_path(policy.owner_id, policy.model_name, policy.device_class)
-            self._verify_newer(path, policy.created, self._stored_policy_time)
-
-    def _verify_newer(self, path: str, created: int, stored_time: Callable[[bytes], int]) -> None:
-        """An older document must not come back by mistake: it may approve a boot state that its owner withdrew."""
-        if self._replace or not os.path.lexists(path):
-            return
-        try:
-            stored = stored_time(load_file(path, limit_bytes=DOCUMENT_BYTES, error=StoreInvalid))
-        except SczError:
-            return  # damaged, or by an owner who is trusted no longer: nothing to keep
-        if created < stored:
-            raise OutputExists(
-                f"{os.path.basename(path)} in the store is newer than what is to be added",
-                remedy="add the newest file of the model's owner; --replace goes back to the older one",
-            )
-
-    def _stored_grant_time(self, data: bytes) -> int:
-        unverified = parse_grant(data)
-        return verify_grant_signature(unverified, owner=find_owner(unverified.owner_id, self._owners)).created
-
-    def _stored_policy_time(self, data: bytes) -> int:
-        return self._verified_policy(data).created
+        return [(verified_policy(data, self._owners), data) for data in incoming.boot_policies]
 
     def _verified_grant(self, data: bytes) -> Grant:
         unverified = parse_grant(data)
-        owner = find_owner(unverified.owner_id, self._owners)
-        grant = verify_grant_signature(unverified, owner=owner)
-        manifest = self._manifest(grant)
-        if manifest is not None:
-            verify_grant(unverified, owner=owner, manifest=manifest)
+        grant = verify_grant_signature(unverified, owner=find_owner(unverified.owner_id, self._owners))
         if self._device is None:
             raise GrantRefused("this host is not enrolled, so no grant is for it", remedy=DeviceNotEnrolled.remedy)
         verify_device(grant, self._device)
         return grant
+
+    def _verify_model(self, grant: Grant, data: bytes) -> None:
+        """Check that a verified grant is for the model that has its name, which is here or comes along."""
+        manifest = self._manifest(grant)
+        if manifest is not None:
+            verify_grant(parse_grant(data), owner=find_owner(grant.owner_id, self._owners), manifest=manifest)
 
     def _manifest(self, grant: Grant) -> Manifest | None:
         """The verified manifest of the grant's model: from a bundle that comes with it, or from the store.
@@ -324,15 +320,6 @@ class Intake:
             )
         with self._store.open_model(known) as layout:
             return verified_manifest(layout, self._owners)[0]
-
-    def _verified_policy(self, data: bytes) -> BootPolicy:
-        unverified = parse_boot_policy(data)
-        return verify_boot_policy(
-            unverified,
-            owner=find_owner(unverified.unverified_owner_id, self._owners),
-            model_name=unverified.unverified_model_name,
-            device_class=unverified.unverified_device_class,
-        )
 
 
 def _digests(layout: Layout) -> list[str]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from oci_hook.attestation.boot_policy import parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.device_record import COUNT_LIMIT
-from oci_hook.attestation.host_device import HostDevice, format_host_device
+from oci_hook.attestation.host_device import HostDevice
 from oci_hook.attestation.structures import NvPublic
 from oci_hook.bundle.grant import Grant, parse_grant, verify_grant_signature
 from oci_hook.bundle.model import ModelId
@@ -26,7 +25,7 @@ from oci_hook.errors import DeviceNotEnrolled, SczError
 from oci_hook.key_errors import GenerationRefused, RevocationsMissing
 from oci_hook.provenance import find_owner
 from oci_hook.records import ContainerRecord
-from oci_hook.store import Store, entries
+from oci_hook.store import Store
 from oci_hook.trust import Owner
 from oci_hook.trusted_file import make_private_directory
 
@@ -132,39 +131,6 @@ def verify_in_force(revocations: Revocations | None, counter: int | None, enroll
         raise RevocationsMissing(
             f"the list of revocations is for {revocations.value}, the owner's counter is {counter}: it is an older one"
         )
-
-
-# --- enrolling again --------------------------------------------------------------------------------------------------
-
-
-def newest_grant(store: Store, owner: Owner) -> int:
-    """When the newest grant of an owner's in the store was made, in seconds since 1970; 0: there is none.
-
-    Raises:
-        FileUnreadable: The store cannot be read.
-    """
-    newest = 0
-    for name in entries(store.path("grants")):
-        with suppress(SczError):  # another owner's, or damaged
-            data = store.load_grant(f"sha256:{name.removesuffix('.jwt')}")
-            newest = max(newest, verify_grant_signature(parse_grant(data), owner=owner).created)
-    return newest
-
-
-def remember_granted(store: Store, grants: Iterable[Grant]) -> None:
-    """See in verified grants for this host that an enrolment which it asked for was accepted: nothing else tells it.
-
-    Raises:
-        FileUnreadable: `device.json` cannot be written.
-    """
-    device = before = store.load_device()
-    for grant in grants:
-        counter = device.counters.get(grant.owner_id)
-        if counter is None or counter.name != grant.counter.name:
-            continue
-        device = device.granted(grant.owner_id, maximum=grant.counter.maximum, created=grant.created)
-    if device != before:
-        store.save_device(format_host_device(device))
 
 
 # --- applying ---------------------------------------------------------------------------------------------------------

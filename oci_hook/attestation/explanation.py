@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,11 +62,26 @@ def explain_values(log: EventLog, quoted: Mapping[int, bytes]) -> tuple[Explaine
     values = replay(log)
     found = []
     for pcr, value in sorted(quoted.items()):
-        ours = values.get(pcr, initial_value(pcr, log.startup_locality))
-        tries = len(PHASES) if pcr == UNIFIED_PCR else 0
-        phases = next((count for count in range(tries + 1) if with_phases(ours, count) == value), None)
+        phases = _phases(log, values, pcr, value)
         found.append(Explained(pcr, value, phases is not None, phases or 0))
     return tuple(found)
+
+
+def explained_pcrs(log: EventLog, approved: Mapping[int, Collection[bytes]]) -> set[int]:
+    """The PCRs in which a log leads to one of the approved values; it is replayed once, however many there are.
+
+    Raises:
+        EventLogInvalid: The log has no SHA-256 digests.
+    """
+    values = replay(log)
+    return {pcr for pcr, wanted in approved.items() if any(_phases(log, values, pcr, v) is not None for v in wanted)}
+
+
+def _phases(log: EventLog, values: Mapping[int, bytes], pcr: int, value: bytes) -> int | None:
+    """With how many of systemd's phases a replay leads to a value; None: it does not."""
+    ours = values.get(pcr, initial_value(pcr, log.startup_locality))
+    tries = len(PHASES) if pcr == UNIFIED_PCR else 0
+    return next((count for count in range(tries + 1) if with_phases(ours, count) == value), None)
 
 
 def differing_events(approved: EventLog, current: EventLog, pcrs: Iterable[int]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -196,11 +197,39 @@ def save_new_file(path: Path, data: bytes, *, mode: int) -> None:
         raise FileUnreadable(f"{shown(path)}: {cause.strerror}") from cause
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back, in this thread, what ends a command, for as long as it would leave something half done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unfinished_folders(output: Path) -> list[Path]:
+    """What `NewFolder` has beside a folder that it makes: a run that goes on, or one that was killed.
+
+    Raises:
+        FileUnreadable: The folder around it cannot be read.
+    """
+    path = Path(os.path.abspath(output))
+    try:
+        names = sorted(os.listdir(path.parent))
+    except OSError as cause:
+        raise FileUnreadable(f"{shown(path.parent)}: {cause.strerror}") from cause
+    return [path.with_name(name) for name in names if name.startswith(_partial_prefix(path))]
+
+
+def _partial_prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
+
+
 class NewFolder:
     """A folder that appears whole or not at all; use it with `with`, and call `publish` last.
 
     What is written goes into `.<name>.partial-XXXX` beside it, mode 0700. Without `publish`, or on any exception
-    (SIGINT is one), that is removed; after `kill -9` it stays, under a name that nobody looks for.
+    (SIGINT is one), that is removed; after `kill -9` it stays, and only `unfinished_folders` looks for it.
 
     Args:
         output: Where the folder shall be; its parent exists, it does not.
@@ -217,7 +246,7 @@ class NewFolder:
     def __enter__(self) -> Self:
         if os.path.lexists(self._output):
             raise OutputExists(f"{shown(self._output)} already exists")
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self._output.name}.partial-", dir=self._output.parent))
+        self._partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(self._output), dir=self._output.parent))
         return self
 
     def __exit__(
@@ -225,7 +254,8 @@ class NewFolder:
     ) -> None:
         if self._partial is not None:
             # An error on the way out would hide the one that is being reported.
-            shutil.rmtree(self._partial, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
 
     @property

@@ -30,6 +30,17 @@ def _numbered(_context: click.Context, _parameter: click.Parameter, values: tupl
     return [(int(number), path) for number, _, path in pairs]
 
 
+def _in_utf8(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
+    """Check texts that a log has in UTF-8; an argument's other bytes come as lone surrogates."""
+    texts = [value] if isinstance(value, str) else [text for pair in value or () for text in pair]
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as cause:
+        raise click.BadParameter("it is not UTF-8") from cause
+    return value
+
+
 def _component(name: str, words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     path = click.Path(dir_okay=False)
     return click.option(f"--{name}", name.replace("-", "_"), type=path, help=words)
@@ -55,13 +66,19 @@ def _component(name: str, words: str) -> Callable[[Callable[..., Any]], Callable
 @_component("shim", "The next shim: PCR 4.")
 @_component("kernel", "The next kernel, without a unified image: PCR 4, and 9 under GRUB.")
 @_component("initrd", "The next initial RAM disk: PCR 9.")
-@click.option("--cmdline", metavar="TEXT", help="The next command line, without the kernel's path: PCR 8 or 12.")
+@click.option(
+    "--cmdline",
+    metavar="TEXT",
+    callback=_in_utf8,
+    help="The next command line, without the kernel's path: PCR 8 or 12.",
+)
 @click.option(
     "--text",
     "texts",
     metavar="OLD NEW",
     nargs=2,
     multiple=True,
+    callback=_in_utf8,
     help="A text in all of GRUB's commands, such as a kernel's version: PCR 8; repeat it for more.",
 )
 @click.option(

@@ -14,7 +14,7 @@ from oci_hook.cli import print_json
 from oci_hook.cli.options import JSON, OUTPUT, name_of
 from oci_hook.cli.streams import STREAM, read_document, say, verify_new_document, write_document
 from oci_hook.config import Config, load_config
-from oci_hook.errors import DeviceInvalid, DeviceNotEnrolled, TrustInvalid
+from oci_hook.errors import DeviceInvalid, TrustInvalid
 from oci_hook.store import Store
 from oci_hook.trust import NAME, NAME_LIMIT, parse_owner
 from oci_hook.trusted_file import make_private_directory
@@ -100,8 +100,7 @@ def request(
     standard output.
     """
     from oci_hook.attestation.enrolment_documents import format_request
-    from oci_hook.attestation.host_device import format_host_device
-    from oci_hook.revoked import newest_grant
+    from oci_hook.enrolled import ask_for_enrolment
 
     _verify_one_on_stdout(output, as_json)
     verify_new_document(output)
@@ -109,37 +108,35 @@ def request(
     store = Store(config.store_directory)
     owner = parse_owner(read_document(owner_file, TrustInvalid))
     name = device or _host_name()
-    try:
-        known = store.load_device()
-    except DeviceNotEnrolled:
-        known = None
-    newest = newest_grant(store, owner)
 
-    def transact(tpm: Tpm) -> tuple[HostDevice, tuple[bytes | None, Public], tuple[bytes, ...]]:
-        return tpm.provision(owner.owner_id, known, newest_grant=newest), tpm.ek(), tpm.ek_chain()
+    def provision(known: HostDevice | None, newest: int) -> tuple[HostDevice, tuple[bytes, bool]]:
+        def transact(tpm: Tpm) -> tuple[HostDevice, tuple[bytes | None, Public], tuple[bytes, ...]]:
+            return tpm.provision(owner.owner_id, known, newest_grant=newest), tpm.ek(), tpm.ek_chain()
 
-    host, (certificate, public), chain = _with_tpm(config, transact)
-    if without_certificate or certificate is None:
-        certificate, chain = None, ()
-    document = format_request(
-        device=name,
-        owner_id=owner.owner_id,
-        ek_certificate=certificate,
-        ek=public,
-        ak=host.ak,
-        srk=host.srk,
-        counter=host.counters[owner.owner_id],
-        ek_chain=chain,
-    )
-    store.save_device(format_host_device(host))
+        host, (certificate, public), chain = _with_tpm(config, transact)
+        if without_certificate or certificate is None:
+            certificate, chain = None, ()
+        made = format_request(
+            device=name,
+            owner_id=owner.owner_id,
+            ek_certificate=certificate,
+            ek=public,
+            ak=host.ak,
+            srk=host.srk,
+            counter=host.counters[owner.owner_id],
+            ek_chain=chain,
+        )
+        return host, (made, certificate is not None)
+
+    document, has_certificate = ask_for_enrolment(store, owner, provision)
     store.save_request(owner.owner_id, document)
     write_document(output, document)
     if as_json:
-        print_json({"device": name, "owner": owner.owner_id, "file": output, "certificate": certificate is not None})
+        print_json({"device": name, "owner": owner.owner_id, "file": output, "certificate": has_certificate})
         return
     say(output, f"request of device {name} to owner {owner.name} ({owner.owner_id}) in {output}")
-    vouched = "--ek-roots …" if certificate is not None else "--ek-list …"
-    if certificate is None:
+    vouched = "--ek-roots …" if has_certificate else "--ek-list …"
+    if not has_certificate:
         say(output, "it has no EK certificate: the owner's list must have what `sczctl enroll ek` shows")
     say(output, f"next, the owner: sczctl enroll challenge {output} --keys … {vouched} -o challenge.json")
 

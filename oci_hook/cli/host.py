@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from oci_hook.audit import format_time
-from oci_hook.cli import print_json
+from oci_hook.cli import print_json, printable
 from oci_hook.cli.completion import complete_models
 from oci_hook.cli.options import DRY_RUN, JSON, model_of, show_progress, verify_one_of
 from oci_hook.config import load_config
@@ -34,12 +34,13 @@ def add(
     PATHS are bundles, files (grants and lists of revocations end in .jwt, boot policies in .json), or folders of them.
     Signatures and every layer's digest are verified on a private copy first; if anything fails, nothing is added. A
     folder of `sczctl revoke` is given whole: its list counts the owner's counter in the TPM up, and what running
-    containers still hold of it is shown.
+    containers still hold of it is shown. A grant of it that is of no use here is left out and named.
     """
     from oci_hook.cli.holders import holders, holders_document, show_holders
+    from oci_hook.enrolled import remember_granted
     from oci_hook.incoming import collect, measure
     from oci_hook.intake import Intake
-    from oci_hook.revoked import TpmCounting, remember_granted
+    from oci_hook.revoked import TpmCounting
 
     config = load_config(config_file)
     store, owners = Store(config.store_directory), Trust(config.trust_directory).owners()
@@ -74,6 +75,9 @@ def add(
         click.echo(f"{done} boot policy for {policy.model_name}, device class {policy.device_class}")
     for each in taken.revocations:
         click.echo(f"{'would apply' if dry_run else 'applied'} the revocations of {each.owner_id} up to {each.value}")
+    for left in taken.left_out:
+        click.echo(printable(f"left out: {left.what}: {left.message}"))
+        click.echo(printable(f"  remedy: {left.remedy}"))
     if taken.revocations and not dry_run:
         show_holders(holders(config_file), as_json=False)
 
@@ -101,6 +105,10 @@ def _document(taken: Taken) -> dict[str, Any]:
             for policy in taken.boot_policies
         ],
         "revocations": [{"owner": each.owner_id, "counter": each.value} for each in taken.revocations],
+        "left_out": [
+            {"what": left.what, "reason": left.reason, "message": left.message, "remedy": left.remedy}
+            for left in taken.left_out
+        ],
     }
 
 

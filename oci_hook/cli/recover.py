@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from oci_hook.cli import print_json
+from oci_hook.cli import print_json, printable
 from oci_hook.cli.options import DRY_RUN, JSON, passphrase_source, read_input, show_progress, verify_new_output
 from oci_hook.errors import BundleInvalid, KeyInvalid, OutputExists, TrustInvalid
 
 if TYPE_CHECKING:
+    from oci_hook.bundle.layout import Layout
+    from oci_hook.bundle.manifest import Manifest
+    from oci_hook.bundle.segments import ContentKey
     from oci_hook.owner.recovery import Recipient
 
 
@@ -42,6 +47,44 @@ def name_recovery_key(folder: str, recipient: Recipient, passphrase: Callable[[]
 
     name_recipient(open_keyring(Path(folder), passphrase), recipient)
     click.echo(f"what is packed from now on can be recovered with {recipient.name}, {recipient.key.thumbprint}")
+
+
+@contextlib.contextmanager
+def _unwound() -> Iterator[None]:
+    """Let what ends a command unwind it as an interrupt does, so that no plaintext stays; 128 and its number."""
+
+    def end(number: int, _frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # once is enough: what is on its way out must not be ended there
+        raise SystemExit(128 + number)
+
+    # What is ignored, as under nohup, stays so.
+    before = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    for each in before:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _decrypt(layout: Layout, manifest: Manifest, content_key: ContentKey, output: Path) -> None:
+    from oci_hook.owner.recovery import decrypt_bundle
+
+    with _unwound(), show_progress("decrypting", sum(file.size for file in manifest.files)) as progress:
+        decrypt_bundle(layout, manifest, content_key, output, progress)
+
+
+def _name_leftovers(output: str) -> None:
+    """Say what a run that was killed has left: it may be the whole model, and is under no name that anybody knows."""
+    from oci_hook.bundle.files import unfinished_folders
+
+    for path in unfinished_folders(Path(output)):
+        click.echo(
+            printable(f"{path} may hold plaintext of a run that was killed; unless one goes on there: rm -r {path}"),
+            err=True,
+        )
 
 
 @click.command()
@@ -82,11 +125,14 @@ def recover(
     With --keys its content key is put back into the owner's folder: `sczctl grant` works again, and grants that were
     given go on working. With --output the bundle's plaintext is written, for an owner who lost all keys and has to
     pack it anew under others. The bundle must have been packed after the recovery key was named.
+
+    Until all is decrypted it lies in .NAME.partial-… beside DIRECTORY, which goes when the command ends or is ended. A
+    SIGKILL or a power cut leaves it; the next `recover` into DIRECTORY says so.
     """
     from oci_hook.bundle.layout import open_layout
     from oci_hook.owner.keyring import load_owner, open_key_file
     from oci_hook.owner.records import OwnerRecords
-    from oci_hook.owner.recovery import decrypt_bundle, recover_content_key, restore_record
+    from oci_hook.owner.recovery import recover_content_key, restore_record
     from oci_hook.provenance import verified_manifest
     from oci_hook.trust import parse_owner
 
@@ -98,14 +144,13 @@ def recover(
         raise BundleInvalid(f"{bundle} is not a folder")
     if output is not None:
         verify_new_output(output)
+        _name_leftovers(output)
     owner = load_owner(Path(keys)) if keys is not None else parse_owner(read_input(str(owner_file), TrustInvalid))
     with open_layout(bundle) as layout:
         manifest, _ = verified_manifest(layout, [owner])
         model = f"{manifest.model.name}:{manifest.model.version}"
-        if (
-            keys is not None
-            and (manifest.model.name, manifest.model.version) in OwnerRecords(Path(keys)).content_keys()
-        ):
+        known = OwnerRecords(Path(keys)).content_keys() if keys is not None else ()
+        if (manifest.model.name, manifest.model.version) in known:
             raise OutputExists(
                 f"{keys} has the content key of {model}",
                 remedy="`sczctl grant` it; if its record is damaged, move it away first: models/NAME/VERSION.json",
@@ -118,8 +163,7 @@ def recover(
             restore_record(Path(keys), owner, layout, manifest, content_key)
             done = f"its content key is in {keys} again"
         else:
-            with show_progress("decrypting", sum(file.size for file in manifest.files)) as progress:
-                decrypt_bundle(layout, manifest, content_key, Path(str(output)), progress)
+            _decrypt(layout, manifest, content_key, Path(str(output)))
             done = f"{len(manifest.files)} files decrypted into {output}"
     if as_json:
         what = {"restored": keys, "decrypted": output, "dry_run": dry_run, "owner": owner.owner_id}

@@ -7,15 +7,13 @@ version is packed again. How a bundle is made is `bundle.pack`'s.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from oci_hook.access_policy import AccessPolicy
-from oci_hook.bundle.files import NewFolder
+from oci_hook.bundle.files import NewFolder, uninterrupted
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.pack import PackedBundle, bundle_need, pack, scan_source
 from oci_hook.bundle.segments import KEY_BYTES, ContentKey
@@ -102,7 +100,7 @@ def _record(
 def _keep_and_publish(record: ContentKeyRecord, keys: Path, bundle: Path, output: Path) -> None:
     # The keys may lie on another disk than the bundle, and that one may be full.
     need = Need(_RECORD_BYTES, 1, "free {size} on {mount}, where the folder of --keys is (`df -h {mount}`)")
-    with _uninterrupted():
+    with uninterrupted():  # for two renames
         with full_disk_explained(str(keys), lambda: need):
             OwnerRecords(keys).save_content_key(record)
         try:
@@ -117,13 +115,3 @@ def _publish(bundle: Path, output: Path) -> None:
         raise OutputExists(f"{shown(output)} appeared meanwhile")
     os.rename(bundle, output)
     sync_directory(os.path.dirname(os.path.abspath(output)))
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back for two renames."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -338,7 +338,10 @@ def test_a_tpm_that_refuses_sends_no_token(guarded: Guarded) -> None:
     subprocess.run(["tpm2_nvincrement", hex(counter["index"])], env=environment, check=True, capture_output=True)
     for name in ("request.json", "challenge.json", "answer.json"):
         (scene.usb / name).unlink()
-    scene.enrol()  # counted by hand, without a list: what it is at is what an enrolment begins with
+    scene.enrol()
+    other = scene.usb / "small-again.jwt"  # the first grant of an enrolment says that it was accepted
+    scene.sczctl("grant", "small:1", "--keys", scene.owner / "keys", "--device", "edge-1", "-o", other)
+    scene.sczctl("add", other)  # the counter, counted by hand, began there
     with RogueBroker(folder, lambda _path, _body: [answer(b"{}")], authority=authority) as rogue:
         guarded.configure(rogue.address, folder / "ca.pem")
         guarded.refused("Revoked")

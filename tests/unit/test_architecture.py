@@ -43,11 +43,13 @@ FLOORS = {
     3: {"held", "evidence_files", "records", "report", "metrics", "bundle/", "attestation/", "identity/"},
     4: {
         "boot_signatures",
+        "enrolled",
         "provenance",
         "standby",
         "store",
         "trust_folder",
         "placement",
+        "precedence",
         "revoked",
         "incoming",
         "intake",

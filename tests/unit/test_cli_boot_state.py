@@ -12,8 +12,9 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
+from oci_hook.attestation import explanation
 from oci_hook.attestation.boot_policy import parse_boot_policy, pcrs_document, verify_boot_policy
-from oci_hook.attestation.event_log import LIMIT_BYTES, parse_event_log, replay
+from oci_hook.attestation.event_log import LIMIT_BYTES, EventLog, parse_event_log, replay
 from oci_hook.attestation.log_files import keep_event_log, kept_event_logs
 from oci_hook.attestation.policy import ZERO_DIGEST, policy_pcr
 from oci_hook.cli.checks.boot import what_differs, why_refused
@@ -164,6 +165,9 @@ def test_every_component_can_be_named(house: Household, tmp_path: Path) -> None:
         (["--replace", "²=y"], "EVENT=FILE"),
         (["--uki", "x", "-o", "new"], "--device NAME"),
         (["--uki", "x", "--device", "A B"], "--device"),
+        (["--cmdline", "quiet \udcff"], "not UTF-8"),
+        (["--text", "\udcff", "x"], "not UTF-8"),
+        (["--text", "a", "b", "--text", "vmlinuz", "\udcff"], "not UTF-8"),
     ],
 )
 def test_predict_is_told_what_it_needs(house: Household, words: list[str], said: str, tmp_path: Path) -> None:
@@ -405,6 +409,34 @@ def test_what_differs_needs_a_kept_log_that_leads_to_the_approved_value(
     assert what_differs(config, {4: {b"\4" * 32}}, new) == []  # not the approved value's log
     boots["new log"].write_bytes(b"no log")
     assert what_differs(config, approved, new) == []
+
+
+def test_a_log_is_replayed_once_however_many_values_are_approved(
+    house: Household, boots: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's log is written by its hypervisor: what looking at it takes must not be multiplied by forms and PCRs."""
+    with house.config.open("a") as file:
+        file.write(f'[tpm]\nevent_log = "{boots["new log"]}"\n')
+    house.store_folder.mkdir(mode=0o700)
+    config = load_config(str(house.config))
+    data = boots["old log"].read_bytes()
+    old = replay(parse_event_log(data))
+    keep_event_log(config.store_directory, data)
+    keep_event_log(config.store_directory, GRUB.read_bytes())
+    replayed = list[EventLog]()
+
+    def counted(log: EventLog) -> dict[int, bytes]:
+        replayed.append(log)
+        return replay(log)
+
+    monkeypatch.setattr(explanation, "replay", counted)
+    others = {hashlib.sha256(bytes([number])).digest() for number in range(32)}
+    approved = dict.fromkeys(range(8), others)
+    assert what_differs(config, approved, None) == []
+    assert len(replayed) == 2
+    lines = what_differs(config, {**approved, 4: {*others, old[4]}, 11: {*others, old[11]}}, None)
+    assert [line.split(":")[0] for line in lines] == ["PCR 4", "PCR 11"]
+    assert len(replayed) == 4
 
 
 def test_a_refusal_is_explained_by_the_stores_policies_alone(house: Household, boots: dict[str, Path]) -> None:

@@ -61,6 +61,7 @@ def test_add_tells_scripts_the_same(house: Household, out: Path) -> None:
         "grants": [{"model": "minilm:1", "manifest": model.manifest_digest, "device": "edge-1"}],
         "boot_policies": [{"model": "minilm", "class": "default", "owner": house.owner.owner_id}],
         "revocations": [],
+        "left_out": [],
     }
 
 

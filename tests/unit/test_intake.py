@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from oci_hook import intake
 from oci_hook.bundle.layout import open_layout
 from oci_hook.errors import (
     BootPolicyInvalid,
@@ -418,14 +419,14 @@ def test_two_bundles_of_one_name_at_once(house: Household, out: Path) -> None:
 
 def test_a_name_that_is_taken_meanwhile(house: Household, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = repacked(house)
-    verified_policy: Callable[..., object] = Intake._verified_policy
+    verified_policy: Callable[..., object] = intake.verified_policy
 
-    def faster(intake: Intake, data: bytes) -> object:
+    def faster(*arguments: object) -> object:
         monkeypatch.undo()
         take(house, other)
-        return verified_policy(intake, data)
+        return verified_policy(*arguments)
 
-    monkeypatch.setattr(Intake, "_verified_policy", faster)
+    monkeypatch.setattr(intake, "verified_policy", faster)
     with pytest.raises(OutputExists):
         take(house, out)
     with open_layout(other / "bundle") as layout:

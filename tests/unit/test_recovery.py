@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -356,6 +358,50 @@ def test_a_layer_that_was_changed_leaves_no_plaintext(vault: Vault, bundle: Path
         assert [path.name for path in vault.house.usb.iterdir()] == ["out"]
         layer.write_bytes(whole)
     done(vault.decrypt(bundle, output))
+
+
+def decrypt_until(vault: Vault, bundle: Path, output: Path, number: signal.Signals) -> int:
+    """Decrypt in a child that a signal ends when its second file is on the disk; returns how it ended."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if number != signal.SIGKILL:
+                signal.signal(number, signal.SIG_DFL)
+            real, synced = os.fsync, list[int]()
+
+            def fsync(descriptor: int) -> None:
+                real(descriptor)
+                synced.append(descriptor)
+                if len(synced) == 2:
+                    os.kill(os.getpid(), number)
+
+            os.fsync = fsync
+            os._exit(vault.decrypt(bundle, output).code)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_decryption_leaves_no_plaintext(vault: Vault, bundle: Path, number: signal.Signals) -> None:
+    output = vault.house.usb / "plain"
+    assert decrypt_until(vault, bundle, output, number) == 128 + number
+    assert [path.name for path in vault.house.usb.iterdir()] == ["out"]
+    done(vault.decrypt(bundle, output))
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_what_a_kill_leaves_is_named_by_the_next_run(vault: Vault, bundle: Path) -> None:
+    output = vault.house.usb / "plain"
+    assert decrypt_until(vault, bundle, output, signal.SIGKILL) == -signal.SIGKILL
+    (left,) = vault.house.usb.glob(".plain.partial-*")
+    assert b"".join(path.read_bytes() for path in left.rglob("*") if path.is_file())
+    for words in (("--dry-run",), ()):
+        assert f"rm -r {left}" in done(vault.decrypt(bundle, output, *words)).err
+    assert left.exists()  # another run may be at it
+    shutil.rmtree(left)
+    shutil.rmtree(output)
+    assert "rm -r" not in done(vault.decrypt(bundle, output)).err
 
 
 def test_a_kill_at_any_step_of_a_restore_leaves_the_record_whole_or_absent(vault: Vault, bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,9 @@ from oci_hook.attestation.host_device import AskedAgain, format_host_device
 from oci_hook.attestation.structures import NvPublic
 from oci_hook.bundle.model import ModelId
 from oci_hook.bundle.revocations import Revocations, sign_revocations
-from oci_hook.errors import DeviceNotEnrolled, OutputExists, OwnerUntrusted, TpmUnavailable
+from oci_hook.documents import canonical
+from oci_hook.enrolled import newest_grant, remember_granted
+from oci_hook.errors import DeviceNotEnrolled, ModelUnknown, OutputExists, OwnerUntrusted, TpmUnavailable
 from oci_hook.held import HeldModel
 from oci_hook.incoming import collect
 from oci_hook.intake import Intake, Taken
@@ -29,15 +32,14 @@ from oci_hook.records import ContainerRecord
 from oci_hook.revoked import (
     live_holders,
     load_list,
-    newest_grant,
-    remember_granted,
     verify_generation,
     verify_in_force,
 )
 from oci_hook.store import Store
+from oci_hook.trust import Owner
 from oci_hook.trust_folder import Trust
 from tests.commands import Household, crashed, done, sczctl, snapshot
-from tests.devices import SoftwareDevice
+from tests.devices import SoftwareDevice, make_device
 
 LIST = Revocations("A" * 43, "edge-1", b"\0\x0b" + bytes(32), 0x01800123, b"\0\x0b" + bytes(32), 5, 1, (("m", 3),))
 
@@ -464,3 +466,157 @@ def test_a_revocation_is_applied_though_a_model_of_it_is_not_here(host: Host) ->
     assert [grant.model.version for grant in taken.grants] == ["1"]
     assert (host.now(), host.is_in_force()) == (2, True)
     assert host.house.verified_models() == {"minilm:1": True}
+
+
+# --- what concerns another model keeps no revocation out --------------------------------------------------------------
+
+
+@pytest.fixture
+def two(host: Host) -> Host:
+    """A host with two versions, the first of which is revoked; the folder `revoked` is on its way."""
+    house = host.house
+    more = house.pack("more", version="2")
+    house.grant(more, model="minilm:2")
+    host.take(more)
+    done(sczctl("revoke", "--keys", house.keys, "--model", "minilm:1", "-o", house.usb / "revoked"))
+    return host
+
+
+def at(seconds: int) -> pytest.MonkeyPatch:
+    """An owner's clock that is ahead; to be undone."""
+    patched, now = pytest.MonkeyPatch(), time.time() + seconds
+    patched.setattr(time, "time", lambda: now)
+    return patched
+
+
+def newer_grant(host: Host, *, maximum: int | None = None) -> Path:
+    clock = at(60)
+    words = () if maximum is None else ("--maximum", maximum)
+    path = host.house.usb / "renewed.jwt"
+    done(sczctl("grant", "minilm:2", "--keys", host.house.keys, "--device", "edge-1", *words, "-o", path))
+    clock.undo()
+    return path
+
+
+def stored_grant(host: Host) -> bytes:
+    return host.house.store.load_grant(host.house.store.load_model("minilm", "2").manifest_digest)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_newer_grant_of_another_model_stays_and_the_list_is_applied(two: Host, together: bool) -> None:
+    folder, newer = two.house.usb / "revoked" / "edge-1", newer_grant(two)
+    two.take(newer)
+    taken = two.take(folder, newer) if together else two.take(folder)
+    assert (two.now(), two.is_in_force()) == (2, True)
+    assert stored_grant(two) == newer.read_bytes()
+    assert [(left.what, left.reason) for left in taken.left_out] == [("grant for minilm:2 to edge-1", "OutputExists")]
+    assert len(taken.grants) == int(together)
+    with pytest.raises(OutputExists, match="newer"):
+        two.take(folder / "minilm@2.jwt")  # alone, it is refused as ever
+
+
+def test_a_newer_grant_that_the_list_locks_makes_way(two: Host) -> None:
+    """Made by an owner's folder that was restored: it would not open again, the older one does."""
+    folder = two.house.usb / "revoked" / "edge-1"
+    records = OwnerRecords(two.house.keys)
+    records.save_device("edge-1", format_device_record(two.device.record))
+    newer = newer_grant(two)
+    two.take(newer)
+    taken = two.take(folder, newer)
+    assert (two.now(), taken.left_out) == (2, ())
+    assert stored_grant(two) == (folder / "minilm@2.jwt").read_bytes()
+
+
+def test_a_newer_grant_of_an_earlier_enrolment_makes_way(two: Host) -> None:
+    other = make_device(two.house.owner.owner_id)
+    OwnerRecords(two.house.keys).save_device("edge-1", format_device_record(other.record))
+    path = Path(two.house.store.grant_path(two.house.store.load_model("minilm", "2").manifest_digest))
+    path.write_bytes(newer_grant(two, maximum=9).read_bytes())
+    taken = two.take(two.house.usb / "revoked" / "edge-1")
+    assert (two.now(), taken.left_out) == (2, ())
+    assert path.read_bytes() == (two.house.usb / "revoked" / "edge-1" / "minilm@2.jwt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["index", "name"])
+def test_a_damaged_model_keeps_no_revocation_of_another_out(two: Host, damage: str) -> None:
+    house, folder = two.house, two.house.usb / "revoked" / "edge-1"
+    model = house.store.load_model("minilm", "2")
+    assert model.image_digest is not None
+    name, index = Path(house.store.name_path("minilm", "2")), Path(house.store.bundle_path(model.image_digest))
+    path = index / "index.json" if damage == "index" else name
+    whole = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(whole[:10])
+    before = stored_bytes(house, model.manifest_digest)
+    tried = Intake(house.store, two_owners(two), two.device.host, counting=two.counter).verify(collect([str(folder)]))
+    assert (two.now(), len(tried.left_out), len(tried.revocations)) == (1, 1, 1)
+    taken = two.take(folder)
+    assert (two.now(), two.is_in_force()) == (2, True)
+    assert taken.left_out == tried.left_out
+    assert taken.left_out[0].what == "grant for minilm:2 to edge-1"
+    assert "again, for the grant" in taken.left_out[0].remedy
+    assert (taken.grants, stored_bytes(house, model.manifest_digest)) == ((), before)
+    path.write_bytes(whole)
+    taken = two.take(folder)  # as the remedy says
+    assert (taken.left_out, len(taken.grants)) == ((), 1)
+    assert house.verified_models() == {"minilm:1": True, "minilm:2": True}
+
+
+def stored_bytes(house: Household, manifest_digest: str) -> bytes:
+    return Path(house.store.grant_path(manifest_digest)).read_bytes()
+
+
+def two_owners(host: Host) -> Sequence[Owner]:
+    return Trust(str(host.house.host / "trust")).owners()
+
+
+def test_a_grant_of_another_owner_s_is_refused_beside_a_list(two: Host, tmp_path: Path) -> None:
+    """The list is of one owner; what another one sent is judged as if it came alone."""
+    stranger = Household(tmp_path / "stranger", name="stranger")
+    done(two.house.ctl("trust", "add", "owner", stranger.keys / "owner.json"))
+    OwnerRecords(stranger.keys).save_device("edge-1", format_device_record(two.device.record))
+    foreign = stranger.grant(stranger.pack("o", name="other"), model="other:1")
+    before = snapshot(two.house.store_folder)
+    with pytest.raises(ModelUnknown):
+        two.take(two.house.usb / "revoked" / "edge-1", foreign)
+    assert (two.now(), snapshot(two.house.store_folder)) == (1, before)
+
+
+def test_a_newer_boot_policy_stays_and_one_of_an_epoch_before_makes_way(host: Host) -> None:
+    house, folder = host.house, host.revoked()
+    done(sczctl(*house.sign_words(folder / "policy.json")))
+    clock = at(60)
+    done(sczctl(*house.sign_words(house.usb / "newer.json")))
+    clock.undo()
+    host.take(house.usb / "newer.json")
+    (left,) = host.take(folder).left_out
+    assert left.what == "boot policy for minilm, device class default"
+    path = Path(house.store.boot_policy_path(house.owner.owner_id, "minilm", "default"))
+    assert path.read_bytes() == (house.usb / "newer.json").read_bytes()
+    assert host.now() == 2
+    first = json.loads((host.out / "boot-policy.json").read_bytes())  # of the epoch before, by a clock that was ahead
+    path.write_bytes(canonical({**first, "created": first["created"] + 60}))
+    assert host.take(folder).left_out == ()
+    assert path.read_bytes() == (folder / "policy.json").read_bytes()
+
+
+def test_add_names_what_it_left_out(two: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    from oci_hook import revoked
+
+    monkeypatch.setattr(revoked, "TpmCounting", lambda _config: two.counter)
+    two.take(newer_grant(two))
+    folder = two.house.usb / "revoked" / "edge-1"
+    said = {
+        "what": "grant for minilm:2 to edge-1",
+        "reason": "OutputExists",
+        "message": f"{Path(two.house.store.grant_path(two.house.store.load_model('minilm', '2').manifest_digest)).name}"
+        " in the store is newer than what is to be added",
+        "remedy": "none is needed: the newer one stays",
+    }
+    assert done(two.house.ctl("add", "--dry-run", "--json", folder)).json["left_out"] == [said]
+    assert "left out: grant for minilm:2" in done(two.house.ctl("add", "--dry-run", folder)).out
+    assert two.now() == 1
+    out = done(two.house.ctl("add", folder)).out
+    assert f"left out: grant for minilm:2 to edge-1: {said['message']}\n  remedy: none is needed" in out
+    assert "applied the revocations" in out
+    assert two.now() == 2

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 
 from oci_hook.attestation.boot_policy import BootPolicy, parse_boot_policy, verify_boot_policy
 from oci_hook.attestation.event_log import parse_event_log
-from oci_hook.attestation.explanation import differing_events, explain_values
+from oci_hook.attestation.explanation import differing_events, explain_values, explained_pcrs
 from oci_hook.attestation.log_files import kept_event_logs, load_event_log
 from oci_hook.config import Config
 from oci_hook.errors import SczError
@@ -38,11 +38,10 @@ def what_differs(
             left = {each.pcr for each in told if each.is_explained}
         lines: list[str] = []
         for log in kept_event_logs(config.store_directory):
-            proven = {
-                pcr for pcr in left if any(explain_values(log, {pcr: value})[0].is_explained for value in approved[pcr])
-            }
-            lines += differing_events(log, current, sorted(proven))
-            left -= proven
+            proven = explained_pcrs(log, {pcr: approved[pcr] for pcr in left})
+            if proven:
+                lines += differing_events(log, current, sorted(proven))
+                left -= proven
     except SczError:
         return []
     return lines
