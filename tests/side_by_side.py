@@ -1,7 +1,9 @@
 """Runs parts of the tests at the same time, one pytest each: `python -m tests.side_by_side unit integration`.
 
-Each part's output is shown whole when that part has ended; the last line sums up. It fails if a test failed, if one was
-skipped or expected to fail (all are required: what cannot run has not been shown to work), or if a part had no tests.
+The longest part, `integration`, is two: every second file of it is `integration-2`, which begins when another part has
+ended. Each part's output is shown whole when that part has ended; the last line sums up. It fails if a test failed, if
+one was skipped or expected to fail (all are required: what cannot run has not been shown to work), or if a part had no
+tests.
 
 Where only root may enter the root directory (mode 0700, as a debootstrapped root can have), gVisor's processes, which
 are nobody's, cannot: its tests then run in a mount namespace with an open root, of the same directories.
@@ -14,8 +16,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,6 +26,8 @@ from tests.engines import RuntimeNamespace, root_is_closed
 
 ROOT = Path(__file__).resolve().parent.parent
 _LIMIT_SECONDS = 45 * 60
+_AT_ONCE = 6
+_IN_TWO = "integration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +40,22 @@ class Part:
     results: Path
 
 
-def start(name: str, prefix: Sequence[str] = ()) -> Part:
-    """Start pytest on tests/NAME, behind `prefix`."""
+def paths_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """What each part's pytest is given, by the part's name; every file of the part that is in two is in one of them."""
+    paths = {name: [f"tests/{name}"] for name in names}
+    if _IN_TWO in paths:
+        files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / _IN_TWO).glob("test_*.py"))
+        paths |= {_IN_TWO: files[0::2], f"{_IN_TWO}-2": files[1::2]}
+    return paths
+
+
+def start(name: str, paths: Sequence[str], prefix: Sequence[str] = ()) -> Part:
+    """Start pytest on these paths, behind `prefix`."""
     folder = ROOT / "build" / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     log, results = folder / f"{name}.log", folder / f"{name}.xml"
     results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"tests/{name}", f"--junit-xml={results}"]
+    command = [sys.executable, "-m", "pytest", *paths, f"--junit-xml={results}"]
     command += ["-o", f"cache_dir={folder}/{name}.cache"]  # one each: they write it at the same time
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -81,7 +95,8 @@ def main(names: list[str]) -> int:
     deadline = time.monotonic() + _LIMIT_SECONDS
     with contextlib.ExitStack() as stack:
         prefixes = {"gvisor": open_root(stack)} if "gvisor" in names and root_is_closed() else {}
-        return run([start(name, prefixes.get(name, ())) for name in names], deadline)
+        waiting = [partial(start, name, paths, prefixes.get(name, ())) for name, paths in paths_of(names).items()]
+        return run(waiting, deadline)
 
 
 def open_root(stack: contextlib.ExitStack) -> tuple[str, ...]:
@@ -90,12 +105,16 @@ def open_root(stack: contextlib.ExitStack) -> tuple[str, ...]:
     return (*namespace.prefix, "env", f"--chdir={ROOT}")
 
 
-def run(running: list[Part], deadline: float) -> int:
-    """Wait for the parts, and sum up."""
+def run(waiting: Sequence[Callable[[], Part]], deadline: float) -> int:
+    """Start the parts, so many at once, wait for them, and sum up."""
     total: Counter[str] = Counter(passed=0, failed=0, skipped=0)
-    endings = []
+    endings: list[str] = []
+    running: list[Part] = []
+    left = list(waiting)
     try:
-        while running:
+        while running or left:
+            while left and len(running) < _AT_ONCE:
+                running.append(left.pop(0)())
             if time.monotonic() > deadline:
                 for part in running:
                     part.process.kill()

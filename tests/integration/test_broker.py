@@ -327,7 +327,7 @@ def test_the_page_typed(guarded: Guarded, model_source: Path, tmp_path: Path) ->
 # --- last, as the device's counter stays raised -----------------------------------------------------------------------
 
 
-def test_a_tpm_that_refuses_sends_no_token(guarded: Guarded) -> None:
+def test_a_tpm_that_refuses_sends_no_token(guarded: Guarded, model_source: Path) -> None:
     """The TPM's share comes first: a revoked device is no login at the broker."""
     scene = guarded.scene
     authority, folder = TestAuthority(), scene.host / "watching"
@@ -339,9 +339,11 @@ def test_a_tpm_that_refuses_sends_no_token(guarded: Guarded) -> None:
     for name in ("request.json", "challenge.json", "answer.json"):
         (scene.usb / name).unlink()
     scene.enrol()
-    other = scene.usb / "small-again.jwt"  # the first grant of an enrolment says that it was accepted
-    scene.sczctl("grant", "small:1", "--keys", scene.owner / "keys", "--device", "edge-1", "-o", other)
-    scene.sczctl("add", other)  # the counter, counted by hand, began there
+    out = scene.pack(model_source, name="other")
+    scene.grant(out, name="other")
+    scene.add(
+        out
+    )  # the first grant of an enrolment says that it was accepted: the counter, counted by hand, began there
     with RogueBroker(folder, lambda _path, _body: [answer(b"{}")], authority=authority) as rogue:
         guarded.configure(rogue.address, folder / "ca.pem")
         guarded.refused("Revoked")
