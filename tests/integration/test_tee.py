@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.integration.test_start import refused, start
 from tests.scene import AUDIENCE, ISSUER, SUBJECT, Scene
 from tests.sev_snp import Maker, policy_document, table
 from tests.tsm import behaviour_of, stand_in
+from tests.workshop import wait_until
 
 MILAN = Maker()
 
@@ -153,9 +155,21 @@ def test_a_model_that_does_not_ask_has_the_report_in_its_evidence(guarded: Scene
 
 
 def test_hardware_that_never_answers(guarded: Scene) -> None:
-    with in_guest(guarded, hang="outblob", seconds=8):
-        assert start(guarded, guarded.token()).returncode == 0
-        assert "tee" not in last_grant(guarded)
-        attempt = start(guarded, guarded.token(), model="guarded:1")
+    """What hangs in the kernel is conmon's child in the end, and conmon 2.1.12 waits for it: so podman does, too."""
+    trace = guarded.host / "trace" / "ran"
+    with ThreadPoolExecutor(1) as podman:
+        trace.unlink(missing_ok=True)
+        with in_guest(guarded, hang="outblob", seconds=8):
+            started = podman.submit(start, guarded, guarded.token())
+            wait_until(lambda: trace.exists() or started.done(), 60)
+            assert trace.exists()
+            assert "tee" not in last_grant(guarded)
+        assert started.result().returncode == 0
+        guarded.forget_refusals()
+        with in_guest(guarded, hang="outblob", seconds=8):
+            started = podman.submit(start, guarded, guarded.token(), model="guarded:1")
+            wait_until(lambda: "reason" in guarded.why() or started.done(), 60)
+            assert guarded.why()["reason"] == "TeeUnavailable"
+        attempt = started.result()
         assert (attempt.ran, attempt.why["reason"]) == (False, "TeeUnavailable")
         assert "within 8 s" in str(attempt.why["message"])
